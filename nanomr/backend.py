@@ -1,0 +1,160 @@
+"""Where arrays live: NumPy on the CPU, CuPy on the GPU. The one module that imports CuPy (with ``ops/gpu.py``).
+
+The data decides: a function that is given CuPy arrays computes on the GPU. ``--device`` only chooses where
+the weights and the data set are put. ``python -m nanomr.backend`` prints what this machine offers.
+"""
+
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib import metadata
+
+import numpy as np
+
+from .errors import UserError
+
+
+def _cupy():
+    """The cupy module, imported on first use; None where it is not installed."""
+    try:
+        import cupy
+    except ImportError:
+        return None
+    return cupy
+
+
+def gpu_available() -> bool:
+    """True when CuPy is installed and sees at least one CUDA device."""
+    cupy = _cupy()
+    return cupy is not None and bool(cupy.cuda.is_available())
+
+
+def array_module(x):
+    """``cupy`` for a CuPy array, ``numpy`` for everything else (CuPy is never imported to find out)."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
+
+
+def to_numpy(x) -> np.ndarray:
+    """``x`` as a NumPy array, copied from the GPU if it lives there (this waits for the GPU)."""
+    return x.get() if array_module(x) is not np else np.asarray(x)
+
+
+def to_device(x, device: str):
+    """``x`` on ``device`` ("cpu" or "gpu"); no copy if it is there already."""
+    if device == "cpu":
+        return to_numpy(x)
+    if device == "gpu":
+        return _cupy().asarray(x)
+    raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
+
+
+def resolve_device(wanted: str) -> str:
+    """Turn ``--device auto|cpu|gpu`` into "cpu" or "gpu".
+
+    Raises UserError when a GPU is asked for and there is none, saying what is missing.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not gpu_available()):
+        return "cpu"
+    if wanted not in ("auto", "gpu"):
+        raise UserError(f"--device must be auto, cpu or gpu, not {wanted!r}")
+    if _cupy() is None:
+        raise UserError("--device gpu needs CuPy: pip install 'nanomr[cuda12]' (or [cuda13]), or use --device cpu")
+    if not gpu_available():
+        raise UserError("--device gpu: CuPy is installed but finds no CUDA device or driver; use --device cpu")
+    return "gpu"
+
+
+def report() -> list[str]:
+    """What there is to compute with, one line for each thing, and what is missing. Never raises."""
+    probes = {
+        "nanomr": lambda: sys.modules["nanomr"].__version__,
+        "Python": platform.python_version,
+        "NumPy": lambda: _version("numpy"),
+        "Numba": _numba,
+        "CPU": _cpu,
+        "BLAS": _blas,
+        "CuPy": lambda: (
+            _version("cupy-cuda12x", "cupy-cuda13x", "cupy")
+            or "not installed: pip install 'nanomr[cuda12]' (or [cuda13], after the driver's CUDA version)"
+        ),
+        "GPU": _gpu,
+        "matplotlib": lambda: _version("matplotlib") or "not installed, so no plots: pip install 'nanomr[plots]'",
+        "device auto ->": lambda: resolve_device("auto"),
+    }
+    lines = []
+    for name, probe in probes.items():
+        try:
+            found = probe()
+        except Exception as error:  # a report that stops on an odd machine is no help there
+            found = f"could not be read ({type(error).__name__}: {error})"
+        lines.append(f"{name} {found}")
+    return lines
+
+
+def main() -> None:
+    """Print :func:`report`."""
+    print("\n".join(report()))
+
+
+def _version(*names: str) -> str | None:
+    """The version of the first of these distributions that is installed, without importing it."""
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def _numba() -> str:
+    import numba
+
+    threads = numba.get_num_threads()  # starts the threading layer too, which has no name before
+    return f"{numba.__version__}, {threads} threads, layer {numba.threading_layer()}"
+
+
+def _cpu() -> str:
+    from llvmlite import binding as llvm
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    features = llvm.get_host_cpu_features()
+    widths = {"avx512f": 512, "avx2": 256, "neon": 128}
+    simd = next((f"{bits} bits ({name})" for name, bits in widths.items() if features.get(name)), "not recognised")
+    return f"{llvm.get_host_cpu_name()}, {cores} cores usable, SIMD {simd}"
+
+
+def _blas() -> str:
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{blas['name']} {blas['version']} (pip install threadpoolctl shows kernel and threads)"
+    pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    text = "{internal_api} {version}, kernel {architecture}, {num_threads} threads"
+    found = "; ".join(text.format_map({"architecture": "unknown", **pool}) for pool in pools)
+    forced = os.environ.get("OPENBLAS_CORETYPE")  # a common cause of a slow machine
+    return (found or "not one that threadpoolctl knows") + (f" (OPENBLAS_CORETYPE={forced} is set)" if forced else "")
+
+
+def _gpu() -> str:
+    """The devices, and whether NVRTC, which CuPy's wheels do not contain, is found."""
+    if not gpu_available():
+        return "none (it takes CuPy, an NVIDIA GPU and its driver)"
+    cupy = _cupy()
+    runtime = cupy.cuda.runtime
+    found = []
+    for index in range(runtime.getDeviceCount()):
+        gpu = runtime.getDeviceProperties(index)
+        memory = f"{gpu['totalGlobalMem'] / 2**30:.0f} GiB"
+        found.append(f"{gpu['name'].decode()}, compute capability {gpu['major']}.{gpu['minor']}, {memory}")
+    for part, version in (("driver", runtime.driverGetVersion()), ("runtime", runtime.runtimeGetVersion())):
+        found.append(f"{part} CUDA {version // 1000}.{version % 1000 // 10}")
+    try:
+        found.append("NVRTC {}.{}".format(*cupy.cuda.nvrtc.getVersion()))
+    except Exception as error:
+        found.append(f"NVRTC does not load ({type(error).__name__}): pip install 'cupy-cuda12x[ctk]' (or cuda13x)")
+    return "; ".join(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Files that survive a kill: tensors as safetensors, everything else as JSON.
+
+A file is written beside its target and renamed over it, so that at any moment the target is either the old file or
+the new one, whole. A log grows by one flushed line at a time. Nothing that is read here can run code.
+
+JSON has no NaN and no infinity: both are written as null.
+"""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from .backend import to_numpy
+from .errors import UserError
+
+_KEY = "nanomr"  # our entry in the metadata of the safetensors header
+_TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip file since 1.6, a bare stream before
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Put ``data`` (text as UTF-8) at ``path``, or leave what is there untouched.
+
+    A kill can leave a stray ``.NAME.*.tmp`` beside it, never half a file. Raises UserError when the disk or the
+    permissions do not allow it.
+    """
+    path = Path(path)
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(part, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # it was renamed, or never made
+            part.unlink()
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping) -> None:
+    """Write named arrays of any shape and JSON ``metadata`` as one safetensors file, atomically.
+
+    CuPy arrays are fetched first. Raises UserError when the file cannot be written.
+    """
+    # order="C": safetensors writes a transposed view's memory as it lies, that is, the wrong tensor.
+    # Not ascontiguousarray, which turns a scalar into a vector.
+    arrays = {name: np.asarray(to_numpy(tensor), order="C") for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.numpy.save(arrays, {_KEY: _dumps(metadata)}))
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays (writable, native byte order) and the metadata of a safetensors file.
+
+    A file that another tool wrote has metadata ``{}``. Raises UserError when the file is missing, cut short, damaged,
+    not safetensors, or holds a dtype that NumPy lacks.
+    """
+    data = _read(path)
+    try:
+        tensors = safetensors.numpy.load(data)
+        length = int.from_bytes(data[:8], "little")
+        text = (json.loads(data[8 : 8 + length]).get("__metadata__") or {}).get(_KEY, "{}")
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise ValueError("the metadata is not a JSON object")
+    except KeyError as error:  # bfloat16, float8
+        raise UserError(f"{path}: dtype {error.args[0]} is not supported; convert the tensors to float32") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {_what_is_wrong(data)}") from error
+    return tensors, metadata
+
+
+def append_jsonl(path: str | os.PathLike, record: Mapping) -> None:
+    """Add ``record`` to the log at ``path`` as one line of JSON that is on the disk when this returns.
+
+    A half line that a kill left at the end is removed first. Raises UserError when the file cannot be written.
+    """
+    line = _dumps(record).encode() + b"\n"
+    try:
+        with open(path, "a+b") as file:
+            file.seek(0)
+            lines = file.read().splitlines(keepends=True)  # a log is short: one line for each epoch
+            if lines and not lines[-1].endswith(b"\n"):
+                if _record(lines[-1]) is None:
+                    file.truncate(sum(map(len, lines[:-1])))
+                else:
+                    line = b"\n" + line  # whole, and lacks only its end
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """The records of a log; an incomplete last line (a killed run) is left out.
+
+    Raises UserError when the file is missing or another line is not a JSON object.
+    """
+    data = _read(path)
+    lines = data.splitlines()
+    records = [_record(line) for line in lines]
+    if records and records[-1] is None and not data.endswith(b"\n"):
+        records.pop()
+    if None in records:
+        raise UserError(f"{path}: line {records.index(None) + 1} is not a JSON object; restore or delete that line")
+    return records
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Write ``value`` as indented JSON, atomically. Raises UserError when the file cannot be written."""
+    write_atomic(path, _dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike):
+    """The value in a JSON file. Raises UserError when it is missing or not JSON."""
+    try:
+        return json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` last through a power cut."""
+    if os.name != "posix":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems refuse; the new file is in place all the same
+        os.fsync(handle)
+    os.close(handle)
+
+
+def _read(path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder; name a file in it") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _what_is_wrong(data: bytes) -> str:
+    """Why ``data`` did not load as safetensors: an 8-byte length, a JSON header of that length, the tensors."""
+    plausible = int.from_bytes(data[:8], "little") <= _LONGEST_HEADER and data[8:9] in (b"{", b"")
+    if data.startswith(_TORCH_STARTS) or not plausible:
+        return "not a safetensors file; a PyTorch .pt or .pth file must be converted: see docs/torch_twin.py"
+    return "damaged or cut short; copy it again, or use an older checkpoint"
+
+
+def _record(line: bytes) -> dict | None:
+    """One line of a log; None when it is not a whole JSON object (a prefix of an object never is one)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _dumps(value, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value):
+    """``value`` in JSON's types: NumPy values to Python's, paths to text, tuples to lists, NaN and infinity to None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,367 @@
+"""Layers: forward and backward side by side, by hand. The formulas are derived in ``docs/derivations``.
+
+The contract of every layer:
+
+    y, cache = layer.forward(x, train=False, tap=None)
+    dx = layer.backward(dy, cache, param_grads=True, input_grad=True)
+
+- The cache is returned, never kept: several forward passes through the same weights may be alive at once.
+- Parameter gradients are added to ``layer.grads`` (``+=``). ``param_grads=False`` skips that work and gives the same dx.
+- ``input_grad=False`` skips dx (None is returned): nobody needs the gradient of the training images.
+- dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
+- ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .ops import ops_for
+
+
+class PairBatch(NamedTuple):
+    """The 3N batch [x; x + rho; x - rho] as two arrays, (N, ...) each. ``docs/derivations/pair_batch.md``.
+
+    A linear map acts on x and on rho alone, A(x +- rho) + b = (A x + b) +- A rho, so that it is applied to two
+    batches, not three. The first layer that is not linear gets the 3N batch.
+    """
+
+    x: object
+    rho: object
+
+    def full(self):
+        """The 3N batch itself."""
+        return ops_for(self.x).expand_pair(self.x, self.rho)
+
+    @staticmethod
+    def gradient(d_full) -> "PairBatch":
+        """The gradient with respect to (x, rho), from the one with respect to the 3N batch."""
+        return PairBatch(*ops_for(d_full).contract_pair(d_full))
+
+
+class Layer:
+    """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays."""
+
+    takes_pairs = False  # can forward be given a PairBatch?
+
+    def __init__(self):
+        self.params: dict = {}
+        self.grads: dict = {}
+        self.buffers: dict = {}
+        self.children: dict[str, Layer] = {}
+
+    def walk(self, prefix=""):
+        """Yield (dotted name, layer) for this layer and everything below it, in forward order."""
+        yield prefix, self
+        for name, child in self.children.items():
+            yield from child.walk(f"{prefix}.{name}" if prefix else name)
+
+    @property
+    def has_params(self) -> bool:
+        """Does anything at or below this layer learn?"""
+        return any(layer.params for _, layer in self.walk())
+
+    def to_torch(self, name: str, value: np.ndarray) -> np.ndarray:
+        """A parameter or buffer in PyTorch's layout."""
+        return value
+
+    def from_torch(self, name: str, value: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`to_torch`."""
+        return value
+
+    def accumulate(self, **gradients):
+        for name, gradient in gradients.items():
+            self.grads[name] += gradient
+
+
+class Affine(Layer):
+    """y = A x + b. Subclasses give the map, its transpose and, if they have any, their parameters' gradients."""
+
+    takes_pairs = True
+
+    def apply(self, x, bias=True):
+        raise NotImplementedError
+
+    def transpose(self, dy, x):
+        """A^T dy; ``x`` tells the shape of the input."""
+        raise NotImplementedError
+
+    def accumulate_from(self, x, dy, bias=True):
+        """Add the parameters' gradients."""
+
+    def forward(self, x, train=False, tap=None):
+        if isinstance(x, PairBatch):
+            return PairBatch(self.apply(x.x), self.apply(x.rho, bias=False)), x
+        return self.apply(x), x
+
+    def backward(self, dy, cache, param_grads=True, input_grad=True):
+        pair = isinstance(cache, PairBatch)
+        parts = list(zip(cache, dy, (True, False), strict=True)) if pair else [(cache, dy, True)]
+        if param_grads and self.params:
+            for x, d, bias in parts:
+                self.accumulate_from(x, d, bias)
+        if not input_grad:
+            return None
+        dx = [self.transpose(d, x) for x, d, _ in parts]
+        return PairBatch(*dx) if pair else dx[0]
+
+
+class Conv2d(Affine):
+    """2-D convolution. ``padding`` is one number or (top, bottom, left, right); see ``derivations/convolution.md``."""
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, bias=True):
+        super().__init__()
+        self.stride = stride
+        self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+        self.params["weight"] = np.zeros((kernel, kernel, in_channels, out_channels), np.float32)
+        if bias:
+            self.params["bias"] = np.zeros(out_channels, np.float32)
+        self.fan_in = kernel * kernel * in_channels
+
+    def apply(self, x, bias=True):
+        b = self.params.get("bias") if bias else None
+        return ops_for(x).conv2d(x, self.params["weight"], b, self.stride, self.padding)
+
+    def transpose(self, dy, x):
+        return ops_for(dy).conv2d_input_gradient(dy, self.params["weight"], self.stride, self.padding, x.shape)
+
+    def accumulate_from(self, x, dy, bias=True):
+        shape = self.params["weight"].shape
+        dw, db = ops_for(dy).conv2d_weight_gradient(x, dy, shape, self.stride, self.padding)
+        self.accumulate(weight=dw, **({"bias": db} if bias and "bias" in self.params else {}))
+
+    def to_torch(self, name, value):
+        return value.transpose(3, 2, 0, 1) if name == "weight" else value  # HWIO -> OIHW
+
+    def from_torch(self, name, value):
+        return value.transpose(2, 3, 1, 0) if name == "weight" else value
+
+
+class Linear(Affine):
+    """y = x W + b, x (N, in). ``derivations/linear.md``.
+
+    ``image`` = (H, W, C) says that the inputs are a flattened NHWC image: PyTorch flattens NCHW, so that its columns
+    come in another order on disk.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, image=None):
+        super().__init__()
+        self.params["weight"] = np.zeros((in_features, out_features), np.float32)
+        if bias:
+            self.params["bias"] = np.zeros(out_features, np.float32)
+        self.fan_in, self.image = in_features, image
+
+    def apply(self, x, bias=True):
+        return ops_for(x).linear(x, self.params["weight"], self.params.get("bias") if bias else None)
+
+    def transpose(self, dy, x):
+        return ops_for(dy).linear_input_gradient(dy, self.params["weight"])
+
+    def accumulate_from(self, x, dy, bias=True):
+        dw, db = ops_for(dy).linear_weight_gradient(x, dy)
+        self.accumulate(weight=dw, **({"bias": db} if bias and "bias" in self.params else {}))
+
+    def to_torch(self, name, value):
+        if name == "weight" and self.image:
+            value = value.reshape(*self.image, -1).transpose(2, 0, 1, 3).reshape(value.shape)
+        return value.T
+
+    def from_torch(self, name, value):
+        if name == "weight" and self.image:
+            h, w, c = self.image
+            return value.reshape(-1, c, h, w).transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
+        return value.T
+
+
+class Normalize(Affine):
+    """(x - mean) / std per channel: the model's first layer, so that images and eps are always in [0, 1] units."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.buffers.update(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
+
+    def apply(self, x, bias=True):
+        mean, std = self.buffers["mean"], self.buffers["std"]
+        return (x - mean if bias else x) * (1 / std)
+
+    def transpose(self, dy, x):
+        return dy * (1 / self.buffers["std"])
+
+    def to_torch(self, name, value):
+        return value.reshape(-1, 1, 1)
+
+    def from_torch(self, name, value):
+        return value.reshape(-1)
+
+
+class Flatten(Affine):
+    """(N, ...) -> (N, everything else), in memory order (NHWC)."""
+
+    def apply(self, x, bias=True):
+        return x.reshape(len(x), -1)
+
+    def transpose(self, dy, x):
+        return dy.reshape(x.shape)
+
+
+class AveragePool2d(Affine):
+    """Mean over window x window tiles; ``window=None`` pools the whole image to 1 x 1. ``derivations/pooling.md``."""
+
+    def __init__(self, window=None):
+        super().__init__()
+        self.window = window
+
+    def apply(self, x, bias=True):
+        h, w = x.shape[1:3]
+        window = self.window or h
+        if h % window or w % window or (self.window is None and h != w):
+            raise ValueError(f"a {h}x{w} image cannot be pooled by {window}x{window} tiles")
+        return ops_for(x).average_pool(x, window)
+
+    def transpose(self, dy, x):
+        return ops_for(dy).average_pool_backward(dy, self.window or x.shape[1])
+
+
+class ReLU(Layer):
+    """y = max(z, 0), and the place where a tap looks on. ``derivations/relu.md``, ``derivations/hamming.md``.
+
+    The cache is z, which ReLU's own backward needs; a tap does ReLU's work and its own in one pass over z, and may
+    add a small record (the Hamming regulariser: its norms, at most N numbers).
+    """
+
+    takes_pairs = True
+
+    def forward(self, z, train=False, tap=None):
+        if tap is not None:
+            y, record = tap.forward(z)
+            return y, (z, tap, record)
+        if isinstance(z, PairBatch):
+            y = z.full()
+            return ops_for(y).relu(y), (z, None, None)
+        return ops_for(z).relu(z), (z, None, None)
+
+    def backward(self, dy, cache, param_grads=True, input_grad=True):
+        z, tap, record = cache
+        if tap is not None:
+            return tap.backward(dy, z, record)
+        if isinstance(z, PairBatch):
+            return PairBatch.gradient(ops_for(dy).relu_backward(dy, z.full()))
+        return ops_for(dy).relu_backward(dy, z)
+
+
+class BatchNorm2d(Layer):
+    """gamma (x - mean) / sqrt(var + eps) + beta per channel. ``derivations/batchnorm.md``.
+
+    Training mode uses the batch's own statistics and updates the running ones (momentum 0.1, unbiased variance, as
+    PyTorch); evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
+    """
+
+    def __init__(self, channels, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.params.update(weight=np.ones(channels, np.float32), bias=np.zeros(channels, np.float32))
+        self.buffers.update(running_mean=np.zeros(channels, np.float32), running_var=np.ones(channels, np.float32))
+        self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
+
+    def forward(self, x, train=False, tap=None):
+        ops = ops_for(x)
+        if train:
+            mean, var = ops.batchnorm_statistics(x)
+            m, keep, take = x.size // x.shape[-1], 1 - self.momentum, self.momentum
+            for name, batch in (("running_mean", mean), ("running_var", var * (m / max(m - 1, 1)))):
+                self.buffers[name][...] = keep * self.buffers[name] + take * batch
+            self.buffers["num_batches_tracked"] += 1
+        else:
+            mean, var = self.buffers["running_mean"], self.buffers["running_var"]
+        inv_std = 1 / (var + self.eps) ** 0.5
+        y = ops.batchnorm(x, self.params["weight"], self.params["bias"], mean, inv_std)
+        return y, (x, mean, inv_std, train)
+
+    def backward(self, dy, cache, param_grads=True, input_grad=True):
+        x, mean, inv_std, train = cache
+        ops, gamma = ops_for(dy), self.params["weight"]
+        if param_grads or (train and input_grad):
+            dgamma, dbeta = ops.batchnorm_parameter_gradient(dy, x, mean, inv_std)
+        if param_grads:
+            self.accumulate(weight=dgamma, bias=dbeta)
+        if not input_grad:
+            return None
+        if train:
+            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta)
+        return dy * (gamma * inv_std)
+
+
+class Sequential(Layer):
+    """Layers one after another. ``children`` maps names to layers, in order."""
+
+    takes_pairs = True
+
+    def __init__(self, children: dict[str, Layer]):
+        super().__init__()
+        self.children = dict(children)
+
+    def forward(self, x, train=False, tap=None):
+        caches, expanded_at = [], None
+        for i, layer in enumerate(self.children.values()):
+            if isinstance(x, PairBatch) and not layer.takes_pairs:
+                x, expanded_at = x.full(), i
+            x, cache = layer.forward(x, train=train, tap=tap)
+            caches.append(cache)
+        return x, (caches, expanded_at)
+
+    def backward(self, dy, cache, param_grads=True, input_grad=True):
+        caches, expanded_at = cache
+        layers = list(self.children.values())
+        needed = [input_grad or (param_grads and any(below.has_params for below in layers[:i])) for i in range(len(layers))]
+        for i in reversed(range(len(layers))):
+            if not (needed[i] or (param_grads and layers[i].has_params)):
+                return None
+            dy = layers[i].backward(dy, caches[i], param_grads=param_grads, input_grad=needed[i])
+            if i == expanded_at and dy is not None:
+                dy = PairBatch.gradient(dy)
+        return dy
+
+
+class PreActBlock(Layer):
+    """Pre-activation residual block (He et al. 2016): y = conv2(relu(bn2(conv1(h)))) + shortcut, h = relu(bn1(x)).
+
+    The shortcut is x itself, or a strided 1x1 convolution where the shape changes; that convolution reads h when
+    ``out_shortcut`` (He et al.), x otherwise. ``activated_identity``: the identity shortcut is h as well (the
+    network that Jin released with the paper's first version).
+    """
+
+    def __init__(self, in_channels, channels, stride=1, out_shortcut=True, activated_identity=False):
+        super().__init__()
+        self.children = {
+            "bn1": BatchNorm2d(in_channels),
+            "relu1": ReLU(),
+            "conv1": Conv2d(in_channels, channels, 3, stride, 1, bias=False),
+            "bn2": BatchNorm2d(channels),
+            "relu2": ReLU(),
+            "conv2": Conv2d(channels, channels, 3, 1, 1, bias=False),
+        }
+        self.projects = stride != 1 or in_channels != channels
+        if self.projects:
+            self.children["shortcut"] = Sequential({"0": Conv2d(in_channels, channels, 1, stride, 0, bias=False)})
+        self.shortcut_reads_h = out_shortcut if self.projects else activated_identity
+
+    def forward(self, x, train=False, tap=None):
+        caches, h = {}, x
+        for name in ("bn1", "relu1", "conv1", "bn2", "relu2", "conv2"):
+            h, caches[name] = self.children[name].forward(h, train=train, tap=tap)
+            if name == "relu1":
+                shortcut = h if self.shortcut_reads_h else x
+        if self.projects:
+            shortcut, caches["shortcut"] = self.children["shortcut"].forward(shortcut)
+        return h + shortcut, caches
+
+    def backward(self, dy, cache, param_grads=True, input_grad=True):
+        d_shortcut = dy
+        if self.projects:
+            d_shortcut = self.children["shortcut"].backward(dy, cache["shortcut"], param_grads)
+        dh = dy
+        for name in ("conv2", "relu2", "bn2", "conv1", "relu1", "bn1"):
+            if name == "relu1" and self.shortcut_reads_h:
+                dh = dh + d_shortcut
+            dh = self.children[name].backward(dh, cache[name], param_grads)
+        return dh if self.shortcut_reads_h else dh + d_shortcut

@@ -1,0 +1,88 @@
+"""Losses: each returns its value WITH its gradient. Derived in ``docs/derivations``.
+
+Values are means over the batch. On a GPU they are 0-d arrays: reading one (``float``) waits for the device.
+"""
+
+from .backend import array_module
+from .layers import PairBatch
+from .ops import ops_for
+
+
+def cross_entropy(logits, labels):
+    """(mean of -log softmax(logits)[label], its gradient). logits (N, K), labels (N,) ints in [0, K).
+
+    ``derivations/cross_entropy.md``: the gradient is (softmax - onehot) / N.
+    """
+    xp, n = array_module(logits), len(logits)
+    shifted = logits - logits.max(1, keepdims=True)
+    exp = xp.exp(shifted)
+    total = exp.sum(1, keepdims=True)
+    rows = xp.arange(n)
+    value = (xp.log(total[:, 0]) - shifted[rows, labels]).mean()
+    gradient = exp / total
+    gradient[rows, labels] -= 1
+    return value, gradient * (1.0 / n)
+
+
+def intrinsic(f_plus, f_minus):
+    """(mean over the batch of |f+ - f-|^2, gradient by f+, gradient by f-). (N, K) logits at opposite corners.
+
+    Section 5.4 of the paper; ``derivations/intrinsic.md``.
+    """
+    n = len(f_plus)
+    difference = f_plus - f_minus
+    d_plus = difference * (2.0 / n)
+    return (difference * difference).sum() * (1.0 / n), d_plus, -d_plus
+
+
+def hamming(z_plus, z_minus, alpha=8.0, per_sample=False):
+    """(H, dH/dz+, dH/dz-) of one layer: the l2 norm of |tanh(alpha z+) - tanh(alpha z-)|, over twice its elements.
+
+    z+, z- (N, ...). Section 5.3 of the paper; ``derivations/hamming.md``. The norm is taken over the whole batch
+    tensor, or per sample (then averaged over the batch). At z+ = z-, where H has a kink, the gradient is 0.
+    This is the formula; training computes the same, fused with ReLU, through :class:`Hamming`.
+    """
+    xp = array_module(z_plus)
+    t_plus, t_minus = xp.tanh(alpha * z_plus), xp.tanh(alpha * z_minus)
+    difference = t_plus - t_minus
+    axes = tuple(range(1 if per_sample else 0, z_plus.ndim))
+    norm = xp.sqrt((difference * difference).sum(axes, keepdims=True))
+    unit = difference / xp.maximum(norm, 1e-12) * (alpha / (2 * z_plus.size))
+    return norm.sum() / (2 * z_plus.size), unit * (1 - t_plus * t_plus), -unit * (1 - t_minus * t_minus)
+
+
+class Hamming:
+    """The Hamming regulariser as a tap: sees each ReLU's input [z0; z+; z-] as the forward pass goes by.
+
+    Pass a fresh one to ``model.forward(x, tap=...)``; ``value`` is then the mean over the layers, and
+    ``model.backward`` adds ``weight`` times its gradient on the way back, at the same places. Nothing is stored but
+    the norms: one number a layer, or N with ``per_sample``.
+    """
+
+    def __init__(self, alpha: float = 8.0, weight: float = 1.0, per_sample: bool = False):
+        self.alpha, self.weight, self.per_sample = alpha, weight, per_sample
+        self.layers, self.total = 0, 0.0
+
+    @property
+    def value(self):
+        return self.total / max(self.layers, 1)
+
+    def forward(self, z):
+        """(relu(z), norms); called by ReLU."""
+        if isinstance(z, PairBatch):
+            y, squares = ops_for(z.x).relu_hamming_pair(z.x, z.rho, self.alpha)
+        else:
+            y, squares = ops_for(z).relu_hamming(z, self.alpha)
+        norms = squares**0.5 if self.per_sample else squares.sum(keepdims=True) ** 0.5
+        self.total = self.total + norms.sum() / (2 * y.size // 3)
+        self.layers += 1
+        return y, norms
+
+    def backward(self, dy, z, norms):
+        """dz: ReLU's gradient plus this regulariser's; called by ReLU."""
+        xp, ops, n = array_module(dy), ops_for(dy), len(dy) // 3
+        scale = self.weight * self.alpha / (self.layers * 2 * (dy.size // 3))
+        weight = xp.broadcast_to(scale / xp.maximum(norms, 1e-12), (n,))
+        if isinstance(z, PairBatch):
+            return PairBatch(*ops.relu_hamming_pair_backward(dy, z.x, z.rho, self.alpha, weight))
+        return ops.relu_hamming_backward(dy, z, self.alpha, weight)

@@ -1,0 +1,206 @@
+"""The formulas of ``docs/derivations`` in plain NumPy: any dtype, no tricks. The oracle of ``cpu`` and ``gpu``.
+
+Images are NHWC. ``x`` input, ``z`` pre-activation, ``y`` output, ``dy -> dx, dw, db`` gradients of a scalar loss.
+Convolution weights are (kh, kw, C, Cout), linear weights (in, out); ``padding`` is (top, bottom, left, right).
+No function changes its arguments, except ``sgd_update`` and ``BatchNorm``'s callers who say so.
+"""
+
+import numpy as np
+
+# --- convolution: docs/derivations/convolution.md ---------------------------------------------------------------------
+
+
+def conv2d_shape(x_shape, w_shape, stride, padding):
+    """(N, Ho, Wo, Cout) of a convolution; ValueError when the kernel does not fit or the channels differ."""
+    (n, h, w, c), (kh, kw, c_in, c_out), (top, bottom, left, right) = x_shape, w_shape, padding
+    if c != c_in:
+        raise ValueError(f"the convolution expects {c_in} channels, the input has {c}")
+    ho, wo = (h + top + bottom - kh) // stride + 1, (w + left + right - kw) // stride + 1
+    if h + top + bottom < kh or w + left + right < kw:
+        raise ValueError(f"a {kh}x{kw} kernel does not fit a {h}x{w} image with padding {padding}")
+    return n, ho, wo, c_out
+
+
+def _taps(kh, kw, ho, wo, stride):
+    """For each kernel position (a, b): the slices of the padded image that it meets, one pixel per output pixel."""
+    for a in range(kh):
+        for b in range(kw):
+            yield a, b, (slice(None), slice(a, a + stride * ho, stride), slice(b, b + stride * wo, stride))
+
+
+def _pad(x, padding):
+    top, bottom, left, right = padding
+    return np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+
+
+def conv2d(x, w, b, stride, padding):
+    """y[n,i,j,:] = b + sum over taps (p, q) of x_padded[n, s*i+p, s*j+q, :] @ w[p, q]; ``b`` may be None."""
+    _, ho, wo, _ = conv2d_shape(x.shape, w.shape, stride, padding)
+    xp = _pad(x, padding)
+    y = sum(xp[at] @ w[p, q] for p, q, at in _taps(*w.shape[:2], ho, wo, stride))
+    return y if b is None else y + b
+
+
+def conv2d_input_gradient(dy, w, stride, padding, x_shape):
+    """dx: every output pixel hands its dy back, through w[p, q] transposed, to the pixel it read."""
+    top, bottom, left, right = padding
+    n, h, wd, c = x_shape
+    dxp = np.zeros((n, h + top + bottom, wd + left + right, c), dy.dtype)
+    for p, q, at in _taps(*w.shape[:2], *dy.shape[1:3], stride):
+        dxp[at] += dy @ w[p, q].T
+    return dxp[:, top : top + h, left : left + wd]
+
+
+def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
+    """(dw, db): dw[p, q] = sum over images and pixels of x_padded^T dy; db = sum of dy."""
+    xp, c_out = _pad(x, padding), dy.shape[3]
+    flat = dy.reshape(-1, c_out)
+    dw = np.empty(w_shape, dy.dtype)
+    for p, q, at in _taps(*w_shape[:2], *dy.shape[1:3], stride):
+        dw[p, q] = xp[at].reshape(-1, w_shape[2]).T @ flat
+    return dw, flat.sum(0)
+
+
+# --- linear: docs/derivations/linear.md -------------------------------------------------------------------------------
+
+
+def linear(x, w, b):
+    """y = x w + b; x (N, in), w (in, out)."""
+    return x @ w if b is None else x @ w + b
+
+
+def linear_input_gradient(dy, w):
+    """dx = dy w^T."""
+    return dy @ w.T
+
+
+def linear_weight_gradient(x, dy):
+    """(dw, db) = (x^T dy, sum of dy over the batch)."""
+    return x.T @ dy, dy.sum(0)
+
+
+# --- ReLU and the Hamming regulariser: docs/derivations/relu.md, hamming.md -------------------------------------------
+
+
+def relu(z):
+    """max(z, 0)."""
+    return np.maximum(z, 0)
+
+
+def relu_backward(dy, z):
+    """dy where z > 0, else 0: ReLU'(0) = 0, as in PyTorch."""
+    return np.where(z > 0, dy, np.zeros((), dy.dtype))
+
+
+def relu_hamming(z, alpha):
+    """(relu(z), squares) for z = [z0; z+; z-] (3N, ...): squares (N,) = sum (tanh(alpha z+) - tanh(alpha z-))^2."""
+    _, plus, minus = np.split(z, 3)
+    d = np.tanh(alpha * plus) - np.tanh(alpha * minus)
+    return relu(z), (d * d).reshape(len(d), -1).sum(1)
+
+
+def relu_hamming_backward(dy, z, alpha, weight):
+    """dz: ReLU's gradient, plus that of sum_i weight_i squares_i / (2 alpha) with respect to z+ and z-.
+
+    ``weight`` (N,) carries the derivative of the regulariser by each sample's sum of squares, times 2 alpha.
+    """
+    dz, n = relu_backward(dy, z), len(z) // 3
+    t_plus, t_minus = np.tanh(alpha * z[n : 2 * n]), np.tanh(alpha * z[2 * n :])
+    scaled = weight.reshape(-1, *[1] * (z.ndim - 1)) * (t_plus - t_minus)
+    dz[n : 2 * n] += scaled * (1 - t_plus * t_plus)
+    dz[2 * n :] -= scaled * (1 - t_minus * t_minus)
+    return dz
+
+
+# --- corner pairs x, x + rho, x - rho: docs/derivations/pair_batch.md -------------------------------------------------
+
+
+def expand_pair(u, v):
+    """[u; u + v; u - v] (3N, ...): the 3N batch, from its centre and its difference."""
+    return np.concatenate([u, u + v, u - v])
+
+
+def contract_pair(dy):
+    """(du, dv), the transpose of :func:`expand_pair`: du = dy0 + dy+ + dy-, dv = dy+ - dy-."""
+    centre, plus, minus = np.split(dy, 3)
+    return centre + plus + minus, plus - minus
+
+
+def relu_hamming_pair(u, v, alpha):
+    """:func:`relu_hamming` of [u; u + v; u - v], which is never stored."""
+    return relu_hamming(expand_pair(u, v), alpha)
+
+
+def relu_hamming_pair_backward(dy, u, v, alpha, weight):
+    """(du, dv): :func:`relu_hamming_backward` at [u; u + v; u - v], contracted."""
+    return contract_pair(relu_hamming_backward(dy, expand_pair(u, v), alpha, weight))
+
+
+# --- batch normalisation: docs/derivations/batchnorm.md ---------------------------------------------------------------
+
+
+def batchnorm_statistics(x):
+    """(mean, var) (C,) over every axis but the last; var is the biased one, as the normalisation uses it."""
+    flat = x.reshape(-1, x.shape[-1])
+    mean = flat.mean(0)
+    centred = flat - mean
+    return mean, (centred * centred).mean(0)
+
+
+def batchnorm(x, gamma, beta, mean, inv_std):
+    """gamma (x - mean) inv_std + beta, per channel: both modes; only where mean and inv_std come from differs."""
+    return (x - mean) * (inv_std * gamma) + beta
+
+
+def batchnorm_parameter_gradient(dy, x, mean, inv_std):
+    """(dgamma, dbeta) = (sum of dy x_hat, sum of dy)."""
+    c = x.shape[-1]
+    return (dy * (x - mean)).reshape(-1, c).sum(0) * inv_std, dy.reshape(-1, c).sum(0)
+
+
+def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta):
+    """dx in training mode: mean and variance move with x. gamma inv_std (dy - (dbeta + x_hat dgamma) / m)."""
+    m = x.size // x.shape[-1]
+    return (dy - ((x - mean) * (inv_std * dgamma) + dbeta) * (1.0 / m)) * (gamma * inv_std)
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def average_pool(x, window):
+    """Mean over window x window tiles: (N, H, W, C) -> (N, H / window, W / window, C)."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // window, window, w // window, window, c).mean((2, 4))
+
+
+def average_pool_backward(dy, window):
+    """Each pixel of a tile gets dy / window^2."""
+    return dy.repeat(window, 1).repeat(window, 2) * (1.0 / (window * window))
+
+
+# --- optimiser and data -----------------------------------------------------------------------------------------------
+
+
+def sgd_update(w, g, velocity, lr, momentum, weight_decay):
+    """In place, PyTorch's convention: v <- momentum v + (g + weight_decay w); w <- w - lr v."""
+    velocity *= momentum
+    velocity += g + weight_decay * w
+    w -= lr * velocity
+
+
+def crop_flip(images, index, top, left, flip, pad=4):
+    """Float images in [0, 1], (len(index), H, W, C), of uint8 ``images``: padded by ``pad`` black pixels, cropped at
+    (top, left) in [0, 2 pad], mirrored where ``flip`` is true."""
+    h, w = images.shape[1:3]
+    padded = np.pad(images[index], ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    out = np.empty((len(index), *images.shape[1:]), np.float32)
+    for i, (t, c, mirrored) in enumerate(zip(top, left, flip, strict=True)):
+        crop = padded[i, t : t + h, c : c + w]
+        out[i] = crop[:, ::-1] if mirrored else crop
+    return out * np.float32(1 / 255)
+
+
+def corners(words, shape, eps):
+    """rho in {+eps, -eps}^shape, float32, one sign per bit of the uint64 ``words``, least significant bit first."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=int(np.prod(shape)))
+    return (np.float32(eps) * (1 - 2 * bits.astype(np.float32))).reshape(shape)

@@ -1,0 +1,49 @@
+"""Profiles, markers and the fixtures that every test file may use."""
+
+import importlib.util
+import os
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+
+from nanomr.backend import gpu_available
+
+# Before CuPy or matplotlib is imported: a user's own settings must not decide whether a test passes.
+os.environ["CUPY_TF32"] = "0"
+os.environ["MPLBACKEND"] = "Agg"
+
+# deadline=None: the first call of a Numba kernel compiles it.
+hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("intense", max_examples=1000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run, and say why (pytest's -ra prints it)."""
+    missing = {}
+    if not gpu_available():
+        missing["gpu"] = "no GPU: CuPy with a CUDA device is needed (see python -m nanomr.backend)"
+    if importlib.util.find_spec("torch") is None:
+        missing["torch"] = "PyTorch is not installed (pip install torch)"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """A generator of the test's own: the same in every run, whichever tests run before it."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _no_hidden_randomness():
+    """Fail a test that draws from NumPy's global generator: every draw in nanomr names its generator."""
+    before = np.random.get_state()[1:]  # noqa: NPY002
+    yield
+    after = np.random.get_state()[1:]  # noqa: NPY002
+    assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True)), "NumPy's global generator was used"

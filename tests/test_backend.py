@@ -1,0 +1,132 @@
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nanomr import backend
+from nanomr.errors import UserError
+
+
+def python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def fake_cupy(available=True, **runtime):
+    """A stand-in with the few names that the backend looks up."""
+    cuda = SimpleNamespace(is_available=lambda: available, runtime=SimpleNamespace(**runtime), nvrtc=None)
+    return SimpleNamespace(ndarray=type("ndarray", (), {}), cuda=cuda)
+
+
+def test_import_is_light():
+    heavy = "{'cupy', 'numba', 'llvmlite', 'threadpoolctl', 'matplotlib', 'torch'}"
+    code, out, err = python("-c", f"import sys, nanomr.backend; print(sorted({heavy} & set(sys.modules)))")
+    assert (code, out, err) == (0, "[]\n", "")
+
+
+def test_the_report_prints_every_line_and_ends_with_the_device():
+    code, out, err = python("-m", "nanomr.backend")
+    assert (code, err) == (0, "")
+    starts = [line.split()[0] for line in out.splitlines()]
+    assert starts == ["nanomr", "Python", "NumPy", "Numba", "CPU", "BLAS", "CuPy", "GPU", "matplotlib", "device"]
+    assert "could not be read" not in out
+    assert out.splitlines()[-1] == f"device auto -> {backend.resolve_device('auto')}"
+    assert f"\nNumPy {np.__version__}\n" in out
+    assert re.search(r"^CPU .+, \d+ cores usable, SIMD ", out, re.MULTILINE)
+
+
+def test_the_report_survives_a_broken_machine(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    for name in ("_cupy", "_version", "_numba", "_cpu", "_blas", "_gpu"):
+        monkeypatch.setattr(backend, name, broken)
+    lines = backend.report()
+    assert len(lines) == 10
+    assert lines[-1] == "device auto -> could not be read (RuntimeError: broken)"
+
+
+def test_the_report_without_threadpoolctl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # None makes the import fail
+    assert "pip install threadpoolctl" in backend._blas()
+
+
+@pytest.mark.parametrize("nvrtc", [True, False])
+def test_the_report_of_a_gpu(monkeypatch, nvrtc):
+    card = {"name": b"Card", "major": 9, "minor": 0, "totalGlobalMem": 80 * 2**30}
+    cupy = fake_cupy(
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda index: card,
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 12090,
+    )
+    if nvrtc:
+        cupy.cuda.nvrtc = SimpleNamespace(getVersion=lambda: (12, 9))
+    monkeypatch.setattr(backend, "_cupy", lambda: cupy)
+    line = backend._gpu()
+    card = "Card, compute capability 9.0, 80 GiB; "
+    assert line.startswith(f"{card}{card}driver CUDA 13.0; runtime CUDA 12.9; NVRTC ")
+    assert line.endswith("NVRTC 12.9") == nvrtc
+    assert ("does not load" in line) != nvrtc
+
+
+@pytest.mark.parametrize(
+    ("cupy", "message"),
+    [
+        (None, "--device gpu needs CuPy: pip install"),
+        (fake_cupy(available=False), "--device gpu: CuPy is installed but finds no CUDA device"),
+    ],
+)
+def test_device_gpu_without_a_gpu_is_one_clear_line(monkeypatch, cupy, message):
+    monkeypatch.setattr(backend, "_cupy", lambda: cupy)
+    assert not backend.gpu_available()
+    assert backend.resolve_device("auto") == backend.resolve_device("cpu") == "cpu"
+    with pytest.raises(UserError) as caught:
+        backend.resolve_device("gpu")
+    assert str(caught.value).startswith(message)
+    assert "--device cpu" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_device_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "_cupy", fake_cupy)
+    assert backend.resolve_device("auto") == backend.resolve_device("gpu") == "gpu"
+    assert backend.resolve_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "", "GPU"])
+@pytest.mark.parametrize("available", [True, False])
+def test_an_unknown_device_is_named(monkeypatch, wanted, available):
+    monkeypatch.setattr(backend, "_cupy", lambda: fake_cupy(available))
+    with pytest.raises(UserError, match=f"not {wanted!r}"):
+        backend.resolve_device(wanted)
+    with pytest.raises(ValueError, match=repr(wanted)):
+        backend.to_device(np.ones(2), wanted)
+
+
+def test_cpu_arrays_stay_where_they_are():
+    x = np.ones((2, 3), np.float32)
+    assert backend.array_module(x) is np
+    assert backend.to_numpy(x) is x
+    assert backend.to_device(x, "cpu") is x
+
+
+def test_a_cupy_array_is_told_by_its_type(monkeypatch):
+    cupy = fake_cupy()
+    cupy.ndarray.get = lambda self: np.zeros(3)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert backend.array_module(cupy.ndarray()) is cupy
+    assert backend.array_module(np.ones(2)) is np
+    assert backend.to_numpy(cupy.ndarray()).tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_there_and_back_on_a_gpu(rng):
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+    on_gpu = backend.to_device(x, "gpu")
+    assert backend.array_module(on_gpu).__name__ == "cupy"
+    assert backend.to_device(on_gpu, "gpu") is on_gpu
+    assert np.array_equal(backend.to_device(on_gpu, "cpu"), x)

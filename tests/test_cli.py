@@ -1,0 +1,136 @@
+import argparse
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanomr.cli import fraction, number, run
+from nanomr.errors import UserError
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.integers(-10_000, 10_000), st.integers(-10_000, 10_000).filter(bool))
+def test_a_fraction_is_the_float_that_python_makes_of_it(top, bottom):
+    assert fraction(f"{top}/{bottom}") == top / bottom
+
+
+@given(finite)
+def test_a_plain_number_is_taken_as_it_is(value):
+    assert fraction(repr(value)) == value
+
+
+def test_fraction_reads_what_people_write():
+    assert fraction("8/255") == 8 / 255
+    assert fraction(" 1.5 / 255 ") == 1.5 / 255
+    assert fraction("1e-3") == 0.001
+
+
+BAD = ["", "/", "8/", "/255", "8/0", "8/0.0", "0/0", "1/2/3", "8/255x", "eight"]
+BAD_VALUES = ["nan", "inf", "-inf", "1/nan", "nan/1", "inf/inf", "1e308/1e-308", "1e999"]
+
+
+@pytest.mark.parametrize("text", [*BAD, *BAD_VALUES])
+def test_fraction_refuses_and_names_the_value(text):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        fraction(text)
+    assert repr(text) in str(caught.value)
+
+
+@given(st.text(max_size=20))
+def test_fraction_gives_a_finite_float_or_its_own_error(text):
+    try:
+        value = fraction(text)
+    except argparse.ArgumentTypeError:
+        return
+    assert type(value) is float and math.isfinite(value)
+
+
+@given(st.integers(-20, 20))
+def test_number_keeps_its_bounds(value):
+    def accepts(parse):
+        try:
+            return parse(str(value)) == value
+        except argparse.ArgumentTypeError:
+            return False
+
+    assert accepts(number(int, low=-3, high=5)) == (-3 <= value <= 5)
+    assert accepts(number(float, above=0)) == (value > 0)
+    assert accepts(number(fraction, high=0)) == (value <= 0)
+    assert accepts(number(int))
+
+
+def test_number_keeps_the_type_and_long_integers():
+    assert type(number(int, low=0)("7")) is int
+    assert type(number(float, low=0)("7")) is float
+    assert number(int, low=0)("1" + "0" * 400) == 10**400
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (number(int, low=1), "0", "'0' is not a whole number >= 1"),
+        (number(int, low=1), "2.5", "'2.5' is not a whole number >= 1"),
+        (number(float, low=0, high=1), "1.5", "'1.5' is not a number >= 0 and <= 1"),
+        (number(float, above=0), "nan", "'nan' is not a number > 0"),
+        (number(float), "inf", "'inf' is not a finite number"),
+        (number(fraction, low=0), "1/0", "'1/0' is not a finite number or a fraction such as 8/255"),
+    ],
+)
+def test_number_says_what_it_wanted(parse, text, message):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        parse(text)
+    assert str(caught.value) == message
+
+
+def test_argparse_shows_the_message(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--eps", type=fraction)
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--eps", "8/0"])
+    assert caught.value.code == 2
+    assert "argument --eps: '8/0' is not a finite number" in capsys.readouterr().err
+
+
+def stop(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "stderr"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 3, 3, ""),
+        (stop(UserError("no such file;\ncheck the path")), 2, "error: no such file; check the path\n"),
+        (stop(KeyboardInterrupt()), 130, "\ninterrupted\n"),
+    ],
+)
+def test_run_ends_with_a_code_and_one_line(main, code, stderr, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert (caught.value.code or 0) == code
+    assert capsys.readouterr().err == stderr
+
+
+def test_run_leaves_bugs_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["unflushed", "long"])
+def test_a_closed_pipe_ends_quietly(lines):
+    # Python sets SIGPIPE to be ignored, so writing to the closed pipe raises, in print or in the last flush.
+    code = f"import sys; from nanomr.cli import run; sys.stdin.read(); run(lambda: print('line\\n' * {lines}))"
+    arguments = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        child.stdout.close()
+        child.stdin.close()
+        assert child.stderr.read() == b""
+        assert child.wait() == 141
