@@ -14,6 +14,10 @@ import numpy as np
 
 from .errors import UserError
 
+# `python -m nanomr.backend` finds this module imported already, by the package. runpy warns about that on stderr,
+# except for what looks like a package; running it a second time does no harm, since it holds no state.
+__path__: list[str] = []
+
 
 def _cupy():
     """The cupy module, imported on first use; None where it is not installed."""

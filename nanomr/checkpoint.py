@@ -22,7 +22,6 @@ from .backend import to_numpy
 from .errors import UserError
 
 _KEY = "nanomr"  # our entry in the metadata of the safetensors header
-_TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip file since 1.6, a bare stream before
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -153,8 +152,7 @@ def _read(path) -> bytes:
 
 def _what_is_wrong(data: bytes) -> str:
     """Why ``data`` did not load as safetensors: an 8-byte length, a JSON header of that length, the tensors."""
-    plausible = int.from_bytes(data[:8], "little") <= _LONGEST_HEADER and data[8:9] in (b"{", b"")
-    if data.startswith(_TORCH_STARTS) or not plausible:
+    if int.from_bytes(data[:8], "little") > _LONGEST_HEADER or data[8:9] not in (b"{", b""):
         return "not a safetensors file; a PyTorch .pt or .pth file must be converted: see docs/torch_twin.py"
     return "damaged or cut short; copy it again, or use an older checkpoint"
 

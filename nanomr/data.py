@@ -50,15 +50,11 @@ class Dataset:
 
     def hold_out(self, n: int = 5000) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(train_images, train_labels, held_images, held_labels): views, the last ``n`` training images held out."""
-        split = len(self.train_images) - n
+        images, labels = self.train_images, self.train_labels
+        split = len(images) - n
         if n < 0 or split < 1:
-            raise UserError(f"cannot hold out {n} of {len(self.train_images)} training images")
-        return (
-            self.train_images[:split],
-            self.train_labels[:split],
-            self.train_images[split:],
-            self.train_labels[split:],
-        )
+            raise UserError(f"cannot hold out {n} of {len(images)} training images: choose 0 to {len(images) - 1}")
+        return images[:split], labels[:split], images[split:], labels[split:]
 
 
 def load(name: str = "shapes10", data_dir=None, download: bool = True, progress: bool = True) -> Dataset:
@@ -71,9 +67,8 @@ def load(name: str = "shapes10", data_dir=None, download: bool = True, progress:
     if name == "shapes10":
         train, test, seed = shapes10.TRAIN, shapes10.TEST, shapes10.SEED
         source = {"layout": "drawn by nanomr.shapes10", "train": train, "test": test, "seed": seed}
-        return Dataset(
-            name, shapes10.CLASSES, *shapes10.generate(train, seed), *shapes10.generate(test, seed + 1), source
-        )
+        drawn = (*shapes10.generate(train, seed), *shapes10.generate(test, seed + 1))
+        return Dataset(name, shapes10.CLASSES, *drawn, source)
     raise UserError(f"unknown data set {name!r}: use --data shapes10 or --data cifar10")
 
 
@@ -140,9 +135,8 @@ def _read(folder, md5, records):
         raw = np.frombuffer(content, np.uint8).reshape(records, 3073)
         wrong = np.flatnonzero(raw[:, 0] > 9)
         if len(wrong):
-            raise UserError(
-                f"{folder / name}: record {wrong[0]} has label {raw[wrong[0], 0]}, not 0 to 9; replace the file"
-            )
+            problem = f"record {wrong[0]} has label {raw[wrong[0], 0]}, not 0 to 9"
+            raise UserError(f"{folder / name}: {problem}; replace the file")
         labels[i * records : (i + 1) * records] = raw[:, 0]
         images[i * records : (i + 1) * records] = raw[:, 1:].reshape(records, 3, 32, 32).transpose(0, 2, 3, 1)
     content = _read_bytes(folder / META_FILE)
@@ -218,6 +212,7 @@ def _chunks(url):
             while chunk := response.read(1 << 16):
                 yield chunk
     except urllib.error.HTTPError as error:
+        error.close()
         raise UserError(f"cannot download {url}: the server answers {error.code} {error.reason}") from None
     except TimeoutError:
         raise UserError(f"cannot download {url}: nothing came for {TIMEOUT:g} s") from None
@@ -227,21 +222,25 @@ def _chunks(url):
 
 def _extract(archive, scratch, records):
     """Unpack the archive into ``scratch`` if it holds what it should and nothing else; the unpacked folder."""
+    meta, readme = f"{FOLDER}/{META_FILE}", f"{FOLDER}/readme.html"
     sizes = {f"{FOLDER}/{name}": records * 3073 for name in BIN_FILES}
-    known = {*sizes, f"{FOLDER}/{META_FILE}", f"{FOLDER}/readme.html"}
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            tar.extraction_filter = getattr(
-                tarfile, "data_filter", None
-            )  # a second net; Python 3.11.4 and later have it
+            # a second net under the check below; it came with Python 3.11.4
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
             members = tar.getmembers()
             for member in members:
-                if not ((member.isreg() and member.name in known) or (member.isdir() and member.name == FOLDER)):
+                if not (
+                    (member.isreg() and member.name in (*sizes, meta, readme))
+                    or (member.isdir() and member.name == FOLDER)
+                ):
                     raise UserError(f"the archive holds {member.name!r}, which CIFAR-10 does not: nothing was unpacked")
             found = {member.name: member.size for member in members}
             for name, size in sizes.items():
                 if found.get(name) != size:
                     raise UserError(f"the archive lacks {name} with {size} bytes")
+            if meta not in found:
+                raise UserError(f"the archive lacks {meta}")
             tar.extractall(scratch, members)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"cannot unpack the archive: {error}") from None

@@ -181,11 +181,10 @@ class Normalize(Affine):
         self.buffers.update(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
 
     def apply(self, x, bias=True):
-        mean, std = self.buffers["mean"], self.buffers["std"]
-        return (x - mean if bias else x) * (1 / std)
+        return ops_for(x).normalize(x, self.buffers["mean"] if bias else None, self.buffers["std"])
 
     def transpose(self, dy, x):
-        return dy * (1 / self.buffers["std"])
+        return ops_for(dy).normalize(dy, None, self.buffers["std"])
 
     def to_torch(self, name, value):
         return value.reshape(-1, 1, 1)

@@ -112,6 +112,14 @@ def relu_hamming_backward(dy, z, alpha, weight):
     return dz
 
 
+# --- input normalisation ----------------------------------------------------------------------------------------------
+
+
+def normalize(x, mean, std):
+    """(x - mean) / std per channel; ``mean`` may be None."""
+    return (x if mean is None else x - mean) * (1 / std)
+
+
 # --- corner pairs x, x + rho, x - rho: docs/derivations/pair_batch.md -------------------------------------------------
 
 

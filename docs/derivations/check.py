@@ -1,0 +1,222 @@
+"""Hold the code that each derivation page describes against numerical derivatives; one line per page.
+
+    python docs/derivations/check.py
+
+"complex" is the complex step, exact to rounding: its errors must stay below 1e-12. "central" is the central
+difference, for code with a ReLU in it (max is not analytic): below 1e-6. A larger error raises GradientError.
+The last digits differ from machine to machine. All of it is float64, with random upstream gradients.
+"""
+
+import numpy as np
+
+from nanomr import layers, losses, manifold
+from nanomr.gradcheck import check_vjp, gradcheck
+from nanomr.layers import PairBatch
+from nanomr.ops import reference as ops
+
+BOUNDS = {"complex": 1e-12, "central": 1e-6}
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def _layer(layer, x, method="complex", **options):
+    """gradcheck of a layer whose parameters are random: at its initial zeros, errors could hide."""
+    for i, (name, value) in enumerate(layer.params.items()):
+        layer.params[name] = _normal(*value.shape, seed=i + 1)
+    return gradcheck(layer, x, method=method, rtol=BOUNDS[method], **options)
+
+
+def _function(function, *inputs, method="complex"):
+    return gradcheck(function, *inputs, method=method, rtol=BOUNDS[method])
+
+
+def _vjp(f, vjp, *inputs, method="complex"):
+    return check_vjp(f, vjp, inputs, method=method, rtol=BOUNDS[method])
+
+
+# --- a page each: yield (method, error) -------------------------------------------------------------------------------
+
+
+def convolution():
+    x = _normal(2, 6, 7, 3)
+    for kernel, stride, padding in ((3, 1, 1), (4, 2, 1), (5, 2, (1, 2, 1, 2)), (1, 2, 0)):
+        yield "complex", _layer(layers.Conv2d(3, 4, kernel, stride, padding), x)
+        yield "complex", gather_gemm_error(x, _normal(kernel, kernel, 3, 4, seed=1), stride, padding)
+
+
+def linear():
+    yield "complex", _layer(layers.Linear(5, 4), _normal(3, 5))
+
+
+def relu():
+    yield "central", _layer(layers.ReLU(), _normal(4, 5, 5, 3), "central")
+
+
+def batchnorm():
+    def f(x, gamma, beta):
+        mean, var = ops.batchnorm_statistics(x)
+        return ops.batchnorm(x, gamma, beta, mean, (var + 1e-5) ** -0.5)
+
+    def vjp(dy):
+        mean, var = ops.batchnorm_statistics(x)
+        inv_std = (var + 1e-5) ** -0.5
+        dgamma, dbeta = ops.batchnorm_parameter_gradient(dy, x, mean, inv_std)
+        return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta), dgamma, dbeta
+
+    x, gamma, beta = 3 + 2 * _normal(4, 3, 3, 5), _normal(5, seed=1), _normal(5, seed=2)
+    yield "complex", _vjp(f, vjp, x, gamma, beta)
+    yield "central", _layer(layers.BatchNorm2d(5), x, "central", train=True)
+    yield "central", _layer(layers.BatchNorm2d(5), x, "central", train=False)
+
+
+def pooling():
+    x = _normal(2, 4, 4, 3)
+    for layer in (layers.AveragePool2d(2), layers.AveragePool2d(), layers.Flatten(), layers.Normalize([0.5], [0.25])):
+        yield "complex", _layer(layer, x)
+
+
+def cross_entropy():
+    labels = np.array([0, 9, 3, 3, 7])
+    yield "complex", _function(lambda z: losses.cross_entropy(z, labels), 3 * _normal(5, 10))
+
+
+def intrinsic():
+    yield "complex", _function(losses.intrinsic, _normal(5, 10), _normal(5, 10, seed=1))
+
+
+def hamming():
+    z = _normal(4, 3, 3, 2)
+    for per_sample in (False, True):
+
+        def value(a, b, per_sample=per_sample):
+            return losses.hamming(a, b, 8.0, per_sample)
+
+        def tap(per_sample=per_sample):
+            return losses.Hamming(8.0, 100.0, per_sample)
+
+        yield "complex", _function(value, 0.1 * z, 0.1 * _normal(*z.shape, seed=1))
+        net = layers.Sequential({"1": layers.ReLU(), "2": layers.AveragePool2d(3), "3": layers.ReLU()})
+        yield "central", _layer(net, 0.1 * _normal(6, 3, 3, 2), "central", tap=tap)
+
+
+def laplacian():
+    points, f, constant = _normal(6, 4), _normal(6, 3, seed=1), np.ones((5, 2, 2))
+    heat = manifold.heat_kernel(points, 4.0)
+    resampled, asymmetric = _normal(5, 2, 3), np.abs(_normal(5, 2, 2, seed=3))
+    yield "complex", _function(lambda f: manifold.laplacian(f, heat), f)
+    for weights in (asymmetric, constant):
+        yield "complex", _function(lambda f, w=weights: manifold.resampled_laplacian(f, w), resampled)
+    pair = losses.intrinsic(resampled[:, 0], resampled[:, 1])[0] / (2 * len(resampled))
+    yield "complex", abs(manifold.resampled_laplacian(resampled, constant)[0] / pair - 1)
+
+
+def pair_batch():
+    u, v = _normal(2, 5, 5, 3), 0.1 * _normal(2, 5, 5, 3, seed=1)
+    weight = _normal(3, 3, 3, 4, seed=2)
+    conv = layers.Conv2d(3, 4, 3, 1, 1)
+
+    def convolved(x, rho, weight, bias):
+        conv.params.update(weight=weight, bias=bias)
+        return conv.forward(PairBatch(x, rho))
+
+    def vjp(dy):
+        _, cache = convolved(*inputs)
+        conv.grads.update(weight=np.zeros_like(weight), bias=np.zeros(4))
+        dx, drho = conv.backward(PairBatch.gradient(dy), cache)
+        return dx, drho, conv.grads["weight"], conv.grads["bias"]
+
+    inputs = u, v, weight, _normal(4, seed=3)
+    yield "complex", _vjp(lambda *i: convolved(*i)[0].full(), vjp, *inputs)
+    # ... and the same numbers as the plain convolution of all 3N images:
+    dy = _normal(6, 5, 5, 4, seed=4)
+    dw, db = ops.conv2d_weight_gradient(ops.expand_pair(u, v), dy, weight.shape, 1, (1,) * 4)
+    _, _, pair_dw, pair_db = vjp(dy)
+    yield "complex", max(_relative(pair_dw, dw), _relative(pair_db, db))
+
+
+# --- convolution.md: every pass of a convolution as one sum with three tables of offsets ------------------------------
+
+
+def gather_gemm(out, source, o, a, b, w):
+    """out[o_i + c] += sum_r source[a_i + b_r] w[r, c]: flat ``out`` and ``source``; tables o, a (rows), b (terms)."""
+    gathered = source[a[:, None] + b]  # (rows, terms)
+    np.add.at(out, o[:, None] + np.arange(w.shape[1]), gathered @ w)
+
+
+def offsets(*axes):
+    """The flat table of all sums of one (start, count, step) per axis: a box's offsets in memory, last axis fastest."""
+    table = np.zeros(1, np.int64)
+    for start, count, step in axes:
+        table = (table[:, None] + start + step * np.arange(count)).ravel()
+    return table
+
+
+def gather_gemm_error(x, w, stride, padding):
+    """The largest relative difference between the three passes as gather-GEMMs and ``nanomr.ops.reference``."""
+    padding = (padding,) * 4 if isinstance(padding, int) else padding
+    (n, h, wd, ci), (kh, kw, _, co), s = x.shape, w.shape, stride
+    top, bottom, left, right = padding
+    hp, wp = h + top + bottom, wd + left + right
+    xp = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    _, ho, wo, _ = ops.conv2d_shape(x.shape, w.shape, s, padding)
+    dy = _normal(n, ho, wo, co, seed=9)
+
+    pixels = offsets((0, n, hp * wp * ci), (0, ho, s * wp * ci), (0, wo, s * ci))  # where each window starts
+    window = offsets((0, kh, wp * ci), (0, kw, ci), (0, ci, 1))  # what lies in it
+    y, dw = np.zeros(n * ho * wo * co), np.zeros(kh * kw * ci * co)
+    gather_gemm(y, xp.ravel(), offsets((0, n * ho * wo, co)), pixels, window, w.reshape(-1, co))
+    gather_gemm(dw, xp.ravel(), offsets((0, kh * kw * ci, co)), window, pixels, dy.reshape(-1, co))
+
+    dxp = np.zeros(xp.shape)
+    for e in range(min(s, kh)):  # the rows of x at e, e + s, e + 2s, ... meet the taps e, e + s, ... only
+        for f in range(min(s, kw)):
+            phase = w[e::s, f::s]
+            th, tw = phase.shape[:2]
+            rows, columns = len(range(e, hp, s)), len(range(f, wp, s))
+            bottom_zeros, right_zeros = max(rows - ho, 0), max(columns - wo, 0)
+            dyp = np.pad(dy, ((0, 0), (th - 1, bottom_zeros), (tw - 1, right_zeros), (0, 0)))
+            hq, wq = dyp.shape[1:3]
+            o = offsets((0, n, hp * wp * ci), (e * wp * ci, rows, s * wp * ci), (f * ci, columns, s * ci))
+            a = offsets((0, n, hq * wq * co), (0, rows, wq * co), (0, columns, co))
+            b = offsets(((th - 1) * wq * co, th, -wq * co), ((tw - 1) * co, tw, -co), (0, co, 1))
+            gather_gemm(dxp.reshape(-1), dyp.ravel(), o, a, b, phase.transpose(0, 1, 3, 2).reshape(-1, ci))
+
+    return max(
+        _relative(y, ops.conv2d(x, w, None, s, padding).ravel()),
+        _relative(dw, ops.conv2d_weight_gradient(x, dy, w.shape, s, padding)[0].ravel()),
+        _relative(dxp[:, top : top + h, left : left + wd], ops.conv2d_input_gradient(dy, w, s, padding, x.shape)),
+    )
+
+
+def _relative(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+PAGES = {
+    f"{page.__name__}.md": page
+    for page in (
+        linear, convolution, relu, batchnorm, pooling, cross_entropy, intrinsic, hamming, laplacian, pair_batch
+    )
+}  # fmt: skip
+
+
+def errors(page) -> dict[str, float]:
+    """The worst error of a page, by method."""
+    worst = {}
+    for method, error in PAGES[page]():
+        worst[method] = max(worst.get(method, 0.0), float(error))
+    return worst
+
+
+def line(page) -> str:
+    worst = errors(page)
+    columns = (f"{worst[m]:.1e}" if m in worst else "-" for m in BOUNDS)
+    return f"{page:<20}" + "".join(f"{column:>10}" for column in columns)
+
+
+if __name__ == "__main__":
+    print(f"{'page':<20}" + "".join(f"{method:>10}" for method in BOUNDS))
+    for page in PAGES:
+        print(line(page))

@@ -1,0 +1,192 @@
+"""The networks of nanomr as ``torch.nn`` modules, and the paper's loss in PyTorch. Needs only torch and safetensors.
+
+    import torch, torch_twin                                    # this file, wherever you copied it
+    net = torch_twin.load("runs/x/model.safetensors").eval()    # weights and architecture come from the file
+    logits = net(torch.rand(8, 3, 32, 32))                      # NCHW images in [0, 1]; normalisation is inside
+
+The other way: ``torch_twin.save(path, net, architecture)``, then ``nanomr.load(path)``. A ``.pt`` or ``.pth`` file
+that holds a state dict with these names becomes a nanomr file with
+
+    python torch_twin.py weights.pt model.safetensors '{"name": "preact_resnet18", "bn_before_fc": false}'
+
+The architecture is ``nanomr.models.Model.architecture``: a builder's name and its arguments. Left out, these take the
+same defaults as there.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class Mlp(nn.Sequential):
+    """Images -> logits by fully connected layers; ``sizes`` = (inputs, hidden ..., classes)."""
+
+    def __init__(self, sizes=(3072, 256, 256, 10), input_shape=None, mean=(0.0,), std=(1.0,)):
+        super().__init__()  # input_shape, (H, W, C), is the caller's affair here: any image of sizes[0] values fits
+        self.normalize, self.flatten = Normalize(mean, std), nn.Flatten()
+        for i in range(1, len(sizes)):
+            self.add_module(f"fc{i}", nn.Linear(sizes[i - 1], sizes[i]))
+            if i < len(sizes) - 1:
+                self.add_module(f"relu{i}", nn.ReLU())
+
+
+class SmallCNN(nn.Sequential):
+    """The verification network: Wong et al.'s (``kernel=4``), or Xiao et al.'s with SAME padding (``kernel=5``)."""
+
+    def __init__(self, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD):
+        super().__init__()
+        symmetric = (
+            kernel == 4
+        )  # SAME padding of an even image, stride 2: 1 pixel at the top left, 2 at the bottom right
+        self.normalize = Normalize(mean, std)
+        self.pad1 = nn.Identity() if symmetric else nn.ZeroPad2d((1, 2, 1, 2))
+        self.conv1 = nn.Conv2d(3, 16, kernel, 2, 1 if symmetric else 0)
+        self.relu1 = nn.ReLU()
+        self.pad2 = nn.Identity() if symmetric else nn.ZeroPad2d((1, 2, 1, 2))
+        self.conv2 = nn.Conv2d(16, 32, kernel, 2, 1 if symmetric else 0)
+        self.relu2 = nn.ReLU()
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(2048, hidden)
+        self.relu3 = nn.ReLU()
+        self.fc2 = nn.Linear(hidden, classes)
+
+
+class PreActBlock(nn.Module):
+    """conv2(relu(bn2(conv1(h)))) + shortcut, h = relu(bn1(x)); the flags say which of x and h the shortcut reads."""
+
+    def __init__(self, in_channels, channels, stride, out_shortcut, activated_identity):
+        super().__init__()
+        self.bn1, self.relu1 = nn.BatchNorm2d(in_channels), nn.ReLU()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(channels), nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.shortcut, self.shortcut_reads_h = nn.Identity(), activated_identity
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
+            self.shortcut_reads_h = out_shortcut
+
+    def forward(self, x):
+        h = self.relu1(self.bn1(x))
+        y = self.conv2(self.relu2(self.bn2(self.conv1(h))))
+        return y + self.shortcut(h if self.shortcut_reads_h else x)
+
+
+class PreActResNet18(nn.Sequential):
+    """He et al.'s (2016) network for 32x32 images, and the variants that go by its name; see nanomr's builder."""
+
+    def __init__(
+        self, bn_before_fc=True, out_shortcut=True, jin_v1=False, width=64, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD
+    ):
+        super().__init__()
+        if jin_v1:
+            bn_before_fc, out_shortcut = False, True
+        self.normalize = Normalize(mean, std)
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        if jin_v1:
+            self.bn1, self.relu1 = nn.BatchNorm2d(width), nn.ReLU()
+        channels = width
+        for i, stride in enumerate((1, 2, 2, 2)):
+            out = width * 2**i
+            first = PreActBlock(channels, out, stride, out_shortcut, jin_v1)
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, PreActBlock(out, out, 1, out_shortcut, jin_v1)))
+            channels = out
+        if bn_before_fc:
+            self.bn, self.relu = nn.BatchNorm2d(channels), nn.ReLU()
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.linear = nn.Linear(channels, classes)
+
+
+BUILDERS = {"mlp": Mlp, "small_cnn": SmallCNN, "preact_resnet18": PreActResNet18}
+
+
+def twin(architecture: dict) -> nn.Module:
+    """The module of an ``architecture``, with PyTorch's random weights."""
+    options = dict(architecture)
+    return BUILDERS[options.pop("name")](**options)
+
+
+def load(path) -> nn.Module:
+    """The network in a nanomr file (or run folder), in training mode, as every new module."""
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    with safetensors.safe_open(path, framework="pt") as file:
+        architecture = json.loads(file.metadata()["nanomr"])["architecture"]
+        state = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("optimizer.")}
+    module = twin(architecture)
+    module.load_state_dict(state)
+    return module
+
+
+def save(path, module: nn.Module, architecture: dict):
+    """Write a file that ``nanomr.load`` reads."""
+    convert(path, module.state_dict(), architecture)
+
+
+def convert(path, state: dict, architecture: dict):
+    """Write a nanomr file from a state dict. Raises RuntimeError when its names or shapes are not the architecture's.
+
+    One without ``normalize.mean`` and ``normalize.std`` gets the architecture's.
+    """
+    module = twin(architecture)
+    defaults = {name: value for name, value in module.state_dict().items() if name.startswith("normalize.")}
+    module.load_state_dict({**defaults, **state})
+    arrays = {name: value.contiguous() for name, value in module.state_dict().items()}
+    safetensors.torch.save_file(arrays, path, {"nanomr": json.dumps({"architecture": architecture})})
+
+
+def manifold_loss(module, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, per_sample=False) -> dict:
+    """The objective of ``nanomr.methods.manifold_step``, for autograd: x, rho (N, C, H, W), labels (N,).
+
+    {"loss", "cross_entropy", "intrinsic", "hamming"}; call ``["loss"].backward()``.
+    """
+    inputs = []  # of every ReLU, in forward order
+    relus = [m for m in module.modules() if isinstance(m, nn.ReLU)]
+    hooks = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for m in relus]
+    try:
+        logits = module(torch.cat([x, x + rho, x - rho]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    clean, plus, minus = logits.chunk(3)
+    cross_entropy = F.cross_entropy(clean, labels)
+    intrinsic = (plus - minus).square().sum(1).mean()
+    hamming = logits.new_zeros(())
+    for z in inputs:
+        t_plus, t_minus = torch.tanh(alpha * z[len(x) :]).chunk(2)
+        distance = t_plus - t_minus
+        norms = torch.linalg.vector_norm(distance, dim=tuple(range(1, z.ndim)) if per_sample else None)
+        hamming = hamming + norms.sum() / (2 * distance.numel() * len(inputs))
+    loss = cross_entropy + gamma_i * intrinsic + gamma_h * hamming
+    return {"loss": loss, "cross_entropy": cross_entropy, "intrinsic": intrinsic, "hamming": hamming}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Convert a PyTorch state dict to a nanomr file.")
+    parser.add_argument("source", help="a .pt or .pth file that holds a state dict")
+    parser.add_argument("target", help="the .safetensors file to write")
+    parser.add_argument("architecture", type=json.loads, help='JSON, for example \'{"name": "small_cnn"}\'')
+    args = parser.parse_args()
+    convert(args.target, torch.load(args.source, map_location="cpu", weights_only=True), args.architecture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The benchmark runs and prints what its readers parse. How fast it is, is not asked here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN_STEP = Path(__file__).resolve().parent.parent / "bench" / "train_step.py"
+FIGURES = (
+    "images_per_s torch_images_per_s ratio_vs_torch overhead_vs_standard memory_vs_plain_3n gflops sgemm_gflops "
+    "standard_images_per_s torch_standard_images_per_s standard_ratio_vs_torch torch_overhead_vs_standard"
+).split()
+
+
+def run(*options) -> list[str]:
+    result = subprocess.run([sys.executable, TRAIN_STEP, "--quick", *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.torch
+def test_the_last_line_is_json_with_every_figure(tmp_path):
+    lines = run("--threads", "1", "--json", str(tmp_path / "result.json"))
+    found = json.loads(lines[-1])
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+    assert found["threads"] == 1 and found["torch_format"] in ("contiguous", "channels_last")
+    assert all(found[name] > 0 for name in FIGURES)
+
+
+def test_nanomr_alone_needs_no_pytorch():
+    found = json.loads(run("--side", "nanomr")[-1])
+    assert found["images_per_s"] > 0 and not [name for name in found if "torch" in name]
+
+
+def test_the_profile_is_a_table():
+    lines = run("--profile")
+    assert any(line.startswith("conv2d_weight_gradient") for line in lines)
+    assert lines[-1].startswith("the whole step") and lines[-1].endswith("100.0%")
