@@ -5,7 +5,10 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NoReturn
+
+from tqdm import tqdm
 
 from .errors import UserError
 
@@ -73,3 +76,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         code = 141
     sys.exit(code)
+
+
+@contextmanager
+def progress(total: int, label: str):
+    """A progress bar over images; yields ``advance(done, robust)`` for :func:`nanomr.attacks.pgd`."""
+    with tqdm(total=total, desc=label, unit="img", disable=None) as bar:
+
+        def advance(done: int, robust: int):
+            bar.set_postfix_str(f"robust so far {robust / done:.2%}")
+            bar.update(done - bar.n)
+
+        yield advance

@@ -67,15 +67,20 @@ def _transposed(a, xp):
     return xp.ascontiguousarray(xp.asarray(a).transpose()).transpose()
 
 
+def _beside(a):
+    """What lies beside the elements of a view: reading it by mistake shows."""
+    return np.nan if a.dtype.kind == "f" else 77
+
+
 def _strided(a, xp):
-    base = xp.full([2 * size for size in a.shape], xp.nan, a.dtype)  # NaN: reading a neighbour shows
+    base = xp.full([2 * size for size in a.shape], _beside(a), a.dtype)
     view = base[tuple(slice(1, None, 2) for _ in a.shape)]
     view[...] = xp.asarray(a)
     return view
 
 
 def _slice(a, xp):
-    base = xp.full([size + 2 for size in a.shape], xp.nan, a.dtype)
+    base = xp.full([size + 2 for size in a.shape], _beside(a), a.dtype)
     view = base[tuple(slice(1, -1) for _ in a.shape)]
     view[...] = xp.asarray(a)
     return view

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import signal
@@ -264,7 +265,8 @@ def test_without_data_dir_a_download_goes_to_the_cache(server, tmp_path, monkeyp
 
 def test_data_dir_may_be_the_folder_to_make(server, tmp_path):
     fetch(server, tmp_path / data.FOLDER)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [data.FOLDER]
+    assert [p.name for p in tmp_path.iterdir()] == [data.FOLDER]
+    assert (tmp_path / data.FOLDER / data.TEST_FILE).is_file()
 
 
 def test_changed_files_are_no_longer_verified(server, tmp_path):
@@ -306,6 +308,23 @@ def test_too_long_an_archive_installs_nothing(server, tmp_path):
     fails_and_leaves_nothing(f"sent more than {whole} bytes", server, tmp_path / "d", size=whole)
 
 
+def test_an_endless_answer_is_cut_off(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_chunks", lambda url: itertools.repeat(b"x" * 1000, 10_000_000))
+    fails_and_leaves_nothing("sent more than", server, tmp_path / "d")
+
+
+def test_the_finished_folder_appears_by_one_rename(server, tmp_path, monkeypatch):
+    seen, rename = [], Path.rename
+
+    def watched(source, target):
+        seen.append(({p.name for p in source.iterdir()}, Path(target)))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    fetch(server, tmp_path)
+    assert seen == [({*data.BIN_FILES, data.META_FILE, data.MARKER, "readme.html"}, tmp_path / data.FOLDER)]
+
+
 def test_a_server_that_goes_away_half_way(server, tmp_path):
     server.mode = "half"
     half, whole = len(server.body) // 2, len(server.body)
@@ -329,7 +348,7 @@ def test_a_refused_connection(server, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound but not listening
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
-        fails_and_leaves_nothing("refused", server, tmp_path / "d", url=url)
+        fails_and_leaves_nothing("cannot download .*refused", server, tmp_path / "d", url=url)
 
 
 def test_no_network(server, tmp_path, monkeypatch):
@@ -337,7 +356,7 @@ def test_no_network(server, tmp_path, monkeypatch):
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_name)
-    fails_and_leaves_nothing("name resolution", server, tmp_path / "d")
+    fails_and_leaves_nothing("cannot download .*name resolution", server, tmp_path / "d")
 
 
 def test_a_place_that_cannot_be_written(server, tmp_path):

@@ -1,4 +1,7 @@
-"""nanomr against PyTorch, by docs/torch_twin.py: models, the manifold objective, the optimiser, the weight files."""
+"""nanomr against PyTorch, by docs/torch_twin.py: models, the manifold objective, the optimiser, the weight files.
+
+PyTorch computes in float64, so that what is left in a float32 comparison is our own rounding.
+"""
 
 import copy
 import importlib.util
@@ -44,20 +47,16 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
 def couple(name, dtype, rng):
-    """A network and its twin, with the same weights and with BatchNorm far from its initial values."""
+    """A network and its float64 twin, with the same weights and with BatchNorm far from its initial values."""
     model = mr.models.build(NETWORKS[name], seed=3)
     for _, layer in model.walk():
         if isinstance(layer, mr.layers.BatchNorm2d):
             for values in (*layer.params.values(), layer.buffers["running_mean"], layer.buffers["running_var"]):
                 values += rng.uniform(-0.2, 0.2, values.shape)
     model.astype(dtype)
-    net = torch_twin.twin(model.architecture).to(torch_type(dtype))
+    net = torch_twin.twin(model.architecture).double()
     net.load_state_dict({key: torch.from_numpy(value) for key, value in model.state_dict().items()})
     return model, net
-
-
-def torch_type(dtype):
-    return torch.float64 if dtype == np.float64 else torch.float32
 
 
 def images(model, n, rng):
@@ -95,7 +94,7 @@ def pairs(model, n, rng):
 
 
 def nchw(x):
-    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().double()
 
 
 def as_state_dict(model, arrays: dict):
@@ -134,7 +133,7 @@ def test_logits_gradients_and_running_statistics_are_pytorchs(name, train, dtype
     image = nchw(x).requires_grad_()
     wanted = net(image)
     dy = rng.standard_normal(wanted.shape).astype(dtype)
-    wanted.backward(torch.from_numpy(dy))
+    wanted.backward(torch.from_numpy(dy).double())
 
     logits, cache = model.forward(x, train=train)
     dx = model.backward(dy, cache)
@@ -181,7 +180,7 @@ def test_a_wrong_gradient_is_caught(name, rng):
     logits, cache = model.forward(x, train=True)
     dy = rng.standard_normal(logits.shape).astype(np.float32)
     model.backward(dy, cache)
-    net(nchw(x)).backward(torch.from_numpy(dy))
+    net(nchw(x)).backward(torch.from_numpy(dy).double())
     assert_same_gradients(model, net, 1e-4)
     for _, layer in model.walk():
         for gradient in layer.grads.values():
@@ -291,7 +290,7 @@ def test_a_saved_network_loads_in_pytorch(name, rng, tmp_path):
     model, _ = couple(name, np.float32, rng)
     model.save(tmp_path / "model.safetensors", epoch=3)
     for path in (tmp_path / "model.safetensors", tmp_path):
-        net = torch_twin.load(path).eval()  # strict: every name must be there
+        net = torch_twin.load(path).double().eval()  # strict: every name must be there
         x = images(model, 4, rng)
         assert_close(model.forward(x)[0], net(nchw(x)), 1e-4)
 
@@ -307,7 +306,7 @@ def test_a_pytorch_network_loads_in_nanomr(name, rng, tmp_path):
     torch_twin.save(tmp_path / "net.safetensors", net, NETWORKS[name])
     model = mr.load(tmp_path / "net.safetensors")
     x = images(model, 4, rng)
-    assert_close(model.forward(x)[0], net.eval()(nchw(x)), 1e-4)
+    assert_close(model.forward(x)[0], net.double().eval()(nchw(x)), 1e-4)
     assert model.weights.dtype == np.float32
 
 
@@ -330,7 +329,7 @@ def test_the_command_converts_a_pt_file(rng, tmp_path):
     subprocess.run(command, check=True)
     model = mr.load(tmp_path / "net.safetensors")
     x = images(model, 2, rng)
-    assert_close(model.forward(x)[0], net.eval()(nchw(x)), 1e-4)
+    assert_close(model.forward(x)[0], net.double().eval()(nchw(x)), 1e-4)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -3,7 +3,7 @@
     python docs/derivations/check.py
 
 "complex" is the complex step, exact to rounding: its errors must stay below 1e-12. "central" is the central
-difference, for code with a ReLU in it (max is not analytic): below 1e-6. A larger error raises GradientError.
+difference, for what has no complex values (a ReLU, running averages): below 1e-6. A larger error raises GradientError.
 The last digits differ from machine to machine. All of it is float64, with random upstream gradients.
 """
 

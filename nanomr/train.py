@@ -1,0 +1,268 @@
+"""The training loop: batches, schedules, log, checkpoints, resume.
+
+A run folder holds ``config.json``, ``log.jsonl`` (a line an epoch), ``model.safetensors`` (the network),
+``last.safetensors`` (the network, the momentum and where the run stands) and ``curves.png``.
+
+Every random draw is a function of (seed, step), so that a resumed run continues bit for bit.
+"""
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from . import checkpoint, metrics, models, optim, plots, rng
+from .backend import array_module, to_device
+from .data import Dataset
+from .errors import UserError
+from .manifold import corner_pairs
+from .methods import manifold_step, standard_step
+from .ops import ops_for
+
+SAVE_EVERY = 120  # seconds between checkpoints within an epoch
+CHECK_EVERY = 50  # steps between looks at the loss (on a GPU a look waits for the device)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the outcome of a run. Saved as ``config.json``; epochs of 0 train nothing."""
+
+    architecture: dict  # models.build
+    method: str  # methods.METHODS
+    data: str
+    epochs: int
+    batch_size: int = 128
+    hold_out: int = 5000  # the last training images, kept for monitoring and for choosing constants
+    train_images: int = 0  # use only the first so many; 0: all
+    seed: int = 0
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip: float = 0.0  # gradient norm; 0: no clipping
+    eps_start: float = 2 / 255
+    eps: float = 8 / 255
+    gamma_i: float = 0.4
+    gamma_h: float = 9000.0
+    gamma_factor: float = 10.0  # both gammas grow by it
+    alpha: float = 8.0
+    hamming_norm: str = "batch"  # or "sample"
+    augment: bool = True
+
+    def schedule(self, epoch: float) -> dict:
+        """lr, eps, gamma_i, gamma_h at a fractional epoch (appendix B, scaled to this run's length)."""
+        factor = optim.gamma_factor(epoch, self.epochs, self.gamma_factor)
+        return {
+            "lr": optim.learning_rate(epoch, self.epochs, self.lr),
+            "eps": optim.epsilon(epoch, self.epochs, self.eps_start, self.eps),
+            "gamma_i": factor * self.gamma_i if self.method in ("manifold", "intrinsic") else 0.0,
+            "gamma_h": factor * self.gamma_h if self.method in ("manifold", "hamming") else 0.0,
+        }
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run is saved and can go on. The message says how."""
+
+
+class Trainer:
+    """One run. ``Trainer(config, dataset, folder, device).run()`` trains to the end and returns the model."""
+
+    def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu"):
+        self.config, self.dataset, self.folder, self.device = config, dataset, Path(folder), device
+        images, labels, held, held_labels = dataset.hold_out(config.hold_out)
+        if config.train_images:
+            images, labels = images[: config.train_images], labels[: config.train_images]
+        if len(images) < config.batch_size:
+            raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} training images")
+        if not config.hold_out:  # nothing is held out: watch the run on training images, and say so
+            held, held_labels = images[-5000:], labels[-5000:]
+        self.images, self.labels = to_device(images, device), to_device(labels, device)
+        self.held, self.held_labels = to_device(held, device), to_device(held_labels, device)
+        self.steps_per_epoch = len(images) // config.batch_size  # the last, incomplete batch is left for another epoch
+        self.model = models.build(config.architecture, config.seed).to(device)
+        self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, config.clip or None)
+        self.step, self.totals, self.seconds, self.log = 0, np.zeros(5), 0.0, []
+        self._order = (-1, None)
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int):
+        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped."""
+        config, xp, n = self.config, array_module(self.images), self.config.batch_size
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            order = rng.generator(config.seed, rng.SHUFFLE, epoch).permutation(len(self.images))
+            self._order = (epoch, to_device(order, self.device))
+        index = self._order[1][i * n : (i + 1) * n]
+        if not config.augment:
+            return metrics.as_float(self.images[index]), self.labels[index]
+        draw = rng.generator(config.seed, rng.AUGMENT, step)
+        top, left, flip = draw.integers(0, 9, n), draw.integers(0, 9, n), draw.random(n) < 0.5
+        x = ops_for(self.model.weights).crop_flip(self.images, index, *(xp.asarray(v) for v in (top, left, flip)))
+        return x, self.labels[index]
+
+    def train_step(self) -> np.ndarray:
+        """Step, update; [loss, cross-entropy, intrinsic, hamming, gradient norm] as an array on the device."""
+        config, now = self.config, self.config.schedule(self.step / self.steps_per_epoch)
+        x, labels = self.batch(self.step)
+        if config.method == "standard":
+            parts = standard_step(self.model, x, labels)
+        else:
+            rho = corner_pairs(x, now["eps"], config.seed, self.step)
+            per_sample = config.hamming_norm == "sample"
+            parts = manifold_step(
+                self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], config.alpha, per_sample
+            )
+        norm = self.optimizer.step(now["lr"])
+        self.step += 1
+        values = [parts.get(k, 0.0) for k in ("loss", "cross_entropy", "intrinsic", "hamming")] + [norm]
+        return array_module(x).stack([array_module(x).asarray(v, dtype=float) for v in values])
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C; the run is saved first."""
+        config, total = self.config, self.config.epochs * self.steps_per_epoch
+        self.folder.mkdir(parents=True, exist_ok=True)
+        n, saved, started = config.batch_size, time.monotonic(), time.monotonic()
+        bar = tqdm(total=total * n, initial=self.step * n, unit="img", unit_scale=True, smoothing=0.05, disable=None)
+        with bar, _interrupts() as interrupted:
+            pending = 0.0
+            while self.step < total:
+                pending = pending + self.train_step()
+                bar.update(n)
+                ends = self.step % self.steps_per_epoch == 0
+                if ends or self.step % CHECK_EVERY == 0 or interrupted:
+                    self.totals += np.asarray(to_device(pending, "cpu") if self.device == "gpu" else pending)
+                    pending = 0.0
+                    self._stop_on_nan()
+                    self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
+                if ends:
+                    self._end_epoch(bar)
+                    started = saved = time.monotonic()
+                elif interrupted or (isinstance(pending, float) and time.monotonic() - saved > SAVE_EVERY):
+                    self.save()
+                    saved = time.monotonic()
+                if interrupted and self.step < total:
+                    raise Interrupted(f"stopped after {self.step} of {total} steps and saved; --resume {self.folder} goes on")
+        return self.model
+
+    def _end_epoch(self, bar):
+        record = self._record()
+        self.log.append(record)
+        checkpoint.append_jsonl(self.folder / "log.jsonl", record)
+        self.totals, self.seconds = np.zeros(5), 0.0
+        self.save()
+        if len(self.log) == 1:
+            bar.write(HEADER)
+        bar.write(line(record))
+        self._stop_on_collapse()
+
+    def _record(self) -> dict:
+        """The epoch's line in the log: means over its steps, and the held-out images (training images without any)."""
+        config, steps = self.config, self.steps_per_epoch
+        loss, ce, pair, hamming, norm = (self.totals / steps).tolist()
+        epoch = self.step / steps
+        few, few_labels = self.held[:500], self.held_labels[:500]
+        return {
+            "epoch": round(epoch),
+            **{"loss": loss, "cross_entropy": ce, "intrinsic": pair, "hamming": hamming, "gradient_norm": norm},
+            "accuracy": metrics.accuracy(self.model, self.held, self.held_labels),
+            "pgd10": metrics.robust_accuracy(self.model, few, few_labels, config.eps, steps=10, seed=config.seed),
+            **metrics.stability(self.model, few, config.eps, config.seed),
+            **config.schedule(epoch),
+            "images_per_s": steps * config.batch_size / self.seconds,
+        }
+
+    def _stop_on_nan(self):
+        if np.isfinite(self.totals).all():
+            return
+        names = ("loss", "cross-entropy", "intrinsic term", "Hamming term", "gradient")
+        bad = [name for name, value in zip(names, self.totals, strict=True) if not math.isfinite(value)]
+        first = bad[1] if len(bad) > 1 else bad[0]
+        raise UserError(
+            f"the {first} became NaN or infinite near step {self.step} (epoch {self.step / self.steps_per_epoch:.1f}): "
+            f"lower --lr, or clip gradients with --clip 1; {self.folder} holds the last good epoch"
+        )
+
+    def _stop_on_collapse(self):
+        """All ReLUs stable and accuracy near chance, two epochs running: a regulariser has won."""
+        chance = 1.5 / len(self.dataset.classes)
+        last = self.log[-2:]
+        if len(last) < 2 or any(r["accuracy"] > chance or r["unstable"] > 1e-3 for r in last):
+            return
+        weighted = {
+            "intrinsic (--gamma-i)": max(r["gamma_i"] * r["intrinsic"] for r in self.log),
+            "Hamming (--gamma-h)": max(r["gamma_h"] * r["hamming"] for r in self.log),
+        }
+        name = max(weighted, key=weighted.get)
+        raise UserError(
+            f"collapsed at epoch {last[-1]['epoch']}: accuracy {last[-1]['accuracy']:.1%}, no unstable ReLU; the {name} "
+            f"term did it (it reached {weighted[name]:.2f} beside the cross-entropy): lower it, or --lr, or try --clip 1"
+        )
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self):
+        """Write ``last.safetensors`` (all that a resumed run needs) and ``model.safetensors``."""
+        state = {"step": self.step, "totals": self.totals.tolist(), "seconds": self.seconds}
+        tensors = self.model.state_dict() | {"optimizer.velocity": self.optimizer.velocity}
+        metadata = {"architecture": self.config.architecture, "state": state, "config": asdict(self.config)}
+        checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
+        self.model.save(self.folder / "model.safetensors", epoch=self.step / self.steps_per_epoch, data=self.config.data)
+
+    def resume(self):
+        """Continue from the folder's ``last.safetensors``."""
+        tensors, metadata = checkpoint.load_tensors(self.folder / "last.safetensors")
+        if metadata.get("config") != asdict(self.config):
+            raise UserError(f"{self.folder}/last.safetensors belongs to another configuration than config.json")
+        self.optimizer.velocity[...] = to_device(tensors.pop("optimizer.velocity"), self.device)
+        self.model.load_state_dict(tensors)
+        state = metadata["state"]
+        self.step, self.totals, self.seconds = state["step"], np.array(state["totals"]), state["seconds"]
+        epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
+        log = self.folder / "log.jsonl"
+        self.log = [r for r in checkpoint.read_jsonl(log) if r["epoch"] <= epochs] if log.exists() else []
+        checkpoint.write_atomic(log, "")
+        for record in self.log:
+            checkpoint.append_jsonl(log, record)
+
+    def plot(self) -> Path | None:
+        """Draw ``curves.png``; None without matplotlib or without an epoch to draw."""
+        return plots.curves(self.log, self.folder / "curves.png") if self.log else None
+
+
+HEADER = (
+    "epoch    loss      CE   intrinsic  hamming   clean  PGD-10  corners  unstable  switching  dead      lr   eps"
+    "   gamma_i  gamma_h   img/s"
+)
+
+
+def line(r: dict) -> str:
+    """A log record as a line under HEADER."""
+    return (
+        f"{r['epoch']:5d} {r['loss']:7.3f} {r['cross_entropy']:7.3f} {r['intrinsic']:11.2e} {r['hamming']:8.1e} "
+        f"{r['accuracy']:7.2%} {r['pgd10']:7.2%} {r['corner_distance']:8.1f} {r['unstable']:9.2%} {r['switching']:10d} "
+        f"{r['dead']:5d} {r['lr']:7.4f} {r['eps'] * 255:5.2f} {r['gamma_i']:9.3g} {r['gamma_h']:8.4g} {r['images_per_s']:7.0f}"
+    )
+
+
+@contextmanager
+def _interrupts():
+    """Within it, Ctrl-C and SIGTERM fill the list that it yields instead of breaking into a step."""
+    caught: list = []
+    previous = {}
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+        except ValueError:  # not in the main thread: leave signals alone
+            break
+    try:
+        yield caught
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)

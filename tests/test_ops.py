@@ -1,0 +1,519 @@
+"""``cpu`` and ``gpu`` offer ``reference``'s functions, and agree with it: in float32, for all shapes and layouts.
+
+The oracle is ``reference`` in float64. A float32 sum of products errs by a few 1e-7 of the sum of their magnitudes
+(the condition of the sum, not of its result, which may cancel to nothing), so that a function may be off by 1e-5 of
+itself computed on absolute values. ``Operation.magnitude`` is that bound.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
+
+from nanomr import rng as streams
+from nanomr.backend import to_numpy
+from nanomr.ops import reference
+
+TOLERANCE = 1e-5
+
+
+def load(name):
+    """The module and its array module. Skips where there is no CuPy or no GPU (see conftest.py)."""
+    module = importlib.import_module(f"nanomr.ops.{name}")
+    return module, importlib.import_module("cupy") if name == "gpu" else np
+
+
+BACKENDS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+
+# --- the same functions -----------------------------------------------------------------------------------------------
+
+
+def public_functions(module):
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if callable(value)
+        and not inspect.isclass(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", "").startswith("nanomr.ops")
+    }
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_backends_offer_every_function_with_the_same_signature(name):
+    try:
+        module = importlib.import_module(f"nanomr.ops.{name}")
+    except ImportError as error:
+        pytest.skip(str(error))
+    offered = public_functions(module)
+    for function, wanted in public_functions(reference).items():
+        assert function in offered, f"{name} lacks {function}"
+        assert inspect.signature(offered[function]) == inspect.signature(wanted), function
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Operation:
+    draw: st.SearchStrategy  # of the arguments, in float32
+    magnitude: Callable  # (float64 arguments) -> the size of the terms of each output
+
+
+def _normal(generator, shape, special=False):
+    """Standard normal; with ``special``, some entries are exact zeros, tiny or huge."""
+    a = generator.standard_normal(shape).astype(np.float32)
+    if special:
+        extremes = generator.choice(np.float32([0.0, -0.0, 1e4, -1e4, 1e-20, -1e-20]), shape)
+        a = np.where(generator.random(shape) < 0.2, extremes, a)
+    return a
+
+
+def arguments(shapes, make):
+    """``make(generator, *drawn)`` gives the arguments."""
+    return st.builds(lambda drawn, seed: make(np.random.default_rng(seed), drawn), shapes, seeds)
+
+
+def absolute(function):
+    """The magnitude of a sum of products: the function itself, of absolute values."""
+
+    def magnitude(*args):
+        return function(*[np.abs(a) if isinstance(a, np.ndarray) else a for a in args])
+
+    return magnitude
+
+
+def ones_for(function):
+    """Outputs that come out exact, or of size 1: the magnitude is the output's own."""
+
+    def magnitude(*args):
+        result = function(*args)
+        return tuple(np.abs(r) for r in result) if isinstance(result, tuple) else np.abs(result)
+
+    return magnitude
+
+
+CHANNELS = (1, 3, 5, 8, 16, 17, 32)  # below, at, and beside the widths of vectors
+conv_cases = convolutions(batch=(1, 2, 7), channels=CHANNELS, kernel=5, stride=3, size=9, square=False)
+
+
+def _bias(g, case):
+    return _normal(g, case.c_out) if g.random() < 0.5 else None
+
+
+def _dy(g, case):
+    return _normal(g, case.y_shape)
+
+
+matrices = st.tuples(*[st.sampled_from((1, 2, 3, 7, 8, 16, 33))] * 3)
+feature_maps = st.one_of(images(n=(1, 7), size=(1, 6), channels=(1, 33)), st.tuples(st.integers(1, 7), st.integers(1, 65)))
+some = st.tuples(feature_maps, st.sampled_from([0.5, 8.0, 100.0]))
+
+
+def _triple(g, shape):
+    """[z0; z+; z-], in places with z+ = z-."""
+    z = _normal(g, (3 * shape[0], *shape[1:]), special=True)
+    _, plus, minus = np.split(z, 3)
+    minus[...] = np.where(g.random(shape) < 0.2, plus, minus)
+    return z
+
+
+def _weight(g, n):
+    return g.standard_normal(n).astype(np.float32)
+
+
+def _dims(values, z):
+    return values.reshape(-1, *[1] * (z.ndim - 1))
+
+
+def _hamming_magnitude(z, alpha):
+    """tanh errs by 1e-7 of 1 where it saturates, else of itself; d = t+ - t- by the sum of both."""
+    _, plus, minus = np.split(np.tanh(alpha * np.abs(z)), 3)
+    return np.abs(z), ((plus + minus) ** 2).reshape(len(plus), -1).sum(1)
+
+
+def _hamming_backward_magnitude(dy, z, alpha, weight):
+    size, n = np.abs(dy), len(z) // 3
+    _, plus, minus = np.split(np.tanh(alpha * np.abs(z)), 3)
+    size[n:] += np.tile(_dims(np.abs(weight), z) * (plus + minus), (2, *[1] * (z.ndim - 1)))
+    return size
+
+
+def _batchnorm_arguments(g, shape):
+    """(x, mean, inv_std), as batch statistics are."""
+    x = _normal(g, shape) * 2 + _normal(g, shape[-1])
+    mean, var = reference.batchnorm_statistics(x)
+    return x, mean, (1 / (var + 1e-5) ** 0.5).astype(np.float32)
+
+
+def _batchnorm(g, shape):
+    x, mean, inv_std = _batchnorm_arguments(g, shape)
+    return x, _normal(g, shape[-1]), _normal(g, shape[-1]), mean, inv_std
+
+
+def _batchnorm_backward(g, shape):
+    x, mean, inv_std = _batchnorm_arguments(g, shape)
+    dy = _normal(g, shape)
+    return dy, x, _normal(g, shape[-1]), mean, inv_std, *reference.batchnorm_parameter_gradient(dy, x, mean, inv_std)
+
+
+def _centred(x, mean):
+    return np.abs(x) + np.abs(mean)
+
+
+def _backward_magnitude(dy, x, gamma, mean, inv_std, dgamma, dbeta):
+    m = x.size // x.shape[-1]
+    x_hat = _centred(x, mean) * inv_std
+    return (np.abs(dy) + (x_hat * np.abs(dgamma) + np.abs(dbeta)) / m) * np.abs(gamma) * inv_std
+
+
+def _parameter_gradient_magnitude(dy, x, mean, inv_std):
+    c = x.shape[-1]
+    dgamma = (np.abs(dy) * _centred(x, mean) * inv_std).reshape(-1, c).sum(0)
+    return dgamma, np.abs(dy).reshape(-1, c).sum(0)
+
+
+def _statistics_magnitude(x):
+    mean, var = reference.batchnorm_statistics(x)
+    # Relative to the variance itself: sums of squares of uncentred values would lose it (see the test further down).
+    return np.abs(x).reshape(-1, x.shape[-1]).mean(0), var + 1e-7 * mean**2
+
+
+pool_shapes = st.tuples(images(n=(1, 3), size=(1, 3), channels=(1, 17)), st.integers(1, 4))
+
+
+def _crops(g, shape):
+    n, h, w, c = shape
+    count = int(g.integers(1, 5))
+    top, left = g.integers(0, 9, (2, count))
+    stored = g.integers(0, 256, shape, dtype=np.uint8)
+    return stored, g.integers(0, n, count), top, left, g.random(count) < 0.5
+
+
+OPERATIONS = {
+    "conv2d": Operation(
+        arguments(conv_cases, lambda g, c: (_normal(g, c.x_shape), _normal(g, c.w_shape), _bias(g, c), c.stride, c.padding)),
+        absolute(reference.conv2d),
+    ),
+    "conv2d_input_gradient": Operation(
+        arguments(conv_cases, lambda g, c: (_dy(g, c), _normal(g, c.w_shape), c.stride, c.padding, c.x_shape)),
+        absolute(reference.conv2d_input_gradient),
+    ),
+    "conv2d_weight_gradient": Operation(
+        arguments(conv_cases, lambda g, c: (_normal(g, c.x_shape), _dy(g, c), c.w_shape, c.stride, c.padding)),
+        absolute(reference.conv2d_weight_gradient),
+    ),
+    "linear": Operation(
+        arguments(
+            matrices,
+            lambda g, s: (_normal(g, s[:2]), _normal(g, s[1:]), _normal(g, s[2]) if g.random() < 0.5 else None),
+        ),
+        absolute(reference.linear),
+    ),
+    "linear_input_gradient": Operation(
+        arguments(matrices, lambda g, s: (_normal(g, (s[0], s[2])), _normal(g, s[1:]))),
+        absolute(reference.linear_input_gradient),
+    ),
+    "linear_weight_gradient": Operation(
+        arguments(matrices, lambda g, s: (_normal(g, s[:2]), _normal(g, (s[0], s[2])))),
+        absolute(reference.linear_weight_gradient),
+    ),
+    "relu": Operation(arguments(feature_maps, lambda g, s: (_normal(g, s, True),)), ones_for(reference.relu)),
+    "relu_backward": Operation(
+        arguments(feature_maps, lambda g, s: (_normal(g, s), _normal(g, s, True))), ones_for(reference.relu_backward)
+    ),
+    "relu_hamming": Operation(arguments(some, lambda g, s: (_triple(g, s[0]), s[1])), _hamming_magnitude),
+    "relu_hamming_backward": Operation(
+        arguments(
+            some,
+            lambda g, s: (_normal(g, (3 * s[0][0], *s[0][1:])), _triple(g, s[0]), s[1], _weight(g, s[0][0])),
+        ),
+        _hamming_backward_magnitude,
+    ),
+    "expand_pair": Operation(
+        arguments(feature_maps, lambda g, s: (_normal(g, s, True), _normal(g, s, True))),
+        lambda u, v: np.concatenate([np.abs(u), *[np.abs(u) + np.abs(v)] * 2]),
+    ),
+    "contract_pair": Operation(
+        arguments(feature_maps, lambda g, s: (_normal(g, (3 * s[0], *s[1:])),)),
+        lambda dy: (sum(np.split(np.abs(dy), 3)),) * 2,
+    ),
+    "relu_hamming_pair": Operation(
+        arguments(some, lambda g, s: (_normal(g, s[0], True), _normal(g, s[0], True), s[1])),
+        lambda u, v, alpha: _hamming_magnitude(np.concatenate([np.abs(u) + np.abs(v)] * 3), alpha),
+    ),
+    "relu_hamming_pair_backward": Operation(
+        arguments(
+            some,
+            lambda g, s: (
+                _normal(g, (3 * s[0][0], *s[0][1:])),
+                _normal(g, s[0], True),
+                _normal(g, s[0], True),
+                s[1],
+                _weight(g, s[0][0]),
+            ),
+        ),
+        lambda dy, u, v, alpha, weight: (
+            sum(np.split(np.abs(dy), 3)) + 4 * np.abs(_dims(weight, u)) * np.tanh(alpha * (np.abs(u) + np.abs(v))),
+        )
+        * 2,
+    ),
+    "batchnorm_statistics": Operation(
+        arguments(images(n=(1, 7), size=(1, 6), channels=(1, 33)), lambda g, s: _batchnorm_arguments(g, s)[:1]),
+        _statistics_magnitude,
+    ),
+    "batchnorm": Operation(
+        arguments(images(n=(1, 7), size=(1, 6), channels=(1, 33)), _batchnorm),
+        lambda x, gamma, beta, mean, inv_std: _centred(x, mean) * inv_std * np.abs(gamma) + np.abs(beta),
+    ),
+    "batchnorm_parameter_gradient": Operation(
+        arguments(
+            images(n=(1, 7), size=(1, 6), channels=(1, 33)), lambda g, s: (_normal(g, s), *_batchnorm_arguments(g, s))
+        ),
+        _parameter_gradient_magnitude,
+    ),
+    "batchnorm_backward": Operation(
+        arguments(images(n=(1, 7), size=(1, 6), channels=(1, 33)), _batchnorm_backward), _backward_magnitude
+    ),
+    "average_pool": Operation(
+        arguments(
+            pool_shapes, lambda g, s: (_normal(g, (s[0][0], s[0][1] * s[1], s[0][2] * s[1], s[0][3])), s[1])
+        ),
+        absolute(reference.average_pool),
+    ),
+    "average_pool_backward": Operation(
+        arguments(pool_shapes, lambda g, s: (_normal(g, s[0]), s[1])), ones_for(reference.average_pool_backward)
+    ),
+    "crop_flip": Operation(arguments(images(n=(1, 4), size=(1, 9)), _crops), ones_for(reference.crop_flip)),
+}
+ELSEWHERE = {"conv2d_shape", "sgd_update", "corners"}  # numbers, an update in place, and bits: tests of their own
+
+
+def test_every_function_is_compared():
+    assert set(public_functions(reference)) == set(OPERATIONS) | ELSEWHERE
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def compare(found, expected, bound, name):
+    for k, (f, e, b) in enumerate(zip(as_tuple(found), as_tuple(expected), as_tuple(bound), strict=True)):
+        assert f.dtype == np.float32 and f.shape == e.shape, f"{name}[{k}] is {f.dtype} {f.shape}, not {e.shape}"
+        excess = np.abs(to_numpy(f) - e) - TOLERANCE * b
+        worst = np.unravel_index(excess.argmax(), excess.shape)
+        assert excess[worst] <= 1e-30, f"{name}[{k}] at {worst}: {to_numpy(f)[worst]}, not {e[worst]} (size {b[worst]})"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(data=st.data())
+def test_backend_agrees_with_the_reference(backend, operation, data):
+    """Values, dtype and shape; the arguments stay as they were; the same call gives the same bits."""
+    module, xp = load(backend)
+    args = data.draw(OPERATIONS[operation].draw)
+    placed = [LAYOUTS[data.draw(layouts)](a, xp) if isinstance(a, np.ndarray) else a for a in args]
+    exact = [a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for a in args]
+    found = getattr(module, operation)(*placed)
+    compare(found, getattr(reference, operation)(*exact), OPERATIONS[operation].magnitude(*exact), operation)
+    for given_, original in zip(placed, args, strict=True):
+        if isinstance(original, np.ndarray):
+            np.testing.assert_array_equal(to_numpy(given_), original, err_msg="an argument was changed")
+    for once, again in zip(as_tuple(found), as_tuple(getattr(module, operation)(*placed)), strict=True):
+        np.testing.assert_array_equal(to_numpy(once), to_numpy(again), err_msg="the same call gives other bits")
+
+
+@pytest.mark.parametrize("operation", ["conv2d", "conv2d_input_gradient", "conv2d_weight_gradient"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "stride", "padding"),
+    [
+        ((3, 32, 32, 3), (4, 4, 3, 16), 2, (1, 1, 1, 1)),
+        ((3, 16, 16, 16), (5, 5, 16, 32), 2, (1, 2, 1, 2)),
+        ((2, 32, 32, 3), (3, 3, 3, 64), 1, (1, 1, 1, 1)),
+        ((2, 8, 8, 64), (1, 1, 64, 128), 2, (0, 0, 0, 0)),
+        ((3, 4, 4, 130), (3, 3, 130, 70), 1, (1, 1, 1, 1)),
+    ],
+)
+def test_convolutions_of_the_networks(backend, operation, x_shape, w_shape, stride, padding, rng):
+    """The sizes that the models run, where tiling and blocking set in."""
+    module, xp = load(backend)
+    x, w = _normal(rng, x_shape), _normal(rng, w_shape)
+    b = _normal(rng, w_shape[3])
+    dy = _normal(rng, reference.conv2d_shape(x_shape, w_shape, stride, padding))
+    args = {
+        "conv2d": (x, w, b, stride, padding),
+        "conv2d_input_gradient": (dy, w, stride, padding, x_shape),
+        "conv2d_weight_gradient": (x, dy, w_shape, stride, padding),
+    }[operation]
+    exact = [a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in args]
+    found = getattr(module, operation)(*[xp.asarray(a) if isinstance(a, np.ndarray) else a for a in args])
+    compare(found, getattr(reference, operation)(*exact), OPERATIONS[operation].magnitude(*exact), operation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_stay_valid_while_others_are_computed(backend, rng):
+    """Memory may be recycled, but not while a result, or a view of it, is still in somebody's hands."""
+    module, xp = load(backend)
+    x = xp.asarray(_normal(rng, (8, 16, 16, 16)))
+    w = xp.asarray(_normal(rng, (3, 3, 16, 16)))
+    results = [module.relu(x), module.conv2d(x, w, None, 1, (1, 1, 1, 1)), module.expand_pair(x, x)]
+    views = [module.conv2d(x, w, None, 1, (1, 1, 1, 1))[2:], module.relu(-x).reshape(8, -1)]
+    kept = [to_numpy(r).copy() for r in results + views]
+    for _ in range(3):
+        module.relu(x + 1), module.conv2d(-x, w, None, 1, (1, 1, 1, 1)), module.expand_pair(x, -x)
+    for result, copy in zip(results + views, kept, strict=True):
+        np.testing.assert_array_equal(to_numpy(result), copy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=conv_cases)
+@fewer(0.4)
+def test_conv2d_shape(backend, case):
+    module, _ = load(backend)
+    assert module.conv2d_shape(case.x_shape, case.w_shape, case.stride, case.padding) == case.y_shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conv2d_refuses_what_does_not_fit(backend):
+    module, xp = load(backend)
+    x = xp.zeros((1, 3, 5, 2), xp.float32)
+    for w_shape, words in (((1, 1, 3, 4), "expects 3 channels"), ((4, 1, 2, 4), "does not fit")):
+        with pytest.raises(ValueError, match=words):
+            module.conv2d(x, xp.zeros(w_shape, xp.float32), None, 1, (0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(size=st.integers(1, 100), momentum=st.sampled_from([0.0, 0.9]), decay=st.sampled_from([0.0, 5e-4, 0.5]), seed=seeds)
+def test_sgd_update(backend, size, momentum, decay, seed):
+    """In place; the gradient is only read."""
+    module, xp = load(backend)
+    g = np.random.default_rng(seed)
+    w, gradient, velocity = (_normal(g, size) for _ in range(3))
+    args = [xp.asarray(a.copy()) for a in (w, gradient, velocity)]
+    module.sgd_update(*args, 0.1, momentum, decay)
+    expected = momentum * velocity.astype(np.float64) + gradient + decay * w
+    np.testing.assert_allclose(to_numpy(args[2]), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(args[0]), w - 0.1 * expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(to_numpy(args[1]), gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(shape=images(n=(1, 5), size=(1, 7), channels=(1, 5)), eps=st.sampled_from([2 / 255, 8 / 255, 1.0]), seed=seeds)
+def test_corners_are_the_bits_of_the_words(backend, shape, eps, seed):
+    """Equal on every device, to the bit: one sign for each bit, the least significant first; a set bit is -eps."""
+    module, xp = load(backend)
+    size = int(np.prod(shape))
+    words = streams.words(seed, streams.CORNERS, 0, -(-size // 64))
+    rho = module.corners(xp.asarray(words), shape, eps)
+    bits = [int(words[i // 64]) >> (i % 64) & 1 for i in range(size)]
+    expected = np.where(bits, -np.float32(eps), np.float32(eps)).reshape(shape)
+    assert rho.dtype == np.float32
+    np.testing.assert_array_equal(to_numpy(rho), expected)
+
+
+# --- special values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_relu_of_special_values(backend, special, size):
+    """A NaN must come out as one: it is how a diverged run shows."""
+    module, xp = load(backend)
+    z = np.full((1, size), -1, np.float32)
+    for at in {0, size // 2, size - 1}:
+        z[0, at] = special
+    np.testing.assert_array_equal(to_numpy(module.relu(xp.asarray(z))), np.where(z == -1, 0, np.maximum(z, 0)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_nan_passes_through_the_hamming_kernels(backend, size, rng):
+    """In y at its own place, in ``squares`` of its own sample only, and in the gradient."""
+    module, xp = load(backend)
+    for branch in range(3):
+        z = _normal(rng, (6, size))
+        z[2 * branch, size // 2] = np.nan
+        weight = xp.ones(2, xp.float32)
+        y, squares = module.relu_hamming(xp.asarray(z), 8.0)
+        np.testing.assert_array_equal(np.isnan(to_numpy(y)), np.isnan(z))
+        assert np.isnan(to_numpy(squares)).tolist() == [branch > 0, False]
+        dz = to_numpy(module.relu_hamming_backward(xp.ones((6, size), xp.float32), xp.asarray(z), 8.0, weight))
+        assert np.isnan(dz[2 * branch, size // 2]) == (branch > 0)
+        assert not np.isnan(dz[1::2]).any()
+    u, v = _normal(rng, (2, 2, size))
+    v[0, 0] = np.nan
+    y, squares = module.relu_hamming_pair(xp.asarray(u), xp.asarray(v), 8.0)
+    assert np.isnan(to_numpy(squares)).tolist() == [True, False]
+    assert np.isnan(to_numpy(y)[[2, 4], 0]).all() and np.isnan(to_numpy(y)).sum() == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(shape=feature_maps, alpha=st.sampled_from([8.0, 100.0]), seed=seeds)
+@fewer(0.4)
+def test_hamming_of_saturated_and_equal_branches(backend, shape, alpha, seed):
+    """Huge |z|: every disagreement counts 4, and there is no gradient; z+ = z-: nothing at all, to the bit."""
+    module, xp = load(backend)
+    g = np.random.default_rng(seed)
+    z = np.float32(1e4) * g.choice(np.float32([-1, 1]), (3 * shape[0], *shape[1:]))
+    _, plus, minus = np.split(z, 3)
+    _, squares = module.relu_hamming(xp.asarray(z), alpha)
+    disagreements = (plus != minus).reshape(shape[0], -1).sum(1)
+    np.testing.assert_allclose(to_numpy(squares), 4 * disagreements, rtol=2e-6)
+    weight = xp.ones(shape[0], xp.float32)
+    dz = module.relu_hamming_backward(xp.zeros_like(xp.asarray(z)), xp.asarray(z), alpha, weight)
+    np.testing.assert_allclose(to_numpy(dz), 0, atol=2e-6)
+    z = _normal(g, z.shape, special=True)
+    z[2 * shape[0] :] = z[shape[0] : 2 * shape[0]]
+    assert not to_numpy(module.relu_hamming(xp.asarray(z), alpha)[1]).any()
+    dz = module.relu_hamming_backward(xp.zeros_like(xp.asarray(z)), xp.asarray(z), alpha, weight)
+    np.testing.assert_array_equal(to_numpy(dz), 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relu_backward_at_zero(backend):
+    module, xp = load(backend)
+    z = np.tile(np.float32([0.0, -0.0, 1e-30, -1e-30]), 5)[None]
+    dz = module.relu_backward(xp.full(z.shape, 3, xp.float32), xp.asarray(z))
+    np.testing.assert_array_equal(to_numpy(dz), np.where(z > 0, 3, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(offset=st.floats(-300, 300), size=st.integers(2, 400), c=st.integers(1, 33), seed=seeds)
+@example(offset=300.0, size=400, c=16, seed=0)
+@fewer(0.4)
+def test_variance_survives_a_large_mean(backend, offset, size, c, seed):
+    """mean(x^2) - mean(x)^2 in float32 would lose every digit here, and may be negative."""
+    module, xp = load(backend)
+    x = (np.random.default_rng(seed).standard_normal((size, 1, 1, c)) * 0.1 + offset).astype(np.float32)
+    _, var = module.batchnorm_statistics(xp.asarray(x))
+    exact = x.astype(np.float64).var((0, 1, 2))
+    np.testing.assert_allclose(to_numpy(var), exact, rtol=1e-4, atol=1e-13 * offset**2)
+
+
+# --- negative controls ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(data=st.data())
+@fewer(0.1)
+def test_the_comparison_notices_small_errors(operation, data):
+    """One entry off by 1e-4 of its size, or computed in half the digits: not within the tolerance."""
+    args = data.draw(OPERATIONS[operation].draw)
+    exact = [a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for a in args]
+    expected, bound = getattr(reference, operation)(*exact), OPERATIONS[operation].magnitude(*exact)
+    wrong = [np.array(e, np.float32) for e in as_tuple(expected)]
+    compare(tuple(wrong), as_tuple(expected), as_tuple(bound), operation)
+    k = data.draw(st.integers(0, len(wrong) - 1))
+    size = as_tuple(bound)[k]
+    at = np.unravel_index(size.argmax(), size.shape)
+    wrong[k][at] += np.float32(1e-4 * size[at] + 1e-20)
+    with pytest.raises(AssertionError, match=operation):
+        compare(tuple(wrong), as_tuple(expected), as_tuple(bound), operation)
