@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Train a locally stable network by manifold regularization (Jin & Rinard 2020).
 
-    python train_cifar.py                                   # shapes10, offline, a small network: two minutes on a CPU
-    python train_cifar.py --data cifar10                    # the paper's verification network, its schedule, 100 epochs
-    python train_cifar.py --data cifar10 --device gpu       # PreActResNet18
-    python train_cifar.py --resume runs/small-shapes10-manifold-0
+python train_cifar.py                                   # shapes10, offline, a small network: two minutes on a CPU
+python train_cifar.py --data cifar10                    # the paper's verification network, its schedule, 100 epochs
+python train_cifar.py --data cifar10 --device gpu       # PreActResNet18
+python train_cifar.py --resume runs/small-shapes10-manifold-0
 """
 
 import argparse
@@ -47,17 +47,23 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--data", choices=("shapes10", "cifar10"), default="shapes10", help="shapes10 is drawn on the fly")
     g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
     g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
-    g.add_argument("--hold-out", type=natural, default=5000, help="last training images, kept for monitoring; 0 trains on all")
+    g.add_argument(
+        "--hold-out", type=natural, default=5000, help="last training images, kept for monitoring; 0 trains on all"
+    )
     g.add_argument("--train-images", type=natural, default=0, help="use only the first so many; 0: all")
     g.add_argument("--no-augment", action="store_true", help="no random crops and flips")
 
     g = p.add_argument_group("optimisation", "schedules are the paper's (appendix B), scaled to --epochs")
     g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 20 for shapes10")
-    g.add_argument("--batch-size", type=positive, default=128, help="clean images; the regularisers see three times as many")
+    g.add_argument(
+        "--batch-size", type=positive, default=128, help="clean images; the regularisers see three times as many"
+    )
     g.add_argument("--lr", type=non_negative, default=None, help="peak; default: " + _defaults("lr"))
     g.add_argument("--momentum", type=share, default=0.9, help="of SGD")
     g.add_argument("--weight-decay", type=non_negative, default=5e-4, help="gamma_K, on all parameters")
-    g.add_argument("--clip", type=non_negative, default=None, help="gradient norm, 0 for none; default: " + _defaults("clip"))
+    g.add_argument(
+        "--clip", type=non_negative, default=None, help="gradient norm, 0 for none; default: " + _defaults("clip")
+    )
 
     g = p.add_argument_group("regularisers")
     g.add_argument("--eps", type=share, default=8 / 255, help="radius of the Linf ball at the end, pixels in [0, 1]")
@@ -66,12 +72,16 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--gamma-h", type=non_negative, default=None, help="Hamming; default: " + _defaults("gamma_h"))
     g.add_argument("--gamma-factor", type=non_negative, default=10.0, help="both grow by this factor")
     g.add_argument("--alpha", type=non_negative, default=8.0, help="of the tanh relaxation")
-    g.add_argument("--hamming-norm", choices=("batch", "sample"), default="batch", help="l2 norm over the batch or per sample")
+    g.add_argument(
+        "--hamming-norm", choices=("batch", "sample"), default="batch", help="l2 norm over the batch or per sample"
+    )
 
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
     g.add_argument("--out", type=Path, default=None, help="run folder; default: runs/MODEL-DATA-METHOD-SEED")
-    g.add_argument("--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count")
+    g.add_argument(
+        "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
+    )
     g.add_argument("--test-images", type=natural, default=1000, help="for the attack in the closing table; 0: no table")
     return p
 
@@ -130,7 +140,9 @@ def main() -> int:
         name = f"{args.model or config.architecture['name'].removesuffix('_cnn')}-{config.data}-{config.method}-{config.seed}"
         folder = args.out or Path("runs") / name
         if (folder / "last.safetensors").exists():
-            raise UserError(f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder")
+            raise UserError(
+                f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
+            )
     trainer = Trainer(config, dataset, folder, device)
     if resume:
         trainer.resume()

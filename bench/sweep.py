@@ -32,9 +32,24 @@ def measure(settings: dict, epochs: int, dataset) -> dict:
         last = trainer.log[-1]
         images, labels = trainer.held, trainer.held_labels
         robust = metrics.robust_accuracy(model, images[:1000], labels[:1000], config.eps, steps=20, restarts=2)
-        keys = ("unstable", "switching", "dead", "corner_distance", "cross_entropy", "intrinsic", "hamming", "images_per_s")
+        keys = (
+            "unstable",
+            "switching",
+            "dead",
+            "corner_distance",
+            "cross_entropy",
+            "intrinsic",
+            "hamming",
+            "images_per_s",
+        )
         clean = metrics.accuracy(model, images[:1000], labels[:1000])
-        return {**row, "clean": last["accuracy"], "clean_1000": clean, "pgd20x2_1000": robust, **{k: last[k] for k in keys}}
+        return {
+            **row,
+            "clean": last["accuracy"],
+            "clean_1000": clean,
+            "pgd20x2_1000": robust,
+            **{k: last[k] for k in keys},
+        }
 
 
 def main():

@@ -230,10 +230,8 @@ def _extract(archive, scratch, records):
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
             members = tar.getmembers()
             for member in members:
-                if not (
-                    (member.isreg() and member.name in (*sizes, meta, readme))
-                    or (member.isdir() and member.name == FOLDER)
-                ):
+                expected = (FOLDER,) if member.isdir() else (*sizes, meta, readme) if member.isreg() else ()
+                if member.name not in expected:
                     raise UserError(f"the archive holds {member.name!r}, which CIFAR-10 does not: nothing was unpacked")
             found = {member.name: member.size for member in members}
             for name, size in sizes.items():

@@ -76,7 +76,9 @@ def check_vjp(
     return worst
 
 
-def gradcheck(target, *inputs, train=True, tap=None, seed=0, method="central", h=None, rtol=1e-6, directions=3) -> float:
+def gradcheck(
+    target, *inputs, train=True, tap=None, seed=0, method="central", h=None, rtol=1e-6, directions=3
+) -> float:
     """Check the gradients of ``target`` at float64 ``inputs``; returns the worst relative error or raises GradientError.
 
     ``target`` is a Layer or Model (inputs: x; the input and every parameter are checked; ``tap``: a function that

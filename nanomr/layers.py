@@ -7,7 +7,7 @@ The contract of every layer:
 
 - The cache is returned, never kept: several forward passes through the same weights may be alive at once.
 - Parameter gradients are added to ``layer.grads`` (``+=``). ``param_grads=False`` skips that work and gives the same dx.
-- ``input_grad=False`` skips dx (None is returned): nobody needs the gradient of the training images.
+- ``input_grad=False`` skips dx (returns None): nobody needs the gradient of the training images.
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
 """
@@ -311,7 +311,9 @@ class Sequential(Layer):
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         caches, expanded_at = cache
         layers = list(self.children.values())
-        needed = [input_grad or (param_grads and any(below.has_params for below in layers[:i])) for i in range(len(layers))]
+        needed = [
+            input_grad or (param_grads and any(below.has_params for below in layers[:i])) for i in range(len(layers))
+        ]
         for i in reversed(range(len(layers))):
             if not (needed[i] or (param_grads and layers[i].has_params)):
                 return None

@@ -153,7 +153,13 @@ def mlp(sizes=(3072, 256, 256, 10), seed=0, input_shape=None, mean=(0.0,), std=(
         children[f"fc{i}"] = Linear(sizes[i - 1], sizes[i], image=input_shape if i == 1 else None)
         if i < len(sizes) - 1:
             children[f"relu{i}"] = ReLU()
-    config = {"name": "mlp", "sizes": list(sizes), "input_shape": list(input_shape), "mean": list(mean), "std": list(std)}
+    config = {
+        "name": "mlp",
+        "sizes": list(sizes),
+        "input_shape": list(input_shape),
+        "mean": list(mean),
+        "std": list(std),
+    }
     return Model(children, config, input_shape, seed)
 
 
@@ -177,7 +183,14 @@ def small_cnn(seed=0, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIF
         "relu3": ReLU(),
         "fc2": Linear(hidden, classes),
     }
-    config = {"name": "small_cnn", "kernel": kernel, "hidden": hidden, "classes": classes, "mean": list(mean), "std": list(std)}
+    config = {
+        "name": "small_cnn",
+        "kernel": kernel,
+        "hidden": hidden,
+        "classes": classes,
+        "mean": list(mean),
+        "std": list(std),
+    }
     return Model(children, config, (32, 32, 3), seed)
 
 

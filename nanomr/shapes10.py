@@ -3,9 +3,9 @@
 A shape is a signed distance function d(x, y): negative inside, positive outside, in units of the shape's size.
 An image is one shape with a random place, size, rotation and colour on a random two-tone, striped background, plus
 a little noise. One image in five is dark on light, and so no pixel says much about the class: a linear classifier gets
-a third right, a small convolutional network nearly all. (At one in two, the linear one falls to a sixth; but then even
-the mean gradient vanishes at the start, and adversarial training never leaves 10 %: measured.) Every shape has an axis
-of symmetry and is turned by any angle, so that horizontal flips keep the class.
+a third right, a small convolutional network nearly all. (At one in two, the linear one falls to a sixth, but then the
+start of training is so flat that adversarial training of that network stayed at 10 %.) Every shape has an axis of
+symmetry and is turned by any angle, so that horizontal flips keep the class.
 
 Only +, -, *, /, sqrt and comparisons of float32 numbers touch the pixels: IEEE 754 fixes each result,
 and so the same seed gives the same bytes on every platform.

@@ -114,9 +114,7 @@ class Trainer:
         else:
             rho = corner_pairs(x, now["eps"], config.seed, self.step)
             per_sample = config.hamming_norm == "sample"
-            parts = manifold_step(
-                self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], config.alpha, per_sample
-            )
+            parts = manifold_step(self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], config.alpha, per_sample)
         norm = self.optimizer.step(now["lr"])
         self.step += 1
         values = [parts.get(k, 0.0) for k in ("loss", "cross_entropy", "intrinsic", "hamming")] + [norm]
@@ -148,7 +146,9 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
                 if interrupted and self.step < total:
-                    raise Interrupted(f"stopped after {self.step} of {total} steps and saved; --resume {self.folder} goes on")
+                    raise Interrupted(
+                        f"stopped after {self.step} of {total} steps and saved; --resume {self.folder} goes on"
+                    )
         return self.model
 
     def _end_epoch(self, bar):
@@ -213,7 +213,9 @@ class Trainer:
         tensors = self.model.state_dict() | {"optimizer.velocity": self.optimizer.velocity}
         metadata = {"architecture": self.config.architecture, "state": state, "config": asdict(self.config)}
         checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
-        self.model.save(self.folder / "model.safetensors", epoch=self.step / self.steps_per_epoch, data=self.config.data)
+        self.model.save(
+            self.folder / "model.safetensors", epoch=self.step / self.steps_per_epoch, data=self.config.data
+        )
 
     def resume(self):
         """Continue from the folder's ``last.safetensors``."""

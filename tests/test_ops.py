@@ -103,8 +103,8 @@ CHANNELS = (1, 3, 5, 8, 16, 17, 32)  # below, at, and beside the widths of vecto
 conv_cases = convolutions(batch=(1, 2, 7), channels=CHANNELS, kernel=5, stride=3, size=9, square=False)
 
 
-def _bias(g, case):
-    return _normal(g, case.c_out) if g.random() < 0.5 else None
+def _bias_or_none(g, size):
+    return _normal(g, size) if g.random() < 0.5 else None
 
 
 def _dy(g, case):
@@ -198,7 +198,7 @@ def _crops(g, shape):
 
 OPERATIONS = {
     "conv2d": Operation(
-        arguments(conv_cases, lambda g, c: (_normal(g, c.x_shape), _normal(g, c.w_shape), _bias(g, c), c.stride, c.padding)),
+        arguments(conv_cases, lambda g, c: (_normal(g, c.x_shape), _normal(g, c.w_shape), _bias_or_none(g, c.c_out), c.stride, c.padding)),
         absolute(reference.conv2d),
     ),
     "conv2d_input_gradient": Operation(
@@ -212,7 +212,7 @@ OPERATIONS = {
     "linear": Operation(
         arguments(
             matrices,
-            lambda g, s: (_normal(g, s[:2]), _normal(g, s[1:]), _normal(g, s[2]) if g.random() < 0.5 else None),
+            lambda g, s: (_normal(g, s[:2]), _normal(g, s[1:]), _bias_or_none(g, s[2])),
         ),
         absolute(reference.linear),
     ),
@@ -264,6 +264,10 @@ OPERATIONS = {
         )
         * 2,
     ),
+    "normalize": Operation(
+        arguments(images(n=(1, 7), size=(1, 6)), lambda g, s: (_normal(g, s), _bias_or_none(g, s[-1]), 0.2 + g.random(s[-1], np.float32))),
+        lambda x, mean, std: (np.abs(x) + (0 if mean is None else np.abs(mean))) / std,
+    ),
     "batchnorm_statistics": Operation(
         arguments(images(n=(1, 7), size=(1, 6), channels=(1, 33)), lambda g, s: _batchnorm_arguments(g, s)[:1]),
         _statistics_magnitude,
@@ -311,6 +315,13 @@ def compare(found, expected, bound, name):
         assert excess[worst] <= 1e-30, f"{name}[{k}] at {worst}: {to_numpy(f)[worst]}, not {e[worst]} (size {b[worst]})"
 
 
+def place(a, layout, xp):
+    """Pictures and parameters in any layout; indices come as they are made (Numba compiles for each combination)."""
+    if not isinstance(a, np.ndarray):
+        return a
+    return LAYOUTS[layout if a.dtype in (np.float32, np.uint8) else "contiguous"](a, xp)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
@@ -318,7 +329,7 @@ def test_backend_agrees_with_the_reference(backend, operation, data):
     """Values, dtype and shape; the arguments stay as they were; the same call gives the same bits."""
     module, xp = load(backend)
     args = data.draw(OPERATIONS[operation].draw)
-    placed = [LAYOUTS[data.draw(layouts)](a, xp) if isinstance(a, np.ndarray) else a for a in args]
+    placed = [place(a, data.draw(layouts), xp) for a in args]
     exact = [a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for a in args]
     found = getattr(module, operation)(*placed)
     compare(found, getattr(reference, operation)(*exact), OPERATIONS[operation].magnitude(*exact), operation)

@@ -1,12 +1,22 @@
 """Projected gradient descent in the Linf ball (Madry et al. 2018), as the paper's Table 1 uses it."""
 
 from .. import rng
-from ..backend import array_module
+from ..backend import array_module, to_numpy
 from ..losses import cross_entropy
 
 
 def pgd(
-    model, x, labels, eps, step_size=2 / 255, steps=20, restarts=1, seed=0, random_start=True, batch_size=500, progress=None
+    model,
+    x,
+    labels,
+    eps,
+    step_size=2 / 255,
+    steps=20,
+    restarts=1,
+    seed=0,
+    random_start=True,
+    batch_size=500,
+    progress=None,
 ):
     """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1], and whether the model errs on them, (N,).
 
@@ -56,8 +66,6 @@ def _attack_batch(model, x, labels, eps, step_size, steps, restarts, seed, rando
 def _start(x, left, eps, seed, restart, first):
     """x plus uniform noise in the ball, for the images ``left``, each from a generator of its own."""
     xp = array_module(x)
-    noise = [
-        rng.generator(seed, rng.ATTACK, (restart << 32) + first + int(i)).uniform(-eps, eps, x.shape[1:]).astype(x.dtype)
-        for i in left
-    ]
+    steps = [(restart << 32) + first + i for i in to_numpy(left).tolist()]
+    noise = [rng.generator(seed, rng.ATTACK, step).uniform(-eps, eps, x.shape[1:]).astype(x.dtype) for step in steps]
     return x[left] + xp.asarray(noise)

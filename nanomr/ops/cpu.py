@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit, prange
 
 from . import reference, simd
-from .reference import average_pool, average_pool_backward, conv2d_shape
+from .reference import average_pool, average_pool_backward, conv2d_shape  # noqa: F401
 from .simd import MAX_LANES, ROWS, WIDTH
 
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
@@ -222,7 +222,19 @@ def conv2d(x, w, b, stride, padding):
     y = empty(shape)
     ends = np.array([0, len(a)]), np.array([0, len(taps)])
     _gather_gemm(
-        _rows_of(x), *place, weights, bias, y.reshape(len(x), -1), a, o, ends[0], taps, ends[1], shape[3], _chunks(), _lanes(weights)
+        _rows_of(x),
+        *place,
+        weights,
+        bias,
+        y.reshape(len(x), -1),
+        a,
+        o,
+        ends[0],
+        taps,
+        ends[1],
+        shape[3],
+        _chunks(),
+        _lanes(weights),
     )
     return y
 
@@ -233,7 +245,19 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape):
     dx = empty((len(dy), *x_shape[1:]))
     zeros = np.zeros(weights.shape[1], np.float32)
     _gather_gemm(
-        _rows_of(dy), *place, weights, zeros, dx.reshape(len(dy), -1), a, o, pixels, b, taps, x_shape[3], _chunks(), _lanes(weights)
+        _rows_of(dy),
+        *place,
+        weights,
+        zeros,
+        dx.reshape(len(dy), -1),
+        a,
+        o,
+        pixels,
+        b,
+        taps,
+        x_shape[3],
+        _chunks(),
+        _lanes(weights),
     )
     return dx
 
@@ -288,9 +312,17 @@ _ZERO, _ONE, _EIGHT = np.float32(0), np.float32(1), np.float32(8)
 # decides (3.4e-7); plain arithmetic, which LLVM turns into SIMD where libm's tanh is a call for each number.
 _P = tuple(
     np.float32(v)
-    for v in (0.9999999936323325, 0.13444519612112016, 0.003571623570895721, 2.1895079306142738e-05, 1.5230996862533344e-08)
+    for v in (
+        0.9999999936323325,
+        0.13444519612112016,
+        0.003571623570895721,
+        2.1895079306142738e-05,
+        1.5230996862533344e-08,
+    )
 )
-_Q = tuple(np.float32(v) for v in (0.46777846953670105, 0.02616454046641119, 0.00034113336282947087, 8.52268307981854e-07))
+_Q = tuple(
+    np.float32(v) for v in (0.46777846953670105, 0.02616454046641119, 0.00034113336282947087, 8.52268307981854e-07)
+)
 
 
 @njit(inline="always", **{**FLAGS, "cache": False})

@@ -2,7 +2,7 @@
 
 Images are NHWC. ``x`` input, ``z`` pre-activation, ``y`` output, ``dy -> dx, dw, db`` gradients of a scalar loss.
 Convolution weights are (kh, kw, C, Cout), linear weights (in, out); ``padding`` is (top, bottom, left, right).
-No function changes its arguments, except ``sgd_update`` and ``BatchNorm``'s callers who say so.
+No function changes its arguments, except ``sgd_update``.
 """
 
 import numpy as np
@@ -89,7 +89,7 @@ def relu(z):
 
 def relu_backward(dy, z):
     """dy where z > 0, else 0: ReLU'(0) = 0, as in PyTorch."""
-    return np.where(z > 0, dy, np.zeros((), dy.dtype))
+    return np.where(z > 0, dy, dy.dtype.type(0))
 
 
 def relu_hamming(z, alpha):
