@@ -27,10 +27,18 @@ DEFAULTS = {
 EPOCHS = {"cifar10": 100, "shapes10": 20}
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples' lines alone, and shows the defaults that are plain values."""
+
+    def _get_help_string(self, action):
+        plain = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if plain else action.help
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1],
-        formatter_class=type("Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+        formatter_class=_Formatter,
     )  # fmt: skip
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     non_negative, share = cli.number(cli.fraction, low=0), cli.number(cli.fraction, low=0, high=1)
@@ -137,8 +145,8 @@ def main() -> int:
     dataset = data.load(config.data if resume else args.data, args.data_dir, download=not args.no_download)
     if not resume:
         config = configure(args, device, len(dataset.classes))
-        name = f"{args.model or config.architecture['name'].removesuffix('_cnn')}-{config.data}-{config.method}-{config.seed}"
-        folder = args.out or Path("runs") / name
+        model = config.architecture["name"].removesuffix("_cnn")
+        folder = args.out or Path("runs") / f"{model}-{config.data}-{config.method}-{config.seed}"
         if (folder / "last.safetensors").exists():
             raise UserError(
                 f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"

@@ -40,8 +40,8 @@ def check_vjp(
 ) -> float:
     """Hold ``vjp(dy) -> dx`` (tuples, one per output / input) against the numerical derivative of ``f`` at ``inputs``.
 
-    Returns the largest error, relative to the size of the terms in <dx, v>; raises GradientError above ``rtol``. Arrays must be
-    float64: in float32 a difference quotient has no digits left.
+    Returns the largest error, relative to the size of the terms in <dx, v>; raises GradientError above ``rtol``.
+    Arrays must be float64: in float32 a difference quotient has no digits left.
     """
     inputs = [np.asarray(x) for x in inputs]
     if any(x.dtype != np.float64 for x in inputs):
@@ -79,7 +79,7 @@ def check_vjp(
 def gradcheck(
     target, *inputs, train=True, tap=None, seed=0, method="central", h=None, rtol=1e-6, directions=3
 ) -> float:
-    """Check the gradients of ``target`` at float64 ``inputs``; returns the worst relative error or raises GradientError.
+    """Check the gradients of ``target`` at float64 ``inputs``: the worst relative error, or a GradientError.
 
     ``target`` is a Layer or Model (inputs: x; the input and every parameter are checked; ``tap``: a function that
     makes a fresh tap for each forward pass, whose weighted value is part of what is checked), or a function that

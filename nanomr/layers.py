@@ -6,7 +6,7 @@ The contract of every layer:
     dx = layer.backward(dy, cache, param_grads=True, input_grad=True)
 
 - The cache is returned, never kept: several forward passes through the same weights may be alive at once.
-- Parameter gradients are added to ``layer.grads`` (``+=``). ``param_grads=False`` skips that work and gives the same dx.
+- Parameter gradients are added to ``layer.grads`` (``+=``). ``param_grads=False`` skips that work, for the same dx.
 - ``input_grad=False`` skips dx (returns None): nobody needs the gradient of the training images.
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.

@@ -114,7 +114,7 @@ class Model(Sequential):
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]):
-        """Copy values in, by PyTorch's names. Raises UserError when names or shapes differ, and changes nothing then."""
+        """Copy values in, by PyTorch's names. Raises UserError, and changes nothing, when names or shapes differ."""
         slots = {
             f"{path}.{name}": (layer, name, value)
             for path, layer in self.walk()
@@ -201,7 +201,7 @@ def preact_resnet18(
 
     ``bn_before_fc``: batch norm and ReLU before the pooling. ``out_shortcut``: the 1x1 shortcut convolutions read the
     activated input. ``jin_v1`` (overrides both): the network released with the paper's first version: batch norm and
-    ReLU after the first convolution, activated identity shortcuts, none before the pooling. ``width`` scales it for tests.
+    ReLU after the first convolution, activated identity shortcuts, none before the pooling. ``width`` scales it.
     """
     if jin_v1:
         bn_before_fc, out_shortcut = False, True

@@ -15,7 +15,7 @@ def _pyplot():
 
 
 def curves(log: list[dict], path) -> Path | None:
-    """Accuracy, loss terms, ReLU stability and schedules of a run, from the records of its log. None without matplotlib."""
+    """Accuracy, loss terms, ReLU stability and schedules, from the records of a run's log. None without matplotlib."""
     plt = _pyplot()
     if plt is None:
         return None

@@ -123,7 +123,7 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C; the run is saved first."""
+        """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C, the run saved."""
         config, total = self.config, self.config.epochs * self.steps_per_epoch
         self.folder.mkdir(parents=True, exist_ok=True)
         n, saved, started = config.batch_size, time.monotonic(), time.monotonic()
@@ -201,8 +201,9 @@ class Trainer:
         }
         name = max(weighted, key=weighted.get)
         raise UserError(
-            f"collapsed at epoch {last[-1]['epoch']}: accuracy {last[-1]['accuracy']:.1%}, no unstable ReLU; the {name} "
-            f"term did it (it reached {weighted[name]:.2f} beside the cross-entropy): lower it, or --lr, or try --clip 1"
+            f"collapsed at epoch {last[-1]['epoch']}: accuracy {last[-1]['accuracy']:.1%}, no unstable ReLU; "
+            f"the {name} term did it (it reached {weighted[name]:.2f}, beside the cross-entropy): "
+            "lower it, or --lr, or try --clip 1"
         )
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -249,7 +250,8 @@ def line(r: dict) -> str:
     return (
         f"{r['epoch']:5d} {r['loss']:7.3f} {r['cross_entropy']:7.3f} {r['intrinsic']:11.2e} {r['hamming']:8.1e} "
         f"{r['accuracy']:7.2%} {r['pgd10']:7.2%} {r['corner_distance']:8.1f} {r['unstable']:9.2%} {r['switching']:10d} "
-        f"{r['dead']:5d} {r['lr']:7.4f} {r['eps'] * 255:5.2f} {r['gamma_i']:9.3g} {r['gamma_h']:8.4g} {r['images_per_s']:7.0f}"
+        f"{r['dead']:5d} {r['lr']:7.4f} {r['eps'] * 255:5.2f} {r['gamma_i']:9.3g} {r['gamma_h']:8.4g} "
+        f"{r['images_per_s']:7.0f}"
     )
 
 

@@ -18,7 +18,7 @@ def pgd(
     batch_size=500,
     progress=None,
 ):
-    """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1], and whether the model errs on them, (N,).
+    """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1]; does the model err on them (N,)?
 
     Each step goes ``step_size`` along the sign of the cross-entropy's input gradient, then back into ball and box.
     An image counts as fooled by any iterate of any restart, and leaves the batch at once; an image that the model

@@ -13,7 +13,7 @@ from . import reference
 
 
 def ops_for(x):
-    """The module that computes on ``x``: ``gpu`` for CuPy arrays, ``cpu`` for float32 NumPy arrays, else ``reference``."""
+    """The module that computes on ``x``: ``gpu`` for CuPy arrays, ``cpu`` for NumPy float32, else ``reference``."""
     if not isinstance(x, np.ndarray):
         from . import gpu
 

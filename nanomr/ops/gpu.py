@@ -1,5 +1,5 @@
-"""CuPy. The same functions as ``reference``: most of its formulas run as they are, since NumPy hands calls on CuPy arrays
-over to CuPy. Convolutions are im2col and a matrix product (cuBLAS): simple, any shape.
+"""CuPy. The same functions as ``reference``: most of its formulas run as they are, since NumPy hands calls on CuPy
+arrays over to CuPy. Convolutions are im2col and a matrix product (cuBLAS): simple, any shape.
 
 Nothing here imports CuPy: it computes where its arguments live, so that tests hold it to the reference without a GPU.
 """
