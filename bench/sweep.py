@@ -31,7 +31,7 @@ def measure(settings: dict, epochs: int, dataset) -> dict:
             return {**row, "stopped": str(error).split(";")[0].replace(folder, "")}
         last = trainer.log[-1]
         images, labels = trainer.held, trainer.held_labels
-        robust = metrics.robust_accuracy(model, images[:1000], labels[:1000], config.eps, steps=20, restarts=2)
+        robust = metrics.robust_accuracy(model, images, labels, config.eps, steps=20, restarts=2)
         keys = (
             "unstable",
             "switching",
@@ -42,14 +42,8 @@ def measure(settings: dict, epochs: int, dataset) -> dict:
             "hamming",
             "images_per_s",
         )
-        clean = metrics.accuracy(model, images[:1000], labels[:1000])
-        return {
-            **row,
-            "clean": last["accuracy"],
-            "clean_1000": clean,
-            "pgd20x2_1000": robust,
-            **{k: last[k] for k in keys},
-        }
+        scores = {"images": len(images), "clean": last["accuracy"], "pgd20x2": robust}
+        return {**row, **scores, **{k: last[k] for k in keys}}
 
 
 def main():

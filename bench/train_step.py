@@ -264,9 +264,9 @@ def ratio(slow: list, fast: list) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def summary(times: dict, memory: dict, threads: int, sgemm: float) -> dict:
+def summary(times: dict, memory: dict, threads: int, sgemm: float, load: float) -> dict:
     """The figures of the JSON line; the ones of a library that was not timed are missing."""
-    found = {"threads": threads, "sgemm_gflops": sgemm, "images_per_step": N}
+    found = {"threads": threads, "load_average": load, "sgemm_gflops": sgemm, "images_per_step": N}
     rates = {name: N / statistics.median(values) for name, values in times.items()}
     for kind, prefix in (("manifold", ""), ("standard", "standard_")):
         if kind in times:
@@ -295,13 +295,11 @@ def summary(times: dict, memory: dict, threads: int, sgemm: float) -> dict:
 
 def table(times: dict) -> str:
     """Milliseconds (median, best and quartiles over the rounds) and images a second of every variant."""
-    lines = [f"{'step':34} {'ms':>8} {'best':>8} {'quartiles':>17} {'images/s':>10}"]
+    lines = [f"{'step':34} {'ms':>8} {'best':>8} {'quartiles':>18} {'images/s':>10}"]
     for name, values in times.items():
         low, middle, high = statistics.quantiles([1e3 * v for v in values], n=4)
-        library = "PyTorch" if " " in name else "nanomr"
-        lines.append(
-            f"{library + ' ' + name:34} {middle:8.2f} {f'{low:.2f} .. {high:.2f}':>17} {1e3 * N / middle:10.0f}"
-        )
+        label, spread = f"{'PyTorch' if ' ' in name else 'nanomr'} {name}", f"{low:.2f} .. {high:.2f}"
+        lines.append(f"{label:34} {middle:8.2f} {1e3 * min(values):8.2f} {spread:>18} {1e3 * N / middle:10.0f}")
     return "\n".join(lines)
 
 
@@ -316,7 +314,8 @@ def print_machine(threads: int, load: float):
     if dropped := os.environ.get("NANOMR_BENCH_DROPPED"):
         print(f"note: started again without {dropped}, which slow NumPy down")
     if load > 0.3 * usable_cores():
-        print(f"warning: the load average was {load:.1f} at the start: the machine is busy, trust the ratios only")
+        print(f"warning: the load average was {load:.1f} at the start: the machine is busy.")
+        print("         Figures of several threads mean nothing then (they wait for each other); try --threads 1")
 
 
 def main():
@@ -341,7 +340,7 @@ def main():
     memory = {name: peak_memory(ours[name]) for name in ("manifold", "plain_3n") if name in ours}
     turns = {name: ours[name] for name in ("manifold", "standard") if name in ours} | theirs
     times = time_rounds(dict(sorted(turns.items())), args.rounds, args.burst)
-    found = summary(times, memory, args.threads, sgemm)
+    found = summary(times, memory, args.threads, sgemm, load)
 
     print(table(times))
     for key, text in REPORT.items():

@@ -36,7 +36,9 @@ def prepare(layer: Layer, rng: np.random.Generator, dtype=np.float64) -> Layer:
     for _, below in layer.walk():
         for name, value in below.params.items():
             scale = 1.0 if isinstance(below, BatchNorm2d) else np.prod(value.shape[:-1]) ** -0.5
-            value[...] = (isinstance(below, BatchNorm2d) and name == "weight") + 0.5 * scale * rng.standard_normal(value.shape)
+            value[...] = (isinstance(below, BatchNorm2d) and name == "weight") + 0.5 * scale * rng.standard_normal(
+                value.shape
+            )
         if isinstance(below, BatchNorm2d):
             below.buffers["running_mean"][...] = rng.standard_normal(below.buffers["running_mean"].shape)
             below.buffers["running_var"][...] = rng.uniform(0.5, 2, below.buffers["running_var"].shape)
@@ -45,8 +47,9 @@ def prepare(layer: Layer, rng: np.random.Generator, dtype=np.float64) -> Layer:
 
 def cast(layer: Layer, dtype) -> Layer:
     """Parameters and buffers in this dtype, gradients zero. A model does this itself."""
-    if isinstance(layer, mr.models.Model):
-        return layer.astype(dtype)
+    if hasattr(layer, "astype"):
+        layer.astype(dtype)
+        return layer
     for _, below in layer.walk():
         below.params = {name: value.astype(dtype) for name, value in below.params.items()}
         below.grads = {name: np.zeros_like(value) for name, value in below.params.items()}

@@ -15,14 +15,16 @@ FIGURES = (
 
 
 def run(*options) -> list[str]:
-    result = subprocess.run([sys.executable, TRAIN_STEP, "--quick", *options], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, TRAIN_STEP, "--quick", "--threads", "1", *options], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
 @pytest.mark.torch
 def test_the_last_line_is_json_with_every_figure(tmp_path):
-    lines = run("--threads", "1", "--json", str(tmp_path / "result.json"))
+    lines = run("--json", str(tmp_path / "result.json"))
     found = json.loads(lines[-1])
     assert json.loads((tmp_path / "result.json").read_text()) == found
     assert found["threads"] == 1 and found["torch_format"] in ("contiguous", "channels_last")

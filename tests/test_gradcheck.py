@@ -27,7 +27,7 @@ def test_passes_what_is_right(x, method):
 
 @given(x=vectors, method=st.sampled_from(["central", "complex"]), factor=st.sampled_from([0, 0.5, 0.999, 1.001, 2, -1]))
 def test_fails_on_a_wrong_factor(x, method, factor):
-    with pytest.raises(GradientError, match="claimed .* measured"):
+    with pytest.raises(GradientError, match=r"claimed .* measured"):
         mr.gradcheck(lambda x: (cubic(x)[0], factor * cubic(x)[1]), x, method=method)
 
 
@@ -107,7 +107,7 @@ def test_every_parameter_of_a_layer_is_checked(rng):
 
 
 def test_survives_a_kink_near_the_point():
-    """ReLU 1e-7 away from its kink: the first step straddles it; a nearer one does not. A wrong gradient stays wrong."""
+    """ReLU 1e-7 away from its kink: the first step straddles it; a nearer one does not."""
     x = np.array([[1e-7, -1e-7, 1.0, -1.0]])
     mr.gradcheck(ReLU(), x)
     for wrong in ([2, 0, 1, 0], [1, 1, 1, 0], [0, 0, 1, 0]):
@@ -153,7 +153,7 @@ def test_the_seed_decides(rng):
 
 
 def test_a_model_is_left_as_it_was(rng):
-    """Weights, gradients, running statistics: the same arrays where the flat vectors' views are concerned, same values."""
+    """Weights, gradients, running statistics keep their values, and stay views of the flat vectors."""
     model = mr.models.preact_resnet18(width=1).astype(np.float64)
     model.gradients[...] = 1
     before = {store: snapshot(model, store) for store in ("params", "grads", "buffers")}

@@ -384,12 +384,14 @@ def test_block_is_its_formula(channels, options, shortcut, train, rng):
 
     h = np.maximum(run("bn1", x), 0)
     wanted = run("conv2", np.maximum(run("bn2", run("conv1", h)), 0))
-    wanted += {"x": lambda: x, "h": lambda: h, "A h": lambda: run("shortcut", h), "A x": lambda: run("shortcut", x)}[shortcut]()
+    wanted += {"x": lambda: x, "h": lambda: h, "A h": lambda: run("shortcut", h), "A x": lambda: run("shortcut", x)}[
+        shortcut
+    ]()
     same(block.forward(x, train=train)[0], wanted, "y")
     mr.gradcheck(block, x, train=train)
 
 
-# --- the analytic layers, by the complex step: exact to rounding -------------------------------------------------------
+# --- the analytic layers, by the complex step: exact to rounding ------------------------------------------------------
 
 
 @fewer(0.4)
@@ -420,11 +422,13 @@ def test_batchnorm_by_the_complex_step(data, seed):
     check_vjp(forward, backward, [x, gamma, beta], method="complex", rtol=1e-9)
     with pytest.raises(GradientError):  # a variance that does not move with x
         check_vjp(
-            forward, lambda dy: (dy * gamma * (x.var((0, 1, 2)) + layer.eps) ** -0.5, *backward(dy)[1:]), [x, gamma, beta]
+            forward,
+            lambda dy: (dy * gamma * (x.var((0, 1, 2)) + layer.eps) ** -0.5, *backward(dy)[1:]),
+            [x, gamma, beta],
         )
 
 
-# --- PairBatch: x and rho instead of [x; x + rho; x - rho] -------------------------------------------------------------
+# --- PairBatch: x and rho instead of [x; x + rho; x - rho] ------------------------------------------------------------
 
 
 @given(shape=images(), seed=seeds)
@@ -432,7 +436,9 @@ def test_a_pair_batch_is_its_three_images(shape, seed):
     rng = np.random.default_rng(seed)
     x, rho, dy = rng.standard_normal(shape), rng.standard_normal(shape), rng.standard_normal((3 * shape[0], *shape[1:]))
     np.testing.assert_array_equal(PairBatch(x, rho).full(), np.concatenate([x, x + rho, x - rho]))
-    check_vjp(lambda x, rho: PairBatch(x, rho).full(), lambda dy: tuple(PairBatch.gradient(dy)), [x, rho], method="complex")
+    check_vjp(
+        lambda x, rho: PairBatch(x, rho).full(), lambda dy: tuple(PairBatch.gradient(dy)), [x, rho], method="complex"
+    )
     centre, plus, minus = np.split(dy, 3)
     same(PairBatch.gradient(dy).x, centre + plus + minus, "dx")
     same(PairBatch.gradient(dy).rho, plus - minus, "drho")

@@ -39,7 +39,9 @@ def _pair(g, shape):
 
 
 LOSSES = {
-    "cross-entropy": Loss(lambda f: cross_entropy(f, _labels(*f.shape)), lambda g, s: [3 * g.standard_normal((s[0], s[1] + 1))]),
+    "cross-entropy": Loss(
+        lambda f: cross_entropy(f, _labels(*f.shape)), lambda g, s: [3 * g.standard_normal((s[0], s[1] + 1))]
+    ),
     "intrinsic": Loss(intrinsic, _pair),
     "hamming, batch": Loss(lambda a, b: hamming(a, b, alpha=2.0), _pair),
     "hamming, per sample": Loss(lambda a, b: hamming(a, b, alpha=2.0, per_sample=True), _pair),
@@ -368,7 +370,11 @@ def arrays_in(thing):
 @pytest.mark.parametrize("pair", [False, True])
 def test_the_cache_is_z_itself_and_the_norms(pair, per_sample, dtype, rng):
     n = 4
-    z = PairBatch(*rng.standard_normal((2, n, 50)).astype(dtype)) if pair else rng.standard_normal((3 * n, 50)).astype(dtype)
+    z = (
+        PairBatch(*rng.standard_normal((2, n, 50)).astype(dtype))
+        if pair
+        else rng.standard_normal((3 * n, 50)).astype(dtype)
+    )
     _, cache = ReLU().forward(z, tap=Hamming(per_sample=per_sample))
     inputs, extra = list(z) if pair else [z], 0
     found = list(arrays_in(cache))

@@ -22,7 +22,9 @@ from nanomr.manifold import (
 # --- corner pairs -----------------------------------------------------------------------------------------------------
 
 
-@given(shape=images(n=(1, 3), size=(1, 6)), eps=st.sampled_from([2 / 255, 8 / 255]), seed=seeds, step=st.integers(0, 9**9))
+@given(
+    shape=images(n=(1, 3), size=(1, 6)), eps=st.sampled_from([2 / 255, 8 / 255]), seed=seeds, step=st.integers(0, 9**9)
+)
 def test_corners_are_at_distance_eps(shape, eps, seed, step):
     """Every coordinate is +eps or -eps: x + rho and x - rho are opposite corners of the ball around x."""
     for dtype in (np.float32, np.float64):
@@ -81,7 +83,7 @@ def test_equation_7_of_pairs_is_the_intrinsic_loss(n, k, seed):
 
 @given(n=st.integers(2, 5), k=st.integers(1, 4), seed=seeds)
 def test_laplacian_invariances(n, k, seed):
-    """It sees differences alone, and a graph without direction: L and L^T weigh the same; a constant f costs nothing."""
+    """It sees differences alone, in a graph without direction: L and L^T weigh the same."""
     g = np.random.default_rng(seed)
     f, weights = g.standard_normal((n, k)), g.uniform(0, 2, (n, n))
     value, gradient = laplacian(f, weights)
@@ -163,4 +165,5 @@ def test_hamming_distance_of_a_network_without_relus():
     model = mr.models.mlp((12, 3), input_shape=(2, 2, 3))
     x = np.zeros((4, 2, 2, 3), np.float32)
     assert hamming_embedding(model, x) == []
-    np.testing.assert_array_equal(hamming_distance(model, x, x + 1), np.zeros(4, int))
+    distance = hamming_distance(model, x, x + 1)
+    assert np.shape(distance) == (4,) and not np.any(distance)

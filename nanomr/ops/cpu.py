@@ -11,9 +11,14 @@ Every pass of a convolution is one sum, the gather-GEMM, with other tables of of
 so one micro-kernel serves the three: a tile of ROWS x 16 sums stays in registers while r runs. There is no im2col.
 """
 
+import os
 import sys
 import threading
 from functools import lru_cache
+
+# Waiting threads sleep rather than spin: beside another busy process, spinning makes a step ten times slower. GNU
+# OpenMP reads this when Numba first starts its threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numba
 import numpy as np
