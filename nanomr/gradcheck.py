@@ -104,9 +104,9 @@ def gradcheck(
 
 def _check_layer(layer, x, train, tap, options) -> float:
     slots = [(below, name) for _, below in layer.walk() for name in below.params]
-    originals = [below.params[name] for below, name in slots]
-    buffers = [(below, {k: np.copy(v) for k, v in below.buffers.items()}) for _, below in layer.walk()]
-    grads = [below.grads.get(name) for below, name in slots]
+    saved = [(below, below.params, below.grads, below.buffers) for _, below in layer.walk()]
+    params = [np.asarray(below.params[name], np.float64) for below, name in slots]
+    kind = np.complex128 if options["method"] == "complex" else np.float64  # of running statistics, which move
 
     def run(x, *params):
         for (below, name), value in zip(slots, params, strict=True):
@@ -128,12 +128,12 @@ def _check_layer(layer, x, train, tap, options) -> float:
         dx = layer.backward(dy, cache)
         return dx, *(below.grads[name] for below, name in slots)
 
-    params = [np.asarray(value, np.float64).copy() for value in originals]
     try:
+        for below, *stores in saved:
+            below.params, below.grads, below.buffers = (dict(store) for store in stores)
+            for name, value in below.buffers.items():
+                below.buffers[name] = value.astype(kind if value.dtype.kind == "f" else value.dtype)
         return check_vjp(f, vjp, [x, *params], **options)
     finally:
-        for (below, name), value, grad in zip(slots, originals, grads, strict=True):
-            below.params[name] = value
-            below.grads[name] = grad
-        for below, stored in buffers:
-            below.buffers.update(stored)
+        for below, *stores in saved:
+            below.params, below.grads, below.buffers = stores

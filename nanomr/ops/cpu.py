@@ -123,7 +123,9 @@ def _gather_gemm(x, top, left, row, padded_size, w, bias, out, a, o, pixels, b, 
                         rows = simd.tile_rows(padded, a, i)
                         sums = simd.tile_fill(simd.load(bias, c, lanes))
                         for r in range(r0, r1):
-                            sums = simd.tile_fma(rows, b[r], simd.load(flat_w, r * columns + c, lanes), sums)
+                            sums = simd.tile_fma(
+                                rows, simd.offset(b, r), simd.load(flat_w, r * columns + c, lanes), sums
+                            )
                         simd.tile_store(simd.tile_rows(flat_out, o, i), start, sums, count)
 
 
@@ -152,7 +154,9 @@ def _gather_gemm_reduce(x, top, left, row, padded_size, dy, taps, pixels, steps,
                     at, rows = (chunk * k_taps + k) * columns + c, simd.tile_rows(padded, taps, k)
                     sums = simd.tile_load(stored, at, lanes)
                     for r in range(n_pixels):
-                        sums = simd.tile_fma(rows, pixels[r], simd.load(flat_dy, first + r * columns, lanes), sums)
+                        sums = simd.tile_fma(
+                            rows, simd.offset(pixels, r), simd.load(flat_dy, first + r * columns, lanes), sums
+                        )
                     simd.tile_store(stored, at, sums, width)
 
 
@@ -483,8 +487,8 @@ def _scale_shift(x, scale, shift, y):
 
 def normalize(x, mean, std):
     n, h, w, c = x.shape
-    y, scale = empty(x.shape), _ready(1 / std)
-    shift = np.zeros(c, np.float32) if mean is None else -_ready(mean) * scale
+    y, scale = empty(x.shape), np.broadcast_to(1 / std, c).astype(np.float32)
+    shift = np.zeros(c, np.float32) if mean is None else -mean * scale
     _scale_shift(_ready(x).reshape(n * h, w * c), np.tile(scale, w), np.tile(shift, w), y.reshape(n * h, w * c))
     return y
 

@@ -147,12 +147,17 @@ def relu_hamming_pair_backward(dy, u, v, alpha, weight):
 # --- batch normalisation: docs/derivations/batchnorm.md ---------------------------------------------------------------
 
 
+def _channel_sums(x):
+    """Sums over every axis but the last. In float64 at least: a batch has half a million pixels a channel."""
+    return x.reshape(-1, x.shape[-1]).sum(0, dtype=np.result_type(x.dtype, np.float64)).astype(x.dtype)
+
+
 def batchnorm_statistics(x):
     """(mean, var) (C,) over every axis but the last; var is the biased one, as the normalisation uses it."""
-    flat = x.reshape(-1, x.shape[-1])
-    mean = flat.mean(0)
-    centred = flat - mean
-    return mean, (centred * centred).mean(0)
+    m = x.size // x.shape[-1]
+    mean = _channel_sums(x) * (1.0 / m)
+    centred = x - mean
+    return mean, _channel_sums(centred * centred) * (1.0 / m)
 
 
 def batchnorm(x, gamma, beta, mean, inv_std):
@@ -162,8 +167,7 @@ def batchnorm(x, gamma, beta, mean, inv_std):
 
 def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     """(dgamma, dbeta) = (sum of dy x_hat, sum of dy)."""
-    c = x.shape[-1]
-    return (dy * (x - mean)).reshape(-1, c).sum(0) * inv_std, dy.reshape(-1, c).sum(0)
+    return _channel_sums(dy * (x - mean)) * inv_std, _channel_sums(dy)
 
 
 def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta):

@@ -20,7 +20,7 @@ def _has_avx512() -> bool:
 
 AVX512 = _has_avx512()
 WIDTH = 16  # floats in the narrow vector
-ROWS = 8 if AVX512 else 4  # accumulators that leave registers for the operands: of 32 wide ones, or of 16 halves
+ROWS = 7 if AVX512 else 4  # accumulators: what leaves registers for the operands, by trial
 MAX_LANES = 2 if AVX512 else 1
 
 _I64, _I32, _POINTER = ir.IntType(64), ir.IntType(32), ir.FloatType().as_pointer()
@@ -99,6 +99,16 @@ def load(typingctx, array, index, lanes):
         return _load(builder, _address(context, builder, signature.args[0], *args[:2]), signature.return_type.llvm)
 
     return Vector(WIDTH * len(lanes))(array, types.intp, lanes), codegen
+
+
+@intrinsic
+def offset(typingctx, table, index):
+    """table[index], int64; unlike Numba's own indexing it does not ask whether the index is negative."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_address(context, builder, signature.args[0], *args))
+
+    return types.int64(table, types.intp), codegen
 
 
 @intrinsic

@@ -1,0 +1,518 @@
+"""The program: its flags, its exit codes, and that a kill costs no more than the work since the last save."""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanomr import backend, checkpoint, cli, data, models, shapes10, train
+from nanomr.train import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_cifar  # noqa: E402
+
+# A run of a second or two: 400 images, of which 100 are held out, a small network.
+TINY = "--model mlp --hold-out 100 --batch-size 50 --epochs 2 --test-images 20 --device cpu".split()
+FOLDER = "runs/mlp-shapes10-manifold-0"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """shapes10 has 400 + 60 images, the working folder is empty, and no CIFAR-10 of this machine is found."""
+    monkeypatch.setattr(shapes10, "TRAIN", 400)
+    monkeypatch.setattr(shapes10, "TEST", 60)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NANOMR_DATA", raising=False)
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(*arguments) -> (exit code, stdout, stderr), in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(train_cifar.main)
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+def configuration(out):
+    """What the program printed first, and what came after it."""
+    return json.JSONDecoder().raw_decode(out)
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def assert_one_error_line(result, *words):
+    code, _, err = result
+    assert code == 2, (code, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in err
+    return err
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, stdout) of a finished run."""
+    place = tmp_path_factory.mktemp("finished")
+    result = start(place, *TINY).communicate(timeout=100)
+    return place / FOLDER, result[0]
+
+
+def start(place, *arguments, threads="1", patches=""):
+    """The program in a process of its own, on the small shapes10."""
+    script = (
+        "from nanomr import cli, shapes10, train\nshapes10.TRAIN, shapes10.TEST = 400, 60\n"
+        f"import train_cifar\n{patches}\ncli.run(train_cifar.main)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place, env=environment(place, threads),
+    )  # fmt: skip
+
+
+def environment(place, threads="1"):
+    names = ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    paths = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place), "MPLBACKEND": "Agg"}
+    return {**os.environ, **dict.fromkeys(names, threads), **paths}
+
+
+def test_a_run_leaves_everything_and_says_so(finished):
+    folder, out = finished
+    files = {"config.json", "last.safetensors", "log.jsonl", "model.safetensors", "test.json"}
+    with_plots = files | ({"curves.png"} if "curves.png" in out else set())
+    assert {p.name for p in folder.iterdir()} == with_plots
+    last = out.strip().splitlines()[-1]
+    assert all(name in last for name in ("model.safetensors", "log.jsonl", "test.json"))
+    assert models.load(folder).architecture["name"] == "mlp"
+
+
+def test_curves_are_drawn_where_matplotlib_is(finished):
+    pytest.importorskip("matplotlib")
+    folder, out = finished
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and "curves.png" in out
+
+
+def test_the_configuration_comes_first_and_is_the_one_that_is_saved(finished):
+    folder, out = finished
+    printed, end = configuration(out)
+    saved = json.loads((folder / "config.json").read_text())
+    assert {k: v for k, v in printed.items() if k not in ("run", "device")} == saved["config"]
+    assert printed["run"] == FOLDER and printed["device"] == "cpu"
+    assert set(saved["config"]) == set(Config.__dataclass_fields__)
+    assert saved["source"]["layout"] == "drawn by nanomr.shapes10"
+    assert "epoch" in out[end:]
+
+
+def test_a_line_an_epoch(finished):
+    folder, out = finished
+    records = checkpoint.read_jsonl(folder / "log.jsonl")
+    assert [r["epoch"] for r in records] == [1, 2]
+    assert train.HEADER in out
+    assert all(out.count(train.line(r)) == 1 for r in records)
+
+
+def test_the_table_is_of_the_test_images_and_is_saved(finished):
+    folder, out = finished
+    table = json.loads((folder / "test.json").read_text())
+    assert table["test_images"] == 60 and table["attacked_images"] == 20 and table["eps"] == 8 / 255
+    test_images, test_labels = shapes10.generate(60, shapes10.SEED + 1)
+    model = models.load(folder)
+    right = model.forward(test_images * np.float32(1 / 255))[0].argmax(1) == test_labels
+    assert table["clean"] == right.mean() and table["clean_attacked"] == right[:20].mean()
+    assert 0 <= table["pgd20x10"] <= table["clean_attacked"]
+    assert f"{table['clean']:.2%}" in out and f"{table['pgd20x10']:.2%}" in out
+
+
+def test_no_table_without_test_images_and_nothing_is_announced_that_is_not_there(program):
+    code, out, _ = program(*TINY, "--test-images", 0, "--epochs", 1)
+    assert code == 0 and not Path(FOLDER, "test.json").exists()
+    last = out.strip().splitlines()[-1]
+    for name in re.findall(r"\w+\.(?:jsonl|json|safetensors|png)", last):
+        assert Path(FOLDER, name).exists(), name
+
+
+def test_zero_epochs_train_nothing_and_leave_a_run(program):
+    code, out, _ = program(*TINY, "--epochs", 0)
+    assert code == 0
+    for name in re.findall(r"\w+\.(?:jsonl|json|safetensors|png)", out.strip().splitlines()[-1]):
+        assert Path(FOLDER, name).exists(), name
+    fresh = models.mlp((3072, 256, 256, 10))
+    assert np.array_equal(models.load(FOLDER).weights, fresh.weights)
+    assert program("--resume", FOLDER, "--test-images", 0)[0] == 0
+
+
+def test_out_names_the_folder_and_the_seed_the_default(program):
+    assert program(*TINY, "--epochs", 1, "--test-images", 0, "--out", "a/b")[0] == 0
+    assert Path("a/b/model.safetensors").exists() and not Path("runs").exists()
+    arguments = "--epochs 1 --test-images 0 --seed 7 --method standard --train-images 100".split()
+    assert program(*TINY, *arguments)[0] == 0
+    assert Path("runs/mlp-shapes10-standard-7/model.safetensors").exists()
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def configure(*arguments, device="cpu"):
+    return train_cifar.configure(train_cifar.parser().parse_args(list(map(str, arguments))), device, 10)
+
+
+def test_the_defaults_depend_on_the_device_and_the_model_and_flags_go_before_them():
+    assert configure().architecture["name"] == "small_cnn"
+    assert configure(device="gpu").architecture["name"] == "preact_resnet18"
+    assert configure("--model", "small", device="gpu").architecture["name"] == "small_cnn"
+    for model, values in train_cifar.DEFAULTS.items():
+        config = asdict(configure("--model", model))
+        assert {k: config[k] for k in values} == values
+        assert configure("--model", model, "--gamma-h", 0, "--lr", 0.5, "--clip", 0).gamma_h == 0
+        assert configure("--model", model, "--gamma-h", 0, "--lr", 0.5, "--clip", 0).lr == 0.5
+        assert configure("--model", model, "--gamma-h", 0, "--lr", 0.5, "--clip", 0).clip == 0
+    assert configure().epochs == 20 and configure("--data", "cifar10").epochs == 100
+    assert configure("--epochs", 0).epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--eps 2/255 --eps-start 1/255", dict(eps=2 / 255, eps_start=1 / 255)),
+        ("--eps 0.1", dict(eps=0.1)),
+        ("--weight-decay 1/1000 --momentum 1/2 --lr 1/20", dict(weight_decay=1 / 1000, momentum=0.5, lr=0.05)),
+        ("--gamma-i 3/4 --gamma-h 1e4", dict(gamma_i=0.75, gamma_h=1e4)),
+        ("--gamma-factor 2 --alpha 5", dict(gamma_factor=2, alpha=5)),
+        ("--hamming-norm sample --method hamming", dict(hamming_norm="sample", method="hamming")),
+        ("--hold-out 0 --train-images 9 --batch-size 3", dict(hold_out=0, train_images=9, batch_size=3)),
+        ("--no-augment --seed 5 --epochs 7", dict(augment=False, seed=5, epochs=7)),
+        ("--clip 2 --data cifar10", dict(clip=2, data="cifar10", epochs=100)),
+    ],
+)
+def test_every_flag_reaches_the_configuration(arguments, expected):
+    config = asdict(configure(*arguments.split()))
+    default = asdict(configure())
+    assert {k: v for k, v in config.items() if v != default[k]} == expected
+
+
+def test_the_networks_variants_are_flags():
+    assert configure("--kernel", 5).architecture["kernel"] == 5
+    assert configure("--model", "preact_resnet18", "--jin-v1").architecture["jin_v1"] is True
+    assert configure("--model", "mlp").architecture["sizes"] == [3072, 256, 256, 10]
+
+
+def test_help_explains_every_flag(program):
+    code, out, _ = program("--help")
+    assert code == 0
+    for action in train_cifar.parser()._actions:
+        assert action.help and action.help != argparse.SUPPRESS
+        assert all(flag in out for flag in action.option_strings)
+    assert "default: None" not in " ".join(out.split())  # several say what their default is; None is not it
+    assert "--resume" in out and "python train_cifar.py" in out
+
+
+BAD_FLAGS = """--eps -1|--eps 2|--eps nan|--eps 8/0|--eps-start=-1/255|--batch-size 0|--batch-size -5|--batch-size 1.5
+--epochs -3|--epochs x|--lr nan|--lr inf|--lr -0.1|--momentum 1.5|--weight-decay -1|--clip -1|--gamma-i -1
+--gamma-h inf|--gamma-factor -2|--alpha -8|--seed -1|--seed x|--hold-out -1|--train-images -1|--test-images -1
+--model vgg|--method adversarial|--data mnist|--device tpu|--kernel 3|--hamming-norm l1|--nonsense|stray"""
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
+def test_a_bad_flag_is_named_and_nothing_is_made(program, flags, tmp_path):
+    code, out, err = program(*TINY, *flags.split())
+    assert code == 2 and out == "" and "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("train_cifar.py: error: ") and all(word in last for word in re.split("[ =]", flags))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30])
+def test_a_large_seed_works_or_is_refused_in_one_line(program, seed):
+    code, _, err = program(*TINY, "--epochs", 0, "--test-images", 0, "--seed", seed)
+    assert code == 0 or (code == 2 and str(seed) in err.strip().splitlines()[-1])
+    assert "Traceback" not in err
+
+
+def test_no_two_seeds_are_the_same():
+    weights = []
+    for seed in (0, 1, 2**32, 2**53, 2**53 + 1, 2**63 - 1):
+        weights.append(models.mlp((48, 2), seed=seed, input_shape=(4, 4, 3)).weights.tobytes())
+    assert len(set(weights)) == len(weights)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_images_that_do_not_suffice(program):
+    assert_one_error_line(program(*TINY, "--hold-out", 400), "hold out 400 of 400")
+    assert_one_error_line(program(*TINY, "--batch-size", 301), "--batch-size 301", "300 training images")
+    assert_one_error_line(program(*TINY, "--train-images", 20), "--batch-size 50", "20 training images")
+    assert not Path("runs").exists()
+
+
+def test_missing_data(program, tmp_path):
+    arguments = (*TINY, "--data", "cifar10", "--no-download")
+    assert_one_error_line(program(*arguments), "cifar-10-batches-bin", "--data shapes10")
+    assert_one_error_line(program(*arguments, "--data-dir", "nowhere"), "nowhere")
+    assert not Path("runs").exists() and not Path("nowhere").exists()
+
+
+def test_truncated_data(program, tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in data.BIN_FILES:
+        (folder / name).write_bytes(bytes(3073))
+    err = assert_one_error_line(program(*TINY, "--data", "cifar10", "--data-dir", tmp_path), "data_batch_1.bin", "3073")
+    assert "replace" in err and not Path("runs").exists()
+
+
+def test_no_gpu(program, monkeypatch):
+    monkeypatch.setattr(backend, "_cupy", lambda: None)
+    assert_one_error_line(program(*TINY, "--device", "gpu"), "--device gpu", "--device cpu")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "/dev/null/run", "/proc/run"])
+def test_a_run_folder_that_cannot_be_made(program, out):
+    Path("file").write_text("mine")
+    assert_one_error_line(program(*TINY, "--out", out), out)
+    assert Path("file").read_text() == "mine"
+
+
+def test_an_existing_run_is_not_overwritten(program, finished, tmp_path):
+    folder = copy_run(finished, tmp_path)
+    before = snapshot(folder)
+    err = assert_one_error_line(program(*TINY, "--seed", 0), FOLDER, "--resume", "--out")
+    assert f"--resume {FOLDER}" in err and snapshot(folder) == before
+    assert_one_error_line(program(*TINY, "--out", folder, "--lr", 1), "--resume")
+    assert snapshot(folder) == before
+
+
+def copy_run(finished, place):
+    folder = place / FOLDER
+    folder.mkdir(parents=True)
+    for name, content in snapshot(finished[0]).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_missing_run_cannot_be_resumed(program):
+    assert_one_error_line(program("--resume", "nowhere"), "nowhere")
+    Path("file").write_text("")
+    assert_one_error_line(program("--resume", "file"), "file")
+    Path("empty").mkdir()
+    assert_one_error_line(program("--resume", "empty"), "empty")
+    assert not list(Path("empty").iterdir()) and not Path("nowhere").exists()
+
+
+FOREIGN = {
+    "not json": "nonsense", "cut": '{"config": {"archi', "a list": "[]", "a number": "3", "no config": "{}",
+    "null": '{"config": null}', "another program's": '{"config": {"learning_rate": 0.1}}',
+    "a list in it": '{"config": []}', "empty config": '{"config": {}}', "binary": "\x00\x01",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_or_damaged_configuration(program, finished, tmp_path, text):
+    folder = copy_run(finished, tmp_path)
+    (folder / "config.json").write_text(text)
+    before = snapshot(folder)
+    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0), "config.json")
+    assert snapshot(folder) == before
+
+
+CHANGES = [
+    ("lr", 0.5), ("lr", "fast"), ("lr", None), ("data", "mnist"), ("method", "nonsense"), ("epochs", "20"),
+    ("batch_size", 301), ("architecture", {"name": "vgg"}), ("architecture", {"name": "mlp", "depth": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGES, ids=str)
+def test_a_changed_configuration(program, finished, tmp_path, key, value):
+    folder = copy_run(finished, tmp_path)
+    saved = json.loads((folder / "config.json").read_text())
+    saved["config"][key] = value
+    (folder / "config.json").write_text(json.dumps(saved))
+    before = snapshot(folder)
+    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0))
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "pickle", "another network"])
+def test_a_damaged_or_wrong_checkpoint(program, finished, tmp_path, damage):
+    folder = copy_run(finished, tmp_path)
+    path = folder / "last.safetensors"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "another network":
+        _, metadata = checkpoint.load_tensors(path)
+        state = models.small_cnn(hidden=8).state_dict()
+        velocity = np.zeros(sum(v.size for k, v in state.items() if not k.startswith("normalize")), np.float32)
+        checkpoint.save_tensors(path, state | {"optimizer.velocity": velocity}, metadata)
+    else:
+        path.write_bytes(
+            {"empty": b"", "cut": content[: len(content) // 2], "pickle": b"\x80\x04\x95" + bytes(99)}[damage]
+        )
+    before = snapshot(folder)
+    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0))
+    assert snapshot(folder) == before
+
+
+def test_nan_stops_with_one_line_and_code_2(tmp_path):
+    """Warnings included: NumPy's overflows on the way to NaN are no news to the user."""
+    process = start(tmp_path, *TINY, "--lr", "1e9", "--epochs", 3, "--method", "standard", "--clip", 0)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert "NaN" in err and "--lr" in err
+    printed, _ = configuration(out)
+    assert printed["lr"] == 1e9
+
+
+def test_collapse_stops_with_one_line_and_code_2(program, monkeypatch):
+    record = train.Trainer._record
+    changes = dict(accuracy=0.1, unstable=0.0, gamma_h=1.0, hamming=9.0)
+    monkeypatch.setattr(train.Trainer, "_record", lambda self: record(self) | changes)
+    assert_one_error_line(program(*TINY, "--epochs", 4), "collapsed at epoch 2", "Hamming", "--gamma-h")
+    assert len(checkpoint.read_jsonl(Path(FOLDER, "log.jsonl"))) == 2
+    assert models.load(FOLDER).architecture["name"] == "mlp"
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_the_last_save(program, monkeypatch):
+    replace, names = os.replace, []
+
+    def full(source, target):
+        names.append(Path(target).name)
+        if names.count("last.safetensors") == 2:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert_one_error_line(program(*TINY), "No space left on device", "last.safetensors")
+    assert program("--resume", FOLDER, "--test-images", 0)[0] == 0
+    assert [r["epoch"] for r in checkpoint.read_jsonl(Path(FOLDER, "log.jsonl"))] == [1, 2]
+
+
+# --- stop and go on ---------------------------------------------------------------------------------------------------
+
+
+def outcome(folder):
+    """What two equal runs agree on."""
+    log = [{k: v for k, v in r.items() if k != "images_per_s"} for r in checkpoint.read_jsonl(folder / "log.jsonl")]
+    return log, *((folder / name).read_bytes() for name in ("model.safetensors", "last.safetensors", "config.json"))
+
+
+def assert_same(folder, other):
+    for found, expected in zip(outcome(folder), outcome(other), strict=True):
+        assert found == expected
+
+
+def go_on(place, *arguments):
+    process = start(place, "--resume", FOLDER, "--test-images", 0, *arguments)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    return out
+
+
+# SAVE_EVERY and CHECK_EVERY: also within the epochs. The step is slowed so that the moment hits anything.
+SAVES = "train.SAVE_EVERY = -1; train.CHECK_EVERY = 1"
+
+
+@pytest.fixture(scope="module")
+def seed():
+    return random.Random(int(os.environ.get("NANOMR_KILL_SEED", "0")))
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_at_any_moment_and_resumed_equals_the_straight_run(finished, tmp_path, seed, attempt):
+    process = start(tmp_path, *TINY, patches=SAVES)
+    path = tmp_path / FOLDER / "last.safetensors"
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    time.sleep(seed.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+    models.load(path)  # whole
+    out = go_on(tmp_path)
+    assert_same(tmp_path / FOLDER, finished[0])
+    assert configuration(out)[0] == configuration(finished[1])[0]
+
+
+def signal_at(step, number):
+    """A patch: the program sends itself this signal in this step."""
+    return (
+        "\nimport os\nplain = train.Trainer.train_step\n"
+        f"def stopped(self):\n    if self.step == {step}: os.kill(os.getpid(), {int(number)})\n    return plain(self)\n"
+        "train.Trainer.train_step = stopped\n"
+    )
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 2), (signal.SIGTERM, 8)])
+def test_ctrl_c_and_sigterm_save_say_how_to_go_on_and_exit_with_130(finished, tmp_path, number, step):
+    process = start(tmp_path, *TINY, patches=signal_at(step, number))
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    last = out.strip().splitlines()[-1]
+    assert f"--resume {FOLDER}" in last and f"{step + 1} of 12 steps" in last
+    go_on(tmp_path)
+    assert_same(tmp_path / FOLDER, finished[0])
+
+
+def test_a_finished_run_is_resumed_without_a_step_and_gets_its_table(program, finished, tmp_path, monkeypatch):
+    folder = copy_run(finished, tmp_path)
+    (folder / "test.json").unlink()
+    monkeypatch.setattr(train.Trainer, "train_step", lambda self: pytest.fail("a step of a finished run"))
+    code, out, _ = program("--resume", FOLDER, "--test-images", 20, "--device", "cpu")
+    assert code == 0 and configuration(out)[0]["run"] == FOLDER
+    assert (folder / "log.jsonl").read_bytes() == (finished[0] / "log.jsonl").read_bytes()
+    assert_same(folder, finished[0])
+    assert json.loads((folder / "test.json").read_text())["attacked_images"] == 20
+
+
+def test_resume_goes_by_the_runs_settings_not_by_the_flags(program, finished, tmp_path):
+    folder = copy_run(finished, tmp_path)
+    code, out, _ = program("--resume", FOLDER, "--test-images", 0, "--lr", 3, "--data", "cifar10", "--no-download")
+    assert code == 0
+    assert_same(folder, finished[0])
+    assert configuration(out)[0]["lr"] == configuration(finished[1])[0]["lr"]
+
+
+def test_a_run_killed_before_its_first_save_can_be_started_again_or_resumed(program, finished, tmp_path):
+    """The line of epoch 1 is on the disk, its checkpoint is not."""
+    for arguments in (TINY, ["--resume", FOLDER]):
+        folder = tmp_path / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
+        first = (finished[0] / "log.jsonl").read_bytes().splitlines(keepends=True)[0]
+        (folder / "log.jsonl").write_bytes(first)
+        code, _, err = program(*arguments, "--test-images", 0)
+        if code == 2:  # then it must say what to do, and lose nothing
+            assert "Traceback" not in err and err.count("\n") == 1
+            assert (folder / "log.jsonl").read_bytes() == first
+            assert "last.safetensors" in err
+        else:
+            assert code == 0
+            assert [r["epoch"] for r in checkpoint.read_jsonl(folder / "log.jsonl")] == [1, 2]
