@@ -240,6 +240,8 @@ class ReLU(Layer):
         return ops_for(z).relu(z), (z, None, None)
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
+        if not input_grad:
+            return None
         z, tap, record = cache
         if tap is not None:
             return tap.backward(dy, z, record)
@@ -271,7 +273,8 @@ class BatchNorm2d(Layer):
                 self.buffers[name][...] = keep * self.buffers[name] + take * batch
             self.buffers["num_batches_tracked"] += 1
         else:
-            mean, var = self.buffers["running_mean"], self.buffers["running_var"]
+            # a copy: a training pass may move the buffer while this cache is alive
+            mean, var = self.buffers["running_mean"].copy(), self.buffers["running_var"]
         inv_std = 1 / (var + self.eps) ** 0.5
         y = ops.batchnorm(x, self.params["weight"], self.params["bias"], mean, inv_std)
         return y, (x, mean, inv_std, train)
@@ -364,5 +367,7 @@ class PreActBlock(Layer):
         for name in ("conv2", "relu2", "bn2", "conv1", "relu1", "bn1"):
             if name == "relu1" and self.shortcut_reads_h:
                 dh = dh + d_shortcut
-            dh = self.children[name].backward(dh, cache[name], param_grads)
+            dh = self.children[name].backward(dh, cache[name], param_grads, input_grad or name != "bn1")
+        if not input_grad:
+            return None
         return dh if self.shortcut_reads_h else dh + d_shortcut

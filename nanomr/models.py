@@ -3,6 +3,7 @@
 Weights on disk are safetensors with PyTorch's names and layouts: ``docs/torch_twin.py`` loads them.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ class Model(Sequential):
                 kind = dtype if value.dtype.kind in "fc" else value.dtype
                 layer.buffers[name] = xp.asarray(value, kind)
 
+    def __deepcopy__(self, memo):
+        """A network of its own, whose parameters are views of its own flat vectors."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other.children = copy.deepcopy(self.children, memo)
+        other._pack(array_module(self.weights), self.dtype)
+        other.gradients[...] = self.gradients
+        return other
+
     @property
     def dtype(self):
         return self.weights.dtype
@@ -89,11 +99,16 @@ class Model(Sequential):
 
         Evaluation mode unless ``train=True``. Raises ValueError for another shape or dtype.
         """
-        images = x.x if isinstance(x, PairBatch) else x
-        if tuple(images.shape[1:]) != self.input_shape:
-            raise ValueError(f"the model takes images {('N', *self.input_shape)}, not {images.shape}".replace("'", ""))
-        if images.dtype != self.dtype:
-            raise ValueError(f"the model is {self.dtype}, the images are {images.dtype}: convert one of them")
+        pair = isinstance(x, PairBatch)
+        for images in x if pair else (x,):
+            if tuple(images.shape[1:]) != self.input_shape:
+                raise ValueError(
+                    f"the model takes images {('N', *self.input_shape)}, not {images.shape}".replace("'", "")
+                )
+            if images.dtype != self.dtype:
+                raise ValueError(f"the model is {self.dtype}, the images are {images.dtype}: convert one of them")
+        if pair and len(x.x) != len(x.rho):
+            raise ValueError(f"{len(x.x)} images and {len(x.rho)} perturbations: there must be one for each")
         logits, cache = super().forward(x, train=train, tap=tap)
         if isinstance(logits, PairBatch):  # no ReLU at all: a linear model
             return logits.full(), (cache, True)
@@ -136,7 +151,10 @@ class Model(Sequential):
         checkpoint.save_tensors(path, self.state_dict(), {"architecture": self.architecture, **metadata})
 
 
-def _cifar_input(mean, std):
+def _input(mean, std, *sizes):
+    """The first layer of every network, once the sizes of the others make sense."""
+    if min(sizes) < 1:
+        raise ValueError(f"a network needs at least one unit in each layer, not {min(sizes)}")
     return {"normalize": Normalize(mean, std)}
 
 
@@ -148,7 +166,7 @@ def mlp(sizes=(3072, 256, 256, 10), seed=0, input_shape=None, mean=(0.0,), std=(
     input_shape = tuple(input_shape or (32, 32, 3))
     if int(np.prod(input_shape)) != sizes[0] or len(sizes) < 2:
         raise ValueError(f"mlp: sizes[0] must be the number of inputs, {int(np.prod(input_shape))}, not {sizes[0]}")
-    children: dict[str, Layer] = {**_cifar_input(mean, std), "flatten": Flatten()}
+    children: dict[str, Layer] = {**_input(mean, std, *sizes), "flatten": Flatten()}
     for i in range(1, len(sizes)):
         children[f"fc{i}"] = Linear(sizes[i - 1], sizes[i], image=input_shape if i == 1 else None)
         if i < len(sizes) - 1:
@@ -173,7 +191,7 @@ def small_cnn(seed=0, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIF
         raise ValueError(f"small_cnn: kernel must be 4 (Wong et al.) or 5 (Xiao et al.), not {kernel}")
     padding = 1 if kernel == 4 else (1, 2, 1, 2)
     children = {
-        **_cifar_input(mean, std),
+        **_input(mean, std, hidden, classes),
         "conv1": Conv2d(3, 16, kernel, 2, padding),
         "relu1": ReLU(),
         "conv2": Conv2d(16, 32, kernel, 2, padding),
@@ -205,7 +223,7 @@ def preact_resnet18(
     """
     if jin_v1:
         bn_before_fc, out_shortcut = False, True
-    children: dict[str, Layer] = {**_cifar_input(mean, std), "conv1": Conv2d(3, width, 3, 1, 1, bias=False)}
+    children: dict[str, Layer] = {**_input(mean, std, width, classes), "conv1": Conv2d(3, width, 3, 1, 1, bias=False)}
     if jin_v1:
         children.update(bn1=BatchNorm2d(width), relu1=ReLU())
     channels = width

@@ -40,7 +40,7 @@ def _pair(g, shape):
 
 LOSSES = {
     "cross-entropy": Loss(
-        lambda f: cross_entropy(f, _labels(*f.shape)), lambda g, s: [3 * g.standard_normal((s[0], s[1] + 1))]
+        lambda f: cross_entropy(f, _labels(*f.shape)), lambda g, s: [g.standard_normal((s[0], s[1] + 1))]
     ),
     "intrinsic": Loss(intrinsic, _pair),
     "hamming, batch": Loss(lambda a, b: hamming(a, b, alpha=2.0), _pair),
