@@ -22,7 +22,7 @@ def measure(settings: dict, epochs: int, dataset) -> dict:
     """One run; its settings and what the held-out images say of it at the end."""
     fields = dict(architecture=models.small_cnn().architecture, method="manifold", data=dataset.name, epochs=epochs)
     config = Config(**{**fields, **settings})
-    row = {"settings": settings, "epochs": epochs, "data": dataset.name, "source_verified": dataset.source["verified"]}
+    row = {"settings": settings, "epochs": epochs, "data": dataset.name}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, dataset, folder)
         try:

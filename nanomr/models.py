@@ -102,9 +102,8 @@ class Model(Sequential):
         pair = isinstance(x, PairBatch)
         for images in x if pair else (x,):
             if tuple(images.shape[1:]) != self.input_shape:
-                raise ValueError(
-                    f"the model takes images {('N', *self.input_shape)}, not {images.shape}".replace("'", "")
-                )
+                wanted = ", ".join(map(str, ("N", *self.input_shape)))
+                raise ValueError(f"the model takes images ({wanted}), not {images.shape}")
             if images.dtype != self.dtype:
                 raise ValueError(f"the model is {self.dtype}, the images are {images.dtype}: convert one of them")
         if pair and len(x.x) != len(x.rho):
