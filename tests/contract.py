@@ -114,7 +114,7 @@ def check_jacobian(case):
         for name, gradient in slots(layer, "grads").items():
             claimed[name][k] = gradient.ravel()
     for name, p in [("x", case.x), *params.items()]:
-        error, size = np.empty((y.size, p.size)), 1e-2 * np.abs(y).max()
+        error, size = np.empty((y.size, p.size)), 0.1 * np.abs(y).max()  # for rounding, 1e-16 |y| / h
         for j, at in enumerate(np.ndindex(p.shape)):
             kept, errors = p[at], []
             for step in (h, h / 30):  # two: a ReLU's kink may lie within the first; a wrong gradient is wrong at both
