@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint, metrics, models, optim, plots, rng
-from .backend import array_module, to_device
+from .backend import array_module, to_device, to_numpy
 from .data import Dataset
 from .errors import UserError
 from .manifold import corner_pairs
@@ -85,7 +85,8 @@ class Trainer:
         self.steps_per_epoch = len(images) // config.batch_size  # the last, incomplete batch is left for another epoch
         self.model = models.build(config.architecture, config.seed).to(device)
         self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, config.clip or None)
-        self.step, self.totals, self.seconds, self.log = 0, np.zeros(5), 0.0, []
+        self.step, self.seconds, self.log = 0, 0.0, []
+        self.totals = to_device(np.zeros(5), device)  # of what train_step returns, over the epoch so far
         self._order = (-1, None)
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -124,38 +125,37 @@ class Trainer:
 
     def run(self):
         """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C, the run saved."""
-        config, total = self.config, self.config.epochs * self.steps_per_epoch
+        total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
         self.folder.mkdir(parents=True, exist_ok=True)
-        n, saved, started = config.batch_size, time.monotonic(), time.monotonic()
         bar = tqdm(total=total * n, initial=self.step * n, unit="img", unit_scale=True, smoothing=0.05, disable=None)
         with bar, _interrupts() as interrupted:
-            pending = 0.0
+            clock = saved = time.monotonic()
             while self.step < total:
-                pending = pending + self.train_step()
+                self.totals += self.train_step()
                 bar.update(n)
-                ends = self.step % self.steps_per_epoch == 0
-                if ends or self.step % CHECK_EVERY == 0 or interrupted:
-                    self.totals += np.asarray(to_device(pending, "cpu") if self.device == "gpu" else pending)
-                    pending = 0.0
-                    self._stop_on_nan()
-                    self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
-                if ends:
+                epoch_ends = self.step % self.steps_per_epoch == 0
+                if not (epoch_ends or interrupted or self.step % CHECK_EVERY == 0):
+                    continue
+                self._stop_on_nan()
+                now = time.monotonic()
+                self.seconds, clock = self.seconds + now - clock, now
+                if epoch_ends:
                     self._end_epoch(bar)
-                    started = saved = time.monotonic()
-                elif interrupted or (isinstance(pending, float) and time.monotonic() - saved > SAVE_EVERY):
+                elif interrupted or now - saved > SAVE_EVERY:
                     self.save()
-                    saved = time.monotonic()
+                else:
+                    continue
+                clock = saved = time.monotonic()
                 if interrupted and self.step < total:
-                    raise Interrupted(
-                        f"stopped after {self.step} of {total} steps and saved; --resume {self.folder} goes on"
-                    )
+                    done = f"stopped after {self.step} of {total} steps and saved"
+                    raise Interrupted(f"{done}: go on with --resume {self.folder}")
         return self.model
 
     def _end_epoch(self, bar):
         record = self._record()
         self.log.append(record)
         checkpoint.append_jsonl(self.folder / "log.jsonl", record)
-        self.totals, self.seconds = np.zeros(5), 0.0
+        self.totals[...], self.seconds = 0, 0.0
         self.save()
         if len(self.log) == 1:
             bar.write(HEADER)
@@ -165,7 +165,7 @@ class Trainer:
     def _record(self) -> dict:
         """The epoch's line in the log: means over its steps, and the held-out images (training images without any)."""
         config, steps = self.config, self.steps_per_epoch
-        loss, ce, pair, hamming, norm = (self.totals / steps).tolist()
+        loss, ce, pair, hamming, norm = (to_numpy(self.totals) / steps).tolist()
         epoch = self.step / steps
         few, few_labels = self.held[:500], self.held_labels[:500]
         return {
@@ -179,10 +179,11 @@ class Trainer:
         }
 
     def _stop_on_nan(self):
-        if np.isfinite(self.totals).all():
+        totals = to_numpy(self.totals)
+        if np.isfinite(totals).all():
             return
         names = ("loss", "cross-entropy", "intrinsic term", "Hamming term", "gradient")
-        bad = [name for name, value in zip(names, self.totals, strict=True) if not math.isfinite(value)]
+        bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
         first = bad[1] if len(bad) > 1 else bad[0]
         raise UserError(
             f"the {first} became NaN or infinite near step {self.step} (epoch {self.step / self.steps_per_epoch:.1f}): "
@@ -210,7 +211,7 @@ class Trainer:
 
     def save(self):
         """Write ``last.safetensors`` (all that a resumed run needs) and ``model.safetensors``."""
-        state = {"step": self.step, "totals": self.totals.tolist(), "seconds": self.seconds}
+        state = {"step": self.step, "totals": to_numpy(self.totals).tolist(), "seconds": self.seconds}
         tensors = self.model.state_dict() | {"optimizer.velocity": self.optimizer.velocity}
         metadata = {"architecture": self.config.architecture, "state": state, "config": asdict(self.config)}
         checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
@@ -226,7 +227,8 @@ class Trainer:
         self.optimizer.velocity[...] = to_device(tensors.pop("optimizer.velocity"), self.device)
         self.model.load_state_dict(tensors)
         state = metadata["state"]
-        self.step, self.totals, self.seconds = state["step"], np.array(state["totals"]), state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.totals[...] = to_device(np.array(state["totals"]), self.device)
         epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
         log = self.folder / "log.jsonl"
         self.log = [r for r in checkpoint.read_jsonl(log) if r["epoch"] <= epochs] if log.exists() else []
