@@ -106,7 +106,8 @@ def _check_layer(layer, x, train, tap, options) -> float:
     slots = [(below, name) for _, below in layer.walk() for name in below.params]
     saved = [(below, below.params, below.grads, below.buffers) for _, below in layer.walk()]
     params = [np.asarray(below.params[name], np.float64) for below, name in slots]
-    kind = np.complex128 if options["method"] == "complex" else np.float64  # of running statistics, which move
+    moving = train and options["method"] == "complex"  # running statistics follow the batch into the complex plane
+    kind = np.complex128 if moving else np.float64
 
     def run(x, *params):
         for (below, name), value in zip(slots, params, strict=True):

@@ -71,7 +71,10 @@ class Layer:
 
     def accumulate(self, **gradients):
         for name, gradient in gradients.items():
-            self.grads[name] += gradient
+            if name in self.grads:
+                self.grads[name] += gradient
+            else:  # a layer outside a model: nothing has made room for its gradients yet
+                self.grads[name] = gradient
 
 
 class Affine(Layer):

@@ -163,8 +163,9 @@ def mlp(sizes=(3072, 256, 256, 10), seed=0, input_shape=None, mean=(0.0,), std=(
     ``sizes`` = (inputs, hidden ..., classes). Takes images of ``input_shape``, by default (32, 32, 3).
     """
     input_shape = tuple(input_shape or (32, 32, 3))
-    if int(np.prod(input_shape)) != sizes[0] or len(sizes) < 2:
-        raise ValueError(f"mlp: sizes[0] must be the number of inputs, {int(np.prod(input_shape))}, not {sizes[0]}")
+    inputs = int(np.prod(input_shape))
+    if len(sizes) < 2 or sizes[0] != inputs:
+        raise ValueError(f"mlp: sizes must be ({inputs}, hidden ..., classes), not {tuple(sizes)}")
     children: dict[str, Layer] = {**_input(mean, std, *sizes), "flatten": Flatten()}
     for i in range(1, len(sizes)):
         children[f"fc{i}"] = Linear(sizes[i - 1], sizes[i], image=input_shape if i == 1 else None)
@@ -248,13 +249,12 @@ BUILDERS = {"mlp": mlp, "small_cnn": small_cnn, "preact_resnet18": preact_resnet
 
 def build(architecture: dict, seed: int = 0) -> Model:
     """A network from its ``architecture``. Raises UserError for one that this version does not know."""
-    options = dict(architecture)
-    name = options.pop("name", None)
-    if name not in BUILDERS:
+    name = architecture.get("name") if isinstance(architecture, dict) else architecture
+    if not isinstance(name, str) or name not in BUILDERS or name is architecture:
         raise UserError(f"unknown network {name!r}: this version builds {', '.join(BUILDERS)}")
     try:
-        return BUILDERS[name](seed=seed, **options)
-    except (TypeError, ValueError) as error:
+        return BUILDERS[name](seed=seed, **{k: v for k, v in architecture.items() if k != "name"})
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"the checkpoint's architecture does not fit this version: {error}") from None
 
 
