@@ -18,13 +18,15 @@ from nanomr.errors import UserError
 from nanomr.methods import METHODS
 from nanomr.train import Config, Interrupted, Trainer
 
-# What the paper does not settle, or what collapses as written, was settled by the sweep in docs/reproduction.md.
+# PreActResNet18's are the paper's. The paper's for the small network collapse: docs/reproduction.md has the sweep.
 DEFAULTS = {
     "small": dict(gamma_i=10.0, gamma_h=600.0, lr=0.03, clip=1.0),
+    "small on shapes10": dict(gamma_i=4.0, gamma_h=300.0, lr=0.05, clip=1.0),
     "preact_resnet18": dict(gamma_i=0.8, gamma_h=2400.0, lr=0.1, clip=0.0),
     "mlp": dict(gamma_i=0.4, gamma_h=600.0, lr=0.05, clip=1.0),
 }
-EPOCHS = {"cifar10": 100, "shapes10": 20}
+EPOCHS = {"cifar10": 100, "shapes10": 30}
+HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -45,24 +47,26 @@ def parser() -> argparse.ArgumentParser:
     auto = argparse.SUPPRESS
 
     g = p.add_argument_group("what to train")
-    g.add_argument("--model", choices=tuple(DEFAULTS), help="default: small on a CPU, preact_resnet18 on a GPU")
+    g.add_argument(
+        "--model", choices=("small", "preact_resnet18", "mlp"), help="default: small on a CPU, preact_resnet18 on a GPU"
+    )
     g.add_argument("--kernel", type=int, choices=(4, 5), default=4, help="small: 4 as Wong et al., 5 as Xiao et al.")
     g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
     g.add_argument("--method", choices=METHODS, default="manifold", help="which terms are added to the cross-entropy")
-    g.add_argument("--seed", type=natural, default=0, help="of weights, shuffling, augmentation and corners")
+    seed = cli.number(int, low=0, high=2**63 - 1)
+    g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
 
     g = p.add_argument_group("data")
     g.add_argument("--data", choices=("shapes10", "cifar10"), default="shapes10", help="shapes10 is drawn on the fly")
     g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
     g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
-    g.add_argument(
-        "--hold-out", type=natural, default=5000, help="last training images, kept for monitoring; 0 trains on all"
-    )
+    text = "last training images, kept for monitoring, 0 for none; default: 5000 (cifar10), 2000 (shapes10)"
+    g.add_argument("--hold-out", type=natural, default=None, help=text)
     g.add_argument("--train-images", type=natural, default=0, help="use only the first so many; 0: all")
     g.add_argument("--no-augment", action="store_true", help="no random crops and flips")
 
     g = p.add_argument_group("optimisation", "schedules are the paper's (appendix B), scaled to --epochs")
-    g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 20 for shapes10")
+    g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 30 for shapes10")
     g.add_argument(
         "--batch-size", type=positive, default=128, help="clean images; the regularisers see three times as many"
     )
@@ -106,14 +110,24 @@ def configure(args, device: str, classes: int) -> Config:
         "preact_resnet18": lambda: models.preact_resnet18(jin_v1=args.jin_v1, classes=classes),
         "mlp": lambda: models.mlp((3072, 256, 256, classes), mean=models.CIFAR_MEAN, std=models.CIFAR_STD),
     }[model]().architecture
-    chosen = {k: getattr(args, k) if getattr(args, k) is not None else v for k, v in DEFAULTS[model].items()}
+    defaults = DEFAULTS.get(f"{model} on {args.data}", DEFAULTS[model])
+    chosen = {k: getattr(args, k) if getattr(args, k) is not None else v for k, v in defaults.items()}
     return Config(
         architecture=architecture, method=args.method, data=args.data,
-        epochs=EPOCHS[args.data] if args.epochs is None else args.epochs, batch_size=args.batch_size,
-        hold_out=args.hold_out, train_images=args.train_images, seed=args.seed, momentum=args.momentum,
+        epochs=EPOCHS[args.data] if args.epochs is None else args.epochs,
+        hold_out=HOLD_OUT[args.data] if args.hold_out is None else args.hold_out,
+        batch_size=args.batch_size, train_images=args.train_images, seed=args.seed, momentum=args.momentum,
         weight_decay=args.weight_decay, eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor,
         alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not args.no_augment, **chosen,
     )  # fmt: skip
+
+
+def read_config(path: Path) -> Config:
+    """The Config in a run's config.json. Raises UserError for anything else."""
+    try:
+        return Config(**checkpoint.read_json(path)["config"])
+    except (TypeError, KeyError):
+        raise UserError(f"{path} is not the configuration of a run of this version: restore it") from None
 
 
 def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
@@ -141,7 +155,7 @@ def main() -> int:
     device = resolve_device(args.device)
     resume = getattr(args, "resume", None)
     if resume:
-        folder, config = resume, Config(**checkpoint.read_json(resume / "config.json")["config"])
+        folder, config = resume, read_config(resume / "config.json")
     dataset = data.load(config.data if resume else args.data, args.data_dir, download=not args.no_download)
     if not resume:
         config = configure(args, device, len(dataset.classes))
@@ -155,7 +169,7 @@ def main() -> int:
     if resume:
         trainer.resume()
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        trainer.open_folder()
         checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
     print(json.dumps({"run": str(folder), "device": device, **asdict(config)}, indent=1), flush=True)
     try:
@@ -168,7 +182,8 @@ def main() -> int:
     if args.test_images:
         result = closing_table(model, dataset, config, args.test_images, device)
         checkpoint.write_json(folder / "test.json", result)
-    print(f"\n{folder}: model.safetensors, log.jsonl, test.json" + (", curves.png" if picture else ""))
+    files = ["model.safetensors", "log.jsonl", *["test.json"] * bool(args.test_images), *["curves.png"] * bool(picture)]
+    print(f"\n{folder}: {', '.join(files)}")
     return 0
 
 

@@ -101,6 +101,11 @@ def append_jsonl(path: str | os.PathLike, record: Mapping) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def write_jsonl(path: str | os.PathLike, records: list[Mapping]) -> None:
+    """Write a whole log, atomically. Raises UserError when the file cannot be written."""
+    write_atomic(path, "".join(_dumps(record) + "\n" for record in records))
+
+
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """The records of a log; an incomplete last line (a killed run) is left out.
 

@@ -88,6 +88,9 @@ class Trainer:
         self.step, self.seconds, self.log = 0, 0.0, []
         self.totals = to_device(np.zeros(5), device)  # of what train_step returns, over the epoch so far
         self._order = (-1, None)
+        self.peaks = to_device(
+            np.zeros(2), device
+        )  # the most that the two weighted regularisers were, as multiples of the cross-entropy
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -119,16 +122,23 @@ class Trainer:
         norm = self.optimizer.step(now["lr"])
         self.step += 1
         values = [parts.get(k, 0.0) for k in ("loss", "cross_entropy", "intrinsic", "hamming")] + [norm]
-        return array_module(x).stack([array_module(x).asarray(v, dtype=float) for v in values])
+        xp = array_module(x)
+        values = xp.stack([xp.asarray(v, dtype=float) for v in values])
+        ratios = values[2:4] * xp.asarray([now["gamma_i"], now["gamma_h"]]) / values[1]
+        self.peaks = xp.where(self.peaks.max() > 10, self.peaks, xp.fmax(self.peaks, ratios))  # the first one did it
+        return values
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self):
         """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C, the run saved."""
         total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.open_folder()
+        if self.step == 0:  # a log without a checkpoint is of a run that was killed before its first one
+            checkpoint.write_jsonl(self.folder / "log.jsonl", [])
+            self.save()
         bar = tqdm(total=total * n, initial=self.step * n, unit="img", unit_scale=True, smoothing=0.05, disable=None)
-        with bar, _interrupts() as interrupted:
+        with bar, _interrupts() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             clock = saved = time.monotonic()
             while self.step < total:
                 self.totals += self.train_step()
@@ -146,10 +156,18 @@ class Trainer:
                 else:
                     continue
                 clock = saved = time.monotonic()
-                if interrupted and self.step < total:
+                if interrupted:
                     done = f"stopped after {self.step} of {total} steps and saved"
                     raise Interrupted(f"{done}: go on with --resume {self.folder}")
         return self.model
+
+    def open_folder(self):
+        """Make the run folder. Raises UserError when that is not possible."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"cannot make the run folder {self.folder}: {error.strerror}; choose another --out"
+            raise UserError(message) from None
 
     def _end_epoch(self, bar):
         record = self._record()
@@ -179,15 +197,21 @@ class Trainer:
         }
 
     def _stop_on_nan(self):
-        totals = to_numpy(self.totals)
-        if np.isfinite(totals).all():
+        totals, weights = to_numpy(self.totals), self.model.weights
+        if np.isfinite(totals).all() and array_module(weights).isfinite(weights).all():
             return
         names = ("loss", "cross-entropy", "intrinsic term", "Hamming term", "gradient")
         bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
-        first = bad[1] if len(bad) > 1 else bad[0]
+        first = (bad[1] if len(bad) > 1 else bad[0]) if bad else "weights"
+        peaks = to_numpy(self.peaks)
+        i = int(peaks.argmax())
+        advice = "lower --lr"
+        if peaks[i] > 10:
+            first = names[2 + i]
+            advice = f"it had reached {peaks[i]:.3g} times the cross-entropy: lower --gamma-{'ih'[i]}, or --lr"
         raise UserError(
             f"the {first} became NaN or infinite near step {self.step} (epoch {self.step / self.steps_per_epoch:.1f}): "
-            f"lower --lr, or clip gradients with --clip 1; {self.folder} holds the last good epoch"
+            f"{advice}, or clip gradients with --clip 1; {self.folder} holds the last good state"
         )
 
     def _stop_on_collapse(self):
@@ -201,6 +225,11 @@ class Trainer:
             "Hamming (--gamma-h)": max(r["gamma_h"] * r["hamming"] for r in self.log),
         }
         name = max(weighted, key=weighted.get)
+        if weighted[name] < 0.01:
+            raise UserError(
+                f"collapsed at epoch {last[-1]['epoch']}: accuracy {last[-1]['accuracy']:.1%}, no unstable ReLU, and "
+                "no regulariser did it: lower --lr or --weight-decay, or try --clip 1"
+            )
         raise UserError(
             f"collapsed at epoch {last[-1]['epoch']}: accuracy {last[-1]['accuracy']:.1%}, no unstable ReLU; "
             f"the {name} term did it (it reached {weighted[name]:.2f}, beside the cross-entropy): "
@@ -214,27 +243,31 @@ class Trainer:
         state = {"step": self.step, "totals": to_numpy(self.totals).tolist(), "seconds": self.seconds}
         tensors = self.model.state_dict() | {"optimizer.velocity": self.optimizer.velocity}
         metadata = {"architecture": self.config.architecture, "state": state, "config": asdict(self.config)}
-        checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
         self.model.save(
             self.folder / "model.safetensors", epoch=self.step / self.steps_per_epoch, data=self.config.data
-        )
+        )  # first: what a kill leaves behind here, the resumed run writes again
+        checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
 
     def resume(self):
         """Continue from the folder's ``last.safetensors``."""
-        tensors, metadata = checkpoint.load_tensors(self.folder / "last.safetensors")
+        path, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
+        tensors, metadata = checkpoint.load_tensors(path)
         if metadata.get("config") != asdict(self.config):
-            raise UserError(f"{self.folder}/last.safetensors belongs to another configuration than config.json")
-        self.optimizer.velocity[...] = to_device(tensors.pop("optimizer.velocity"), self.device)
+            raise UserError(f"{path} belongs to another configuration than config.json: restore one of the two")
+        records = checkpoint.read_jsonl(log) if log.exists() else []
+        if not all("epoch" in record for record in records):
+            raise UserError(f"{log} holds lines that are not of a run's log: restore or delete it")
+        velocity = tensors.pop("optimizer.velocity", np.empty(0))
+        if velocity.shape != self.optimizer.velocity.shape:
+            raise UserError(f"{path} is for another network")
         self.model.load_state_dict(tensors)
+        self.optimizer.velocity[...] = to_device(velocity, self.device)
         state = metadata["state"]
         self.step, self.seconds = state["step"], state["seconds"]
         self.totals[...] = to_device(np.array(state["totals"]), self.device)
         epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
-        log = self.folder / "log.jsonl"
-        self.log = [r for r in checkpoint.read_jsonl(log) if r["epoch"] <= epochs] if log.exists() else []
-        checkpoint.write_atomic(log, "")
-        for record in self.log:
-            checkpoint.append_jsonl(log, record)
+        self.log = [r for r in records if r["epoch"] <= epochs]
+        checkpoint.write_jsonl(log, self.log)
 
     def plot(self) -> Path | None:
         """Draw ``curves.png``; None without matplotlib or without an epoch to draw."""

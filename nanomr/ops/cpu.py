@@ -229,22 +229,9 @@ def conv2d(x, w, b, stride, padding):
     if b is not None:
         bias[: len(b)] = b
     y = empty(shape)
-    ends = np.array([0, len(a)]), np.array([0, len(taps)])
-    _gather_gemm(
-        _rows_of(x),
-        *place,
-        weights,
-        bias,
-        y.reshape(len(x), -1),
-        a,
-        o,
-        ends[0],
-        taps,
-        ends[1],
-        shape[3],
-        _chunks(),
-        _lanes(weights),
-    )
+    tables = (a, o, np.array([0, len(a)]), taps, np.array([0, len(taps)]))  # one group of pixels, which meet all taps
+    inputs = (_rows_of(x), *place, weights, bias)
+    _gather_gemm(*inputs, y.reshape(len(x), -1), *tables, shape[3], _chunks(), _lanes(weights))
     return y
 
 
@@ -252,22 +239,8 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape):
     a, o, pixels, b, taps, index, place = _input_gradient_tables((0, *x_shape[1:]), w.shape, stride, padding)
     weights = _columns(w.transpose(0, 1, 3, 2).reshape(-1, w.shape[2])[index])
     dx = empty((len(dy), *x_shape[1:]))
-    zeros = np.zeros(weights.shape[1], np.float32)
-    _gather_gemm(
-        _rows_of(dy),
-        *place,
-        weights,
-        zeros,
-        dx.reshape(len(dy), -1),
-        a,
-        o,
-        pixels,
-        b,
-        taps,
-        x_shape[3],
-        _chunks(),
-        _lanes(weights),
-    )
+    inputs = (_rows_of(dy), *place, weights, np.zeros(weights.shape[1], np.float32))
+    _gather_gemm(*inputs, dx.reshape(len(dy), -1), a, o, pixels, b, taps, x_shape[3], _chunks(), _lanes(weights))
     return dx
 
 
@@ -279,7 +252,8 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
     rows[: len(taps)] = taps
     columns, chunks = flat.shape[2], _chunks()
     dw, db = np.zeros((chunks, len(rows), columns), np.float32), np.zeros((chunks, columns), np.float32)
-    _gather_gemm_reduce(_rows_of(x), *place, flat, rows, pixels, np.arange(ROWS) * columns, dw, db, _lanes(dw))
+    steps = np.arange(ROWS) * columns  # from one row of dw to the next
+    _gather_gemm_reduce(_rows_of(x), *place, flat, rows, pixels, steps, dw, db, _lanes(dw))
     c_out = w_shape[3]
     return dw.sum(0)[: len(taps), :c_out].reshape(w_shape), db.sum(0)[:c_out]
 
