@@ -182,13 +182,14 @@ def test_the_defaults_depend_on_the_device_and_the_model_and_flags_go_before_the
     assert configure().architecture["name"] == "small_cnn"
     assert configure(device="gpu").architecture["name"] == "preact_resnet18"
     assert configure("--model", "small", device="gpu").architecture["name"] == "small_cnn"
-    for model, values in train_cifar.DEFAULTS.items():
-        config = asdict(configure("--model", model))
+    for key, values in train_cifar.DEFAULTS.items():
+        model, _, data = key.partition(" on ")
+        config = asdict(configure("--model", model, "--data", data or "cifar10"))
         assert {k: config[k] for k in values} == values
         assert configure("--model", model, "--gamma-h", 0, "--lr", 0.5, "--clip", 0).gamma_h == 0
         assert configure("--model", model, "--gamma-h", 0, "--lr", 0.5, "--clip", 0).lr == 0.5
         assert configure("--model", model, "--gamma-h", 0, "--lr", 0.5, "--clip", 0).clip == 0
-    assert configure().epochs == 20 and configure("--data", "cifar10").epochs == 100
+    assert configure().epochs == 30 and configure("--data", "cifar10").epochs == 100
     assert configure("--epochs", 0).epochs == 0
 
 
@@ -197,19 +198,25 @@ def test_the_defaults_depend_on_the_device_and_the_model_and_flags_go_before_the
     [
         ("--eps 2/255 --eps-start 1/255", dict(eps=2 / 255, eps_start=1 / 255)),
         ("--eps 0.1", dict(eps=0.1)),
-        ("--weight-decay 1/1000 --momentum 1/2 --lr 1/20", dict(weight_decay=1 / 1000, momentum=0.5, lr=0.05)),
+        ("--weight-decay 1/1000 --momentum 1/2 --lr 1/40", dict(weight_decay=1 / 1000, momentum=0.5, lr=0.025)),
         ("--gamma-i 3/4 --gamma-h 1e4", dict(gamma_i=0.75, gamma_h=1e4)),
         ("--gamma-factor 2 --alpha 5", dict(gamma_factor=2, alpha=5)),
         ("--hamming-norm sample --method hamming", dict(hamming_norm="sample", method="hamming")),
         ("--hold-out 0 --train-images 9 --batch-size 3", dict(hold_out=0, train_images=9, batch_size=3)),
         ("--no-augment --seed 5 --epochs 7", dict(augment=False, seed=5, epochs=7)),
-        ("--clip 2 --data cifar10", dict(clip=2, data="cifar10", epochs=100)),
+        ("--clip 2", dict(clip=2)),
     ],
 )
 def test_every_flag_reaches_the_configuration(arguments, expected):
     config = asdict(configure(*arguments.split()))
     default = asdict(configure())
     assert {k: v for k, v in config.items() if v != default[k]} == expected
+
+
+def test_the_data_set_decides_some_defaults():
+    cifar10, shapes10 = configure("--data", "cifar10"), configure("--data", "shapes10")
+    assert (cifar10.data, cifar10.epochs, cifar10.hold_out) == ("cifar10", 100, 5000)
+    assert (shapes10.data, shapes10.epochs, shapes10.hold_out) == ("shapes10", 30, 2000)
 
 
 def test_the_networks_variants_are_flags():
