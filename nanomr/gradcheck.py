@@ -106,8 +106,13 @@ def _check_layer(layer, x, train, tap, options) -> float:
     slots = [(below, name) for _, below in layer.walk() for name in below.params]
     saved = [(below, below.params, below.grads, below.buffers) for _, below in layer.walk()]
     params = [np.asarray(below.params[name], np.float64) for below, name in slots]
-    moving = train and options["method"] == "complex"  # running statistics follow the batch into the complex plane
-    kind = np.complex128 if moving else np.float64
+    complex_step = train and options["method"] == "complex"
+
+    def room_for(name, value):
+        """A copy of a buffer; running statistics follow a training batch into the complex plane."""
+        if value.dtype.kind != "f":
+            return value.copy()
+        return value.astype(np.complex128 if complex_step and name.startswith("running_") else np.float64)
 
     def run(x, *params):
         for (below, name), value in zip(slots, params, strict=True):
@@ -132,8 +137,7 @@ def _check_layer(layer, x, train, tap, options) -> float:
     try:
         for below, *stores in saved:
             below.params, below.grads, below.buffers = (dict(store) for store in stores)
-            for name, value in below.buffers.items():
-                below.buffers[name] = value.astype(kind if value.dtype.kind == "f" else value.dtype)
+            below.buffers = {name: room_for(name, value) for name, value in below.buffers.items()}
         return check_vjp(f, vjp, [x, *params], **options)
     finally:
         for below, *stores in saved:
