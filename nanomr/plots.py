@@ -52,3 +52,31 @@ def curves(log: list[dict], path) -> Path | None:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return Path(path)
+
+
+def examples(x, adversarial, labels, predicted, classes, path, count: int = 8) -> Path | None:
+    """The first ``count`` images: clean, what the attack added (magnified), adversarial, and what both are called.
+
+    ``x`` and ``adversarial`` (N, H, W, 3) in [0, 1]; ``labels`` and ``predicted`` (N,) index ``classes``. None for no
+    images, and without matplotlib.
+    """
+    plt = _pyplot()
+    count = min(count, len(x))
+    if plt is None or count == 0:
+        return None
+    figure, axes = plt.subplots(3, count, figsize=(1.5 * count + 0.6, 5.2), layout="constrained", squeeze=False)
+    for i in range(count):
+        change = np.asarray(adversarial[i], float) - x[i]
+        largest = float(abs(change).max())
+        shown = 0.5 + change / (2 * largest) if largest else np.full_like(change, 0.5)  # grey: unchanged
+        factor = f"x {0.5 / largest:.3g}" if largest else "nothing"
+        titles = (classes[int(labels[i])], factor, classes[int(predicted[i])])
+        for axis, image, title in zip(axes[:, i], (x[i], shown, adversarial[i]), titles, strict=True):
+            axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
+            axis.set_title(title, fontsize=9)
+            axis.set(xticks=[], yticks=[])
+    for axis, text in zip(axes[:, 0], ("clean", "added, magnified", "adversarial"), strict=True):
+        axis.set_ylabel(text)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return Path(path)

@@ -1,4 +1,4 @@
-"""PGD: what it returns is in ball and box and fools the network, and it depends on nothing but its arguments."""
+"""PGD and what all attacks share: results are in ball and box, fool the network, and depend on the arguments only."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from strategies import fewer, seeds
 
 from nanomr import models
-from nanomr.attacks import pgd
+from nanomr.attacks import common, fgsm, pgd
+from nanomr.attacks.common import L2, Linf, check_inputs, check_logits, draws, recheck, threat
 from nanomr.metrics import robust_accuracy
 
 SHAPE = (3, 3, 3)
@@ -53,7 +54,18 @@ def test_adversarial_images_are_in_ball_and_box_and_fooled_says_which_fool(
     model = network(seed % 1000, dtype=dtype)
     x, labels = images(seed, dtype=dtype)
     before = x.copy()
-    adversarial, fooled = pgd(model, x, labels, eps, step_size, 3, restarts, seed, start, batch_size=7)
+    adversarial, fooled = pgd(
+        model,
+        x,
+        labels,
+        eps,
+        step_size=step_size,
+        steps=3,
+        restarts=restarts,
+        seed=seed,
+        random_start=start,
+        batch_size=7,
+    )
     assert adversarial.dtype == dtype and adversarial.shape == x.shape and fooled.dtype == bool
     assert np.array_equal(x, before) and adversarial is not x
     assert adversarial.min() >= 0 and adversarial.max() <= 1
@@ -270,3 +282,212 @@ def test_robust_accuracy_is_the_share_that_is_not_fooled():
 def test_no_images_are_no_error():
     adversarial, fooled = pgd(network(), images(n=0)[0], np.empty(0, int), 0.1)
     assert adversarial.shape == (0, *SHAPE) and fooled.shape == (0,)
+
+
+# --- l2, ids, one step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@fewer(0.5)
+@given(seed=seeds, eps=st.floats(0, 2), step_size=st.none() | st.floats(0, 2), restarts=st.integers(1, 2))
+def test_l2_images_are_in_ball_and_box_and_fooled_says_which_fool(dtype, seed, eps, step_size, restarts):
+    model = network(seed % 1000, dtype=dtype)
+    x, labels = images(seed, dtype=dtype)
+    adversarial, fooled = pgd(
+        model, x, labels, eps, norm="l2", step_size=step_size, steps=3, restarts=restarts, seed=seed, batch_size=7
+    )
+    assert adversarial.dtype == dtype and adversarial.min() >= 0 and adversarial.max() <= 1
+    distance = np.sqrt(((adversarial.astype(np.longdouble) - x) ** 2).sum((1, 2, 3)))
+    assert np.all(distance <= eps * (1 + 1e-6))
+    at_once = wrong(model, x, labels)
+    assert np.all(fooled[at_once]) and np.array_equal(adversarial[at_once | ~fooled], x[at_once | ~fooled])
+    assert np.array_equal(recheck(model, x, adversarial, labels, eps, "l2"), fooled)
+
+
+def test_the_l2_ball_is_used_to_its_edge():
+    model = network()
+    x = np.full((1, *SHAPE), 0.5, np.float32)
+    labels = own(model, x)
+    for eps in np.linspace(0.05, 1, 40):
+        adversarial, fooled = pgd(model, x, labels, eps, norm="l2")
+        if fooled[0]:
+            break
+    assert fooled[0] and common.l2(adversarial - x) == pytest.approx(eps, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_is_known_by_its_id(norm):
+    model = network()
+    x, _ = images()
+    labels = own(model, x)
+    options = dict(norm=norm, steps=2, restarts=2)
+    eps = {"linf": 0.05, "l2": 0.2}[norm]
+    whole, fooled = pgd(model, x, labels, eps, **options)
+    some = np.array([11, 2, 19])
+    part, fooled_part = pgd(model, x[some], labels[some], eps, ids=some, **options)
+    assert 3 < fooled.sum() < N and np.array_equal(fooled_part, fooled[some])
+    np.testing.assert_allclose(part, whole[some], atol=1e-6)
+    # other ids are other starts
+    again, fooled_too = pgd(model, x, labels, eps, ids=np.arange(N) + 100, **options)
+    both = fooled & fooled_too
+    assert abs(again - whole)[both].max() > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fgsm_is_one_step_of_length_eps_from_the_image_itself(norm):
+    model = network()
+    x, _ = images()
+    labels = own(model, x)
+    eps = {"linf": 0.1, "l2": 0.6}[norm]
+    adversarial, fooled = fgsm(model, x, labels, eps, norm=norm)
+    logits, cache = model.forward(x)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    gradient = model.backward(p / p.sum(1, keepdims=True) - np.eye(3, dtype=p.dtype)[labels], cache, param_grads=False)
+    length = np.sqrt((gradient**2).sum((1, 2, 3), keepdims=True))
+    moved = np.clip(x + eps * (np.sign(gradient) if norm == "linf" else gradient / length), 0, 1)
+    assert np.array_equal(fooled, wrong(model, moved, labels)) and 3 < fooled.sum() < N
+    np.testing.assert_allclose(adversarial[fooled], moved[fooled], atol=1e-6)
+
+
+# --- what all attacks share -------------------------------------------------------------------------------------------
+
+
+def test_draws_are_given_by_seed_attack_id_and_restart_and_nothing_else():
+    keys = [(s, a, i, r) for s in (0, 1) for a in (0, 1, 7) for i in (0, 1, 255, 2**32 - 1) for r in (0, 1, 2**24 - 1)]
+    first = {key: draws(key[0], key[1], [key[2]], key[3])[0].random(4).tobytes() for key in keys}
+    assert len(set(first.values())) == len(keys)
+    together = draws(1, 7, np.array([255, 0]), 1)
+    assert [g.random(4).tobytes() for g in together] == [first[1, 7, 255, 1], first[1, 7, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds, eps=st.floats(0, 1) | st.floats(-12, 0).map(lambda e: 10**e), size=st.sampled_from([1e-4, 0.1, 3]))
+def test_projections_end_in_ball_and_box_whatever_is_rounded(dtype, seed, eps, size):
+    draw = np.random.default_rng(seed)
+    x0 = draw.choice([0, 1, 0.5, 1e-3], (4, 8, 8, 3)) * draw.random((4, 8, 8, 3)).round(2)
+    x0, x = x0.astype(dtype), (x0 + draw.normal(0, size, x0.shape)).astype(dtype)
+    for ball in (Linf(eps), L2(eps)):
+        y = ball.project(x0, x)
+        assert y.dtype == dtype and ball.inside(x0, y).all() and y.min() >= 0 and y.max() <= 1
+        change = y.astype(np.longdouble) - x0
+        if ball.name == "l2":
+            assert np.all(np.sqrt((change**2).sum((1, 2, 3))) <= eps * (1 + 1e-6))
+        else:
+            assert np.all(y <= x0 + dtype(eps)) and np.all(y >= x0 - dtype(eps))
+        # what is inside stays, but for rounding; what is outside of the ball alone goes to its edge
+        np.testing.assert_allclose(ball.project(x0, y), y, atol=2 * np.finfo(dtype).eps)
+
+
+def test_projections_are_the_nearest_points():
+    draw = np.random.default_rng(0)
+    x0 = draw.uniform(0.4, 0.6, (5, *SHAPE))
+    x = x0 + draw.normal(0, 0.02, x0.shape)
+    y = L2(0.05).project(x0, x)
+    np.testing.assert_allclose((y - x0) / 0.05, (x - x0) / common.per_image(common.l2(x - x0), x), rtol=1e-12)
+    assert np.array_equal(Linf(0.01).project(x0, x), np.clip(x, x0 - 0.01, x0 + 0.01))
+    for ball in (Linf(1), L2(1)):
+        np.testing.assert_allclose(ball.project(x0, x), x, rtol=1e-15)
+
+
+def test_steps_go_up_the_gradient_however_small_it_is():
+    draw = np.random.default_rng(0)
+    x = np.full((3, *SHAPE), 0.5, np.float32)
+    gradient = draw.standard_normal(x.shape).astype(np.float32)
+    gradient[0] = 0  # nowhere to go
+    unit = gradient / np.maximum(common.per_image(common.l2(gradient), x), 1e-9)
+    for scale in (1, 1e-30, 1e30):  # the square of 1e-30 is 0 in float32, that of 1e30 infinite
+        scaled = gradient * np.float32(scale)
+        np.testing.assert_allclose(L2(1).step(x, scaled, 0.25) - x, 0.25 * unit, atol=1e-6)
+        np.testing.assert_allclose(Linf(1).step(x, scaled, 0.25) - x, 0.25 * np.sign(gradient), atol=1e-6)
+    each = np.array([9, 0.5, 0.25], np.float32)
+    for ball, direction in ((L2(1), unit), (Linf(1), np.sign(gradient))):
+        moved = ball.step(x, gradient, each)
+        assert moved.dtype == np.float32
+        np.testing.assert_allclose(moved - x, each[:, None, None, None] * direction, atol=1e-6)
+
+
+def test_random_starts_fill_the_ball():
+    x = np.full((200, *SHAPE), 0.5, np.float32)
+    generators = draws(0, 0, range(200))
+    uniform = Linf(0.1).random_start(x, generators) - x
+    assert uniform.std() == pytest.approx(0.1 / 3**0.5, rel=0.05) and abs(uniform).max((1, 2, 3)).std() > 0
+    edge = Linf(0.1).random_start(x, draws(0, 0, range(200)), edge=True) - x
+    np.testing.assert_allclose(abs(edge).max((1, 2, 3)), 0.1, rtol=1e-5)
+    longest = abs(uniform).max((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(edge, uniform * (0.1 / longest), atol=1e-6)
+    sphere = L2(0.1).random_start(x, draws(0, 0, range(200))) - x
+    np.testing.assert_allclose(common.l2(sphere), 0.1, rtol=1e-5)
+    assert abs(sphere.mean()) < 0.002
+    for ball in (Linf(0.8), L2(3)):  # the box cuts
+        start = ball.random_start(x, draws(0, 0, range(200)))
+        assert start.dtype == np.float32 and start.min() == 0 and start.max() == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_recheck_believes_nobody(norm):
+    model = network()
+    x, labels = images()
+    eps = {"linf": 0.1, "l2": 0.4}[norm]
+    adversarial, fooled = pgd(model, x, labels, eps, norm=norm)
+    assert np.array_equal(recheck(model, x, adversarial, labels, eps, norm, batch_size=3), fooled)
+    assert not recheck(model, x, adversarial, own(model, adversarial), eps, norm).any()  # right after all
+    far = np.flatnonzero(fooled & ~wrong(model, x, labels))
+    assert len(far) > 3
+    radius = {"linf": abs(adversarial - x).max((1, 2, 3)), "l2": common.l2(adversarial - x)}[norm]
+    for i in far[:4]:  # in the ball to the last digits
+        one = slice(i, i + 1)
+        assert recheck(model, x[one], adversarial[one], labels[one], radius[i] * (1 + 1e-5), norm)[0]
+        assert not recheck(model, x[one], adversarial[one], labels[one], radius[i] * (1 - 1e-5), norm)[0]
+    outside = adversarial.copy()
+    outside[far, 0, 0, 0] = [-1e-6, 1 + 1e-6] * (len(far) // 2) + [-1e-6] * (len(far) % 2)
+    assert not recheck(model, x, outside, labels, 2.0, norm)[far].any()
+    outside[far, 0, 0, 0] = np.nan
+    assert not recheck(model, x, outside, labels, 2.0, norm)[far].any()
+
+
+def test_distances():
+    x = np.zeros((2, *SHAPE), np.float32)
+    y = x.copy()
+    y[0, 0, 0, 0], y[0, 1, 1, 1], y[1, 2, 2, 2] = 0.3, 0.4, 1
+    np.testing.assert_allclose(Linf(1).distance(x, y), [0.4, 1])
+    np.testing.assert_allclose(L2(1).distance(x, y), [0.5, 1], rtol=1e-7)
+
+
+X, Y = images()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(eps=-0.1), "eps must be a number >= 0, not -0.1"),
+        (dict(eps=float("nan")), "eps must be a number >= 0, not nan"),
+        (dict(eps=float("inf")), "eps must be a number >= 0, not inf"),
+        (dict(norm="l1"), "norm must be 'linf' or 'l2', not 'l1'"),
+        (dict(x=X * 255), r"images must be in \[0, 1\]"),
+        (dict(x=X - 1e-3), r"images must be in \[0, 1\]"),
+        (dict(x=np.where(X > 0.9, np.float32(np.nan), X)), r"images must be in \[0, 1\], without NaN"),
+        (dict(x=(X * 255).astype(np.uint8)), "images must be float32 or float64"),
+        (dict(labels=Y + 1), "labels must be below 3, the model's number of classes, not 3"),
+        (dict(labels=Y - 1), "labels must be >= 0"),
+        (dict(labels=Y[1:]), "labels must be 20 integers"),
+        (dict(labels=Y.astype(float)), "labels must be 20 integers, one for each image, not float64"),
+        (dict(ids=np.arange(19)), "ids must be 20 integers"),
+        (dict(ids=np.arange(20) - 1), "ids must be >= 0"),
+        (dict(ids=np.arange(20) + 2**32), "ids must be >= 0 and < 2"),
+        (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(change, message):
+    arguments = dict(x=X, labels=Y, eps=0.1) | change
+    with pytest.raises(ValueError, match=message) as error:
+        pgd(network(), **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_checks_pass_what_is_fine():
+    ball, labels, ids = check_inputs(X, Y.astype(np.uint8), 0, norm="l2", ids=[5] * N)
+    assert (ball.name, ball.eps, labels.dtype, ids.tolist()) == ("l2", 0.0, np.int64, [5] * N)
+    assert check_inputs(X, Y, 0.1)[2].tolist() == list(range(N)) and isinstance(threat("linf", 1), Linf)
+    check_logits(np.zeros((2, 3)), np.array([0, 2]), least=3)
+    with pytest.raises(ValueError, match="the loss needs at least 4 classes, the model has 3"):
+        check_logits(np.zeros((2, 3)), np.array([0, 2]), least=4, loss="the loss")

@@ -10,6 +10,7 @@ The last digits differ from machine to machine. All of it is float64, with rando
 import numpy as np
 
 from nanomr import layers, losses, manifold
+from nanomr.attacks import objectives
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
 from nanomr.ops import reference as ops
@@ -80,6 +81,20 @@ def pooling():
 def cross_entropy():
     labels = np.array([0, 9, 3, 3, 7])
     yield "complex", _function(lambda z: losses.cross_entropy(z, labels), 3 * _normal(5, 10))
+
+
+def dlr():
+    z, labels = 3 * _normal(20, 10), np.arange(20) % 10
+    labels[:5] = z[:5].argmax(1)  # an attack begins with images that are right
+    targets = (labels + 1) % 10
+    for function in (
+        lambda z: objectives.cross_entropy_each(z, labels),
+        lambda z: objectives.margin(z, labels),
+        lambda z: objectives.dlr(z, labels),
+        lambda z: objectives.dlr_targeted(z, labels, targets),
+    ):
+        gradient = function(z)[1]
+        yield "complex", _vjp(lambda z, f=function: f(z)[0], lambda dy, g=gradient: dy[:, None] * g, z)
 
 
 def intrinsic():
@@ -197,7 +212,7 @@ def _relative(a, b):
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
-        linear, convolution, relu, batchnorm, pooling, cross_entropy, intrinsic, hamming, laplacian, pair_batch
+        linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, intrinsic, hamming, laplacian, pair_batch
     )
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Attacks on a model's own input gradients. Images and eps are in [0, 1] units."""
 
-from .pgd import pgd
+from .apgd import apgd, apgd_targeted
+from .pgd import fgsm, pgd
 
-__all__ = ["pgd"]
+__all__ = ["apgd", "apgd_targeted", "fgsm", "pgd"]

@@ -1,4 +1,4 @@
-"""float32 on the CPU: Numba kernels and BLAS. The same functions as ``reference``, which is their oracle.
+"""float32 on the CPU: Numba kernels. The same functions as ``reference``, which is their oracle.
 
 Every pass of a convolution is one sum, the gather-GEMM, with other tables of offsets (``derivations/convolution.md``):
 
@@ -28,6 +28,7 @@ from . import reference, simd
 from .reference import average_pool, average_pool_backward, conv2d_shape  # noqa: F401
 from .simd import MAX_LANES, ROWS, WIDTH
 
+_ZERO = np.float32(0)
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -94,39 +95,47 @@ def _place(image, padded, top, left, row):
             padded[start + j] = image[h, j]
 
 
+@njit(**FLAGS)
+def _sweep(x, a, first, last, b, r0, r1, w, bias, out, start, o, channels, lanes):
+    """out[start + o_i + c] = bias[c] + sum over r0 <= r < r1 of x[a_i + b_r] w[r, c], for first <= i < last.
+
+    All arrays are flat; w is in panels (see _panels); ``channels`` of the columns of w, and of bias, are real.
+    """
+    width = WIDTH * len(lanes)
+    for c in range(0, len(bias), width):
+        count, panel = min(width, channels - c), c * (len(w) // len(bias))
+        if last - first < ROWS:
+            for i in range(first, last):
+                acc = simd.load(bias, c, lanes)
+                for r in range(r0, r1):
+                    acc = simd.fma(x, a[i] + b[r], simd.load(w, panel + r * width, lanes), acc)
+                simd.store(out, start + o[i] + c, acc, count)
+            continue
+        for i0 in range(first, last, ROWS):
+            i = min(i0, last - ROWS)  # the last tile overlaps its neighbour: same sums, stored twice
+            rows = simd.tile_rows(x, a, i)
+            sums = simd.tile_fill(simd.load(bias, c, lanes))
+            for r in range(r0, r1):
+                sums = simd.tile_fma(rows, simd.offset(b, r), simd.load(w, panel + r * width, lanes), sums)
+            simd.tile_store(simd.tile_rows(out, o, i), start + c, sums, count)
+
+
 @njit(parallel=True, **FLAGS)
 def _gather_gemm(x, top, left, row, padded_size, w, bias, out, a, o, pixels, b, taps, channels, chunks, lanes):
-    """out[n, o_i + c] = bias[c] + sum_r padded(x[n])[a_i + b_r] w[r, c] for the groups of pixels i and their taps r.
+    """The gather-GEMM of each image: out[n, o_i + c] = bias[c] + sum_r padded(x[n])[a_i + b_r] w[r, c].
 
-    x (N, H, W C); out (N, size); w (R, columns), columns a multiple of 16 of which ``channels`` are real; group g has
-    pixels[g] <= i < pixels[g + 1] and taps[g] <= r < taps[g + 1].
+    x (N, H, W C); out (N, size). Group g has the pixels[g] <= i < pixels[g + 1] and the taps[g] <= r <
+    taps[g + 1].
     """
-    n_images, columns, width = x.shape[0], w.shape[1], WIDTH * len(lanes)
-    flat_w, flat_out, out_size = w.reshape(-1), out.reshape(-1), out.shape[1]
+    n_images, flat_out = len(x), out.reshape(-1)
     for chunk in prange(chunks):
         padded = np.zeros(padded_size, np.float32)
         for n in range(n_images * chunk // chunks, n_images * (chunk + 1) // chunks):
             _place(x[n], padded, top, left, row)
             for g in range(len(pixels) - 1):
-                first, last, r0, r1 = pixels[g], pixels[g + 1], taps[g], taps[g + 1]
-                for c in range(0, columns, width):
-                    start, count = n * out_size + c, min(width, channels - c)
-                    if last - first < ROWS:
-                        for i in range(first, last):
-                            acc = simd.load(bias, c, lanes)
-                            for r in range(r0, r1):
-                                acc = simd.fma(padded, a[i] + b[r], simd.load(flat_w, r * columns + c, lanes), acc)
-                            simd.store(flat_out, start + o[i], acc, count)
-                        continue
-                    for i0 in range(first, last, ROWS):
-                        i = min(i0, last - ROWS)  # the last tile overlaps its neighbour: same sums, stored twice
-                        rows = simd.tile_rows(padded, a, i)
-                        sums = simd.tile_fill(simd.load(bias, c, lanes))
-                        for r in range(r0, r1):
-                            sums = simd.tile_fma(
-                                rows, simd.offset(b, r), simd.load(flat_w, r * columns + c, lanes), sums
-                            )
-                        simd.tile_store(simd.tile_rows(flat_out, o, i), start, sums, count)
+                i0, i1, r0, r1 = pixels[g], pixels[g + 1], taps[g], taps[g + 1]
+                start = n * out.shape[1]
+                _sweep(padded, a, i0, i1, b, r0, r1, w, bias, flat_out, start, o, channels, lanes)
 
 
 @njit(parallel=True, **FLAGS)
@@ -154,9 +163,8 @@ def _gather_gemm_reduce(x, top, left, row, padded_size, dy, taps, pixels, steps,
                     at, rows = (chunk * k_taps + k) * columns + c, simd.tile_rows(padded, taps, k)
                     sums = simd.tile_load(stored, at, lanes)
                     for r in range(n_pixels):
-                        sums = simd.tile_fma(
-                            rows, simd.offset(pixels, r), simd.load(flat_dy, first + r * columns, lanes), sums
-                        )
+                        row_of_dy = simd.load(flat_dy, first + r * columns, lanes)
+                        sums = simd.tile_fma(rows, simd.offset(pixels, r), row_of_dy, sums)
                     simd.tile_store(stored, at, sums, width)
 
 
@@ -215,6 +223,30 @@ def _columns(w):
     return filled
 
 
+def _panels(w):
+    """(w (R, C) cut into panels as wide as a vector, one after another, flat; the tuple ``lanes``): a sweep over r then
+    reads memory in order. Columns are filled up with zeros to a multiple of 16."""
+    r, c = w.shape
+    columns = c + -c % WIDTH
+    lanes = _lanes(columns)
+    width = WIDTH * len(lanes)
+    panels = empty((columns // width, r, width))
+    full = c // width
+    panels[:full] = w[:, : full * width].reshape(r, full, width).swapaxes(0, 1)
+    if full < len(panels):
+        panels[full, :, : c - full * width] = w[:, full * width :]
+        panels[full, :, c - full * width :] = 0
+    return panels.reshape(-1), lanes
+
+
+def _bias(b, channels):
+    """b (or zeros), filled up with zeros to a multiple of 16."""
+    filled = np.zeros(channels + -channels % WIDTH, np.float32)
+    if b is not None:
+        filled[:channels] = b
+    return filled
+
+
 def _rows_of(x):
     """Images (N, H, W, C) as (N, H, W C)."""
     n, h, w, c = x.shape
@@ -224,23 +256,20 @@ def _rows_of(x):
 def conv2d(x, w, b, stride, padding):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
     a, o, taps, place = _forward_tables((0, *x.shape[1:]), w.shape, stride, padding)
-    weights = _columns(w.reshape(-1, shape[3]))
-    bias = np.zeros(weights.shape[1], np.float32)
-    if b is not None:
-        bias[: len(b)] = b
+    weights, lanes = _panels(w.reshape(-1, shape[3]))
     y = empty(shape)
+    inputs = (_rows_of(x), *place, weights, _bias(b, shape[3]))
     tables = (a, o, np.array([0, len(a)]), taps, np.array([0, len(taps)]))  # one group of pixels, which meet all taps
-    inputs = (_rows_of(x), *place, weights, bias)
-    _gather_gemm(*inputs, y.reshape(len(x), -1), *tables, shape[3], _chunks(), _lanes(weights))
+    _gather_gemm(*inputs, y.reshape(len(x), -1), *tables, shape[3], _chunks(), lanes)
     return y
 
 
 def conv2d_input_gradient(dy, w, stride, padding, x_shape):
     a, o, pixels, b, taps, index, place = _input_gradient_tables((0, *x_shape[1:]), w.shape, stride, padding)
-    weights = _columns(w.transpose(0, 1, 3, 2).reshape(-1, w.shape[2])[index])
+    weights, lanes = _panels(w.transpose(0, 1, 3, 2).reshape(-1, w.shape[2])[index])
     dx = empty((len(dy), *x_shape[1:]))
-    inputs = (_rows_of(dy), *place, weights, np.zeros(weights.shape[1], np.float32))
-    _gather_gemm(*inputs, dx.reshape(len(dy), -1), a, o, pixels, b, taps, x_shape[3], _chunks(), _lanes(weights))
+    inputs = (_rows_of(dy), *place, weights, _bias(None, x_shape[3]))
+    _gather_gemm(*inputs, dx.reshape(len(dy), -1), a, o, pixels, b, taps, x_shape[3], _chunks(), lanes)
     return dx
 
 
@@ -253,15 +282,15 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
     columns, chunks = flat.shape[2], _chunks()
     dw, db = np.zeros((chunks, len(rows), columns), np.float32), np.zeros((chunks, columns), np.float32)
     steps = np.arange(ROWS) * columns  # from one row of dw to the next
-    _gather_gemm_reduce(_rows_of(x), *place, flat, rows, pixels, steps, dw, db, _lanes(dw))
+    _gather_gemm_reduce(_rows_of(x), *place, flat, rows, pixels, steps, dw, db, _lanes(columns))
     c_out = w_shape[3]
     return dw.sum(0)[: len(taps), :c_out].reshape(w_shape), db.sum(0)[:c_out]
 
 
-def _lanes(w):
-    """As many vectors side by side as registers allow and the columns of w fill."""
+def _lanes(columns):
+    """As many vectors side by side as registers allow and the columns fill."""
     lanes = MAX_LANES
-    while w.shape[-1] % (lanes * WIDTH):
+    while columns % (lanes * WIDTH):
         lanes -= 1
     return (0,) * lanes
 
@@ -270,27 +299,82 @@ def _chunks():
     return numba.get_num_threads()
 
 
-# --- linear: BLAS -----------------------------------------------------------------------------------------------------
+# --- linear -----------------------------------------------------------------------------------------------------------
+# A matrix product is a gather-GEMM too. BLAS is a quarter faster on one thread, but its idle threads spin beside
+# Numba's: a whole step took twice as long with two threads of each as with one.
+
+
+_STRIP = 4 * ROWS
+
+
+@njit(parallel=True, **FLAGS)
+def _gather_gemm_rows(x, w, bias, out, channels, chunks, lanes):
+    """out (M, channels) = x w + bias, the rows of x (M, K) in parallel; out flat, w in panels."""
+    m, k = x.shape
+    a, o, b = np.arange(m) * k, np.arange(m) * channels, np.arange(k)
+    flat_x = x.reshape(-1)
+    for t in prange(chunks):
+        _sweep(flat_x, a, m * t // chunks, m * (t + 1) // chunks, b, 0, k, w, bias, out, 0, o, channels, lanes)
+
+
+@njit(parallel=True, **FLAGS)
+def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
+    """out (M, channels) = x^T w + bias, the columns of x (K, M) in parallel, a strip of them at a time: copied, since
+    rows that lie a power of two apart would not fit the cache together."""
+    k, m = x.shape
+    a, o, b = np.arange(_STRIP), np.arange(_STRIP) * channels, np.arange(k) * _STRIP
+    strips = (m + _STRIP - 1) // _STRIP
+    for t in prange(chunks):
+        strip = np.empty(k * _STRIP, np.float32)
+        for first in range(strips * t // chunks * _STRIP, strips * (t + 1) // chunks * _STRIP, _STRIP):
+            count = min(_STRIP, m - first)
+            for r in range(k):
+                for i in range(count):
+                    strip[r * _STRIP + i] = x[r, first + i]
+            _sweep(strip, a, 0, count, b, 0, k, w, bias, out, first * channels, o, channels, lanes)
+
+
+@njit(parallel=True, **FLAGS)
+def _transposed_panels(w, panels):
+    """panels[p, r, j] = w[p width + j, r], or 0 behind the last row of w."""
+    for p in prange(panels.shape[0]):
+        width = panels.shape[2]
+        for r in range(panels.shape[1]):
+            for j in range(width):
+                row = p * width + j
+                panels[p, r, j] = w[row, r] if row < w.shape[0] else _ZERO
 
 
 def linear(x, w, b):
-    y = np.matmul(x, w, out=empty((len(x), w.shape[1])))
-    if b is not None:
-        y += b
+    panels, lanes = _panels(w)
+    y = empty((len(x), w.shape[1]))
+    _gather_gemm_rows(_ready(x), panels, _bias(b, w.shape[1]), y.reshape(-1), w.shape[1], _chunks(), lanes)
     return y
 
 
 def linear_input_gradient(dy, w):
-    return np.matmul(dy, w.T, out=empty((len(dy), w.shape[0])))
+    n = len(w)
+    columns = n + -n % WIDTH
+    lanes = _lanes(columns)
+    width = WIDTH * len(lanes)
+    panels = empty((columns // width, w.shape[1], width))
+    _transposed_panels(_ready(w), panels)
+    dx = empty((len(dy), n))
+    _gather_gemm_rows(_ready(dy), panels.reshape(-1), _bias(None, n), dx.reshape(-1), n, _chunks(), lanes)
+    return dx
 
 
 def linear_weight_gradient(x, dy):
-    return np.matmul(x.T, dy, out=empty((x.shape[1], dy.shape[1]))), dy.sum(0)
+    n = dy.shape[1]
+    panels, lanes = _panels(dy)
+    dw = empty((x.shape[1], n))
+    _gather_gemm_columns(_ready(x), panels, _bias(None, n), dw.reshape(-1), n, _chunks(), lanes)
+    return dw, dy.sum(0)
 
 
 # --- ReLU and the Hamming regulariser ---------------------------------------------------------------------------------
 
-_ZERO, _ONE, _EIGHT = np.float32(0), np.float32(1), np.float32(8)
+_ONE, _EIGHT = np.float32(1), np.float32(8)
 # tanh(x) = x P(x^2) / Q(x^2) for |x| <= 8: a least-squares fit of relative error 7e-9, so that float32's rounding
 # decides (3.4e-7); plain arithmetic, which LLVM turns into SIMD where libm's tanh is a call for each number.
 _P = tuple(

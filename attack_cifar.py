@@ -1,0 +1,454 @@
+#!/usr/bin/env python3
+"""Attack a network: PGD, AutoAttack, AutoAttack+ and the Wasserstein adversary of Jin & Rinard (2020), Tables 1 and 2.
+
+python attack_cifar.py --weights runs/x --attack pgd                              # Table 1: linf, eps 8/255
+python attack_cifar.py --weights runs/x --attack autoattack+ --norm l2 --out a/l2   # Table 2, eps 0.5
+python attack_cifar.py --weights runs/x --attack autoattack+ --out a/linf --resume  # go on after a kill
+python attack_cifar.py --table a/l2 a/linf                                        # our row and the paper's
+python attack_cifar.py --check a/l2/examples.npz --weights runs/x                 # do the saved images still fool it?
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanomr import __version__, checkpoint, cli, data, metrics, models, plots
+from nanomr.attacks import report as reporting
+from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
+from nanomr.attacks.common import l2, recheck
+from nanomr.attacks.wasserstein import wasserstein
+from nanomr.backend import resolve_device, to_device, to_numpy
+from nanomr.errors import UserError
+
+VERSIONS = {"pgd": "pgd", "autoattack": "standard", "autoattack+": "plus"}
+ALL = ("pgd", "autoattack+", "wasserstein")  # AutoAttack+ breaks whatever AutoAttack breaks
+WASSERSTEIN = {"steps": 300}  # 30 radii, 0.001 to 0.095
+EPS = {"linf": 8 / 255, "l2": 0.5}
+FREE = ("batch_size", "device")  # what a resumed run may change: no result depends on the first
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples' lines alone, and shows the defaults that are plain values."""
+
+    def _get_help_string(self, action):
+        plain = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if plain else action.help
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], formatter_class=_Formatter
+    )
+    positive, natural = cli.number(int, low=1), cli.number(int, low=0)
+    non_negative = cli.number(cli.fraction, low=0)
+
+    g = p.add_argument_group("what to do", "one of --attack, --table, --check")
+    text = "all: pgd, autoattack+ and wasserstein, each in a folder of its own"
+    g.add_argument("--attack", choices=(*VERSIONS, "wasserstein", "all"), default="autoattack+", help=text)
+    text = "print rows of Tables 1 and 2 from these run folders (or report.json files) of one network, and stop"
+    g.add_argument("--table", type=Path, nargs="+", metavar="RUN", help=text)
+    text = "evaluate a run's examples.npz again, and stop; exit code 2 when it does not bear the report out"
+    g.add_argument("--check", type=Path, metavar="NPZ", help=text)
+
+    g = p.add_argument_group("network and images")
+    g.add_argument("--weights", type=Path, metavar="FILE", help="the network: a .safetensors file, or a run folder")
+    g.add_argument("--data", choices=("shapes10", "cifar10"), default="cifar10", help="whose test images")
+    g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
+    g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
+    g.add_argument("--n", type=natural, default=1000, help="the first so many test images; 0: all")
+
+    g = p.add_argument_group("the attack")
+    g.add_argument("--norm", choices=tuple(EPS), default="linf", help="of the perturbation; not for wasserstein")
+    text = "radius of that ball, pixels in [0, 1]; default: 8/255 (linf), 0.5 (l2)"
+    g.add_argument("--eps", type=non_negative, help=text)
+    g.add_argument("--radius", type=non_negative, default=0.1, help="of the Wasserstein ball, in the images' mass")
+    text = "run each attack of AutoAttack alone on all images; its result is the same, and takes longer"
+    g.add_argument("--individual", action="store_true", help=text)
+    g.add_argument("--quick", action="store_true", help="a tenth of the steps, restarts and queries: a rehearsal")
+    seed = cli.number(int, low=0, high=2**63 - 1)
+    g.add_argument("--seed", type=seed, default=0, help="of random starts and searches")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--batch-size", type=positive, default=250, help="images in a forward pass; decides no result")
+    g.add_argument("--chunk", type=positive, default=250, help="images between saves: a kill loses no more than these")
+    g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
+    g.add_argument("--out", type=Path, help="run folder; default: attacks/WEIGHTS-ATTACK-NORM")
+    g.add_argument("--resume", action="store_true", help="go on with the run in --out; give the same flags again")
+    return p
+
+
+# --- what is attacked -------------------------------------------------------------------------------------------------
+
+
+def load_network(path: Path, dataset, device: str):
+    """(model, {"file", "sha256", "architecture"}), or a UserError when it does not fit the data set's images."""
+    path = path / "model.safetensors" if path.is_dir() else path
+    model = models.load(path, device)
+    shape, classes = dataset.test_images.shape[1:], len(dataset.classes)
+    if model.input_shape != tuple(shape):
+        raise UserError(f"{path} is a network for images of shape {model.input_shape}, not {tuple(shape)}")
+    if not np.isfinite(to_numpy(model.weights)).all():
+        raise UserError(f"{path}: the weights are not all finite numbers; take another checkpoint")
+    logits, _ = model.forward(metrics.as_float(to_device(dataset.test_images[:1], device)))
+    if logits.shape[1] < classes:
+        raise UserError(f"{path} knows {logits.shape[1]} classes, {dataset.name} has {classes}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return model, {"file": path.name, "sha256": sha256, "architecture": model.architecture}
+
+
+def configure(args, attack: str, weights: dict, dataset) -> dict:
+    """config.json: all that decides the outcome of one attack's run. Stages are pinned with all their options."""
+    eps = args.radius if attack == "wasserstein" else EPS[args.norm] if args.eps is None else args.eps
+    settings = [{"name": s.name, **s.options} for s in stages_of(attack, args.norm, eps, args.quick)]
+    n = len(dataset.test_images)
+    return {
+        "nanomr": __version__, "attack": attack, "norm": "wasserstein" if attack == "wasserstein" else args.norm,
+        "eps": eps, "individual": args.individual and attack.startswith("autoattack"), "quick": args.quick,
+        "seed": args.seed, "n": min(args.n, n) if args.n else n, "chunk": args.chunk, "batch_size": args.batch_size,
+        "device": args.device, "weights": weights, "data": {"name": dataset.name, "source": dataset.source},
+        "settings": settings,
+    }  # fmt: skip
+
+
+def stages_of(attack: str, norm: str, eps: float, hurry: bool) -> tuple[Stage, ...]:
+    """The attack's stages; PGD's step is 2/255 in linf and 2.5 eps / steps in l2."""
+    if attack == "wasserstein":
+        stages = (Stage("wasserstein", wasserstein, {**WASSERSTEIN, "max_radius": eps}),)
+    else:
+        stages = STAGES[VERSIONS[attack]]
+    stages = quick(stages) if hurry else tuple(stages)
+    if attack == "pgd":
+        options = stages[0].options
+        step = 2 / 255 if norm == "linf" else 2.5 * eps / options["steps"]
+        stages = (Stage("pgd", stages[0].attack, {**options, "step_size": step}),)
+    return stages
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One attack on the first images of a test set, in a folder of its own.
+
+    Chunks of images are finished one after another, each saved whole under ``parts``; a resumed run takes those that
+    are there, does the others, and comes to the same result, since no draw depends on what else is in a batch.
+    """
+
+    def __init__(self, folder: Path, config: dict, model, dataset):
+        self.folder, self.config, self.model, self.dataset = folder, config, model, dataset
+        images, device = dataset.test_images[: config["n"]], config["device"]
+        self.x = metrics.as_float(to_device(images, device))
+        self.labels = to_device(dataset.test_labels[: config["n"]], device)
+        self.ids = np.arange(config["n"])
+        self.stages = stages_of(config["attack"], config["norm"], config["eps"], config["quick"])
+
+    def open(self, resume: bool) -> bool:
+        """Make the folder, or find the run in it; True when that is finished. Raises UserError."""
+        path = self.folder / "config.json"
+        if path.exists() and not resume:
+            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --out chooses another")
+        if path.exists():
+            old = checkpoint.read_json(path)
+            new = json.loads(json.dumps(self.config))
+            for key in new:
+                if key not in FREE and (not isinstance(old, dict) or old.get(key) != new[key]):
+                    before = old.get(key) if isinstance(old, dict) else None
+                    raise UserError(f"{self.folder} was begun with {key} = {before}, not {new[key]}: --out elsewhere")
+            return (self.folder / "report.json").exists()
+        try:
+            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.folder}: {error.strerror or error}") from error
+        checkpoint.write_json(path, self.config)
+        return False
+
+    def attack(self):
+        """Finish all chunks. A progress bar counts images whose fate is known."""
+        chunk, n = self.config["chunk"], self.config["n"]
+        log = self.folder / "per_image.jsonl"
+        checkpoint.write_jsonl(log, [])
+        (self.folder / "parts").mkdir(exist_ok=True)
+        robust = 0
+        with tqdm(total=n, desc=self.config["attack"], unit="img", disable=None) as bar:
+            for first in range(0, n, chunk):
+                part = slice(first, min(first + chunk, n))
+                path = self.folder / "parts" / f"{first:06d}.safetensors"
+                if path.exists():
+                    found = self._read(path, part)
+                else:
+                    found = self._attack_chunk(part, bar, robust)
+                    tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray)}
+                    checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted")})
+                robust += int((found["by"] == ROBUST).sum())
+                _append(log, self._records(part, found))
+                bar.set_postfix_str(f"robust so far {robust / part.stop:.2%}, {n - part.stop} left")
+                bar.update(part.stop - bar.n)
+
+    def _attack_chunk(self, part, bar, robust) -> dict:
+        x, labels, ids = self.x[part], self.labels[part], self.ids[part]
+        common = dict(seed=self.config["seed"], ids=ids, batch_size=self.config["batch_size"])
+
+        def advance(name, done, left, alive):
+            settled = part.stop - part.start - alive
+            text = f"{name} {done}/{left}, robust so far {(robust + alive) / part.stop:.2%}"
+            bar.set_postfix_str(f"{text}, {self.config['n'] - part.start - settled} left")
+            bar.update(max(part.start + settled - bar.n, 0))
+
+        if self.config["attack"] != "wasserstein":
+            found = cascade(
+                self.model, x, labels, self.config["eps"], self.stages, norm=self.config["norm"],
+                individual=self.config["individual"], progress=advance, **common,
+            )  # fmt: skip
+            result = {"adversarial": to_numpy(found.adversarial), "by": found.by}
+            if found.alone is not None:
+                result["alone"] = found.alone
+            return {**result, "seconds": found.seconds, "refuted": found.refuted}
+        n, start = part.stop - part.start, time.perf_counter()
+        adversarial, radius = self.stages[0].attack(
+            self.model, x, labels, progress=lambda done, alive: advance("wasserstein", done, n, n - done + alive),
+            **common, **self.stages[0].options,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        adversarial, radius = to_numpy(adversarial), to_numpy(radius).astype(np.float64)
+        wrong = to_numpy(recheck(self.model, x, x, labels, 0.0))
+        fresh = to_numpy(self.model.forward(to_device(adversarial, self.config["device"]))[0].argmax(1) != labels)
+        claimed = ~wrong & np.isfinite(radius) & (radius <= self.config["eps"])
+        by = np.where(wrong, WRONG, np.where(claimed & fresh, 1, ROBUST))
+        radius[wrong] = 0
+        radius[by == ROBUST] = np.inf
+        adversarial[by != 1] = to_numpy(x)[by != 1]
+        refuted = [int((claimed & ~fresh).sum())]
+        return {"adversarial": adversarial, "by": by, "radius": radius, "seconds": [seconds], "refuted": refuted}
+
+    def _read(self, path: Path, part) -> dict:
+        tensors, metadata = checkpoint.load_tensors(path)
+        if tensors.get("by", np.empty(0)).shape != (part.stop - part.start,):
+            raise UserError(f"{path} is not a part of this run: delete it, and its images are attacked again")
+        return {**tensors, **metadata}
+
+    def _records(self, part, found: dict) -> list[dict]:
+        x, adversarial = to_numpy(self.x[part]).astype(np.float64), found["adversarial"].astype(np.float64)
+        length, largest = l2(adversarial - x), abs(adversarial - x).reshape(len(x), -1).max(1)
+        records = []
+        for i, by in enumerate(found["by"].tolist()):
+            record = {"id": part.start + i, "label": int(self.labels[part.start + i]), "by": self._name(by)}
+            record |= {"linf": float(largest[i]), "l2": float(length[i])}
+            if "radius" in found:
+                record["radius"] = float(found["radius"][i])
+            if "alone" in found:
+                record["alone"] = [s.name for s, hit in zip(self.stages, found["alone"][i], strict=True) if hit]
+            records.append(record)
+        return records
+
+    def _name(self, by: int) -> str | None:
+        """None: robust; "clean": misclassified to begin with; else the attack."""
+        return {ROBUST: None, WRONG: "clean"}.get(by) if by < 1 else self.stages[by - 1].name
+
+    def finish(self) -> dict:
+        """Checks, examples.npz, examples.png, and at last report.json, which marks the run as finished."""
+        chunk, n, config = self.config["chunk"], self.config["n"], self.config
+        parts = [
+            self._read(self.folder / "parts" / f"{first:06d}.safetensors", slice(first, min(first + chunk, n)))
+            for first in range(0, n, chunk)
+        ]
+        arrays = [key for key, value in parts[0].items() if isinstance(value, np.ndarray)]
+        joined = {key: np.concatenate([p[key] for p in parts]) for key in arrays}
+        spatial = config["attack"] != "wasserstein"
+        found = reporting.checks(
+            self.model, self.x, self.labels, self.ids, joined["by"], norm=config["norm"], eps=config["eps"],
+            stage=self.stages[0] if spatial else None, seed=config["seed"], steps=10 if config["quick"] else 100,
+            batch_size=config["batch_size"],
+        )  # fmt: skip
+        report = reporting.assemble(
+            config, joined["by"], np.sum([p["seconds"] for p in parts], axis=0).tolist(),
+            np.sum([p["refuted"] for p in parts], axis=0).tolist(), found,
+            alone=joined.get("alone"), radius=joined.get("radius"),
+        )  # fmt: skip
+        x, labels = to_numpy(self.x), to_numpy(self.labels)
+        file = io.BytesIO()
+        np.savez(file, x=x, adversarial=joined["adversarial"], labels=labels, ids=self.ids)
+        checkpoint.write_atomic(self.folder / "examples.npz", file.getvalue())
+        shown = np.flatnonzero(joined["by"] >= 1)[:8]
+        if len(shown):
+            adversarial = joined["adversarial"][shown]
+            predicted = to_numpy(self.model.forward(to_device(adversarial, config["device"]))[0].argmax(1))
+            names = [*self.dataset.classes, *map(str, range(len(self.dataset.classes), int(predicted.max()) + 1))]
+            plots.examples(x[shown], adversarial, labels[shown], predicted, names, self.folder / "examples.png")
+        checkpoint.write_json(self.folder / "report.json", report)
+        return report
+
+
+def _append(path: Path, records: list[dict]):
+    """All of a chunk's lines at once, on the disk when this returns."""
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(checkpoint._plain(r)) + "\n" for r in records))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def evaluate(folder: Path, config: dict, model, dataset, resume: bool) -> dict:
+    """The report of one attack, from the folder's own files as far as they go."""
+    run = Run(folder, config, model, dataset)
+    if run.open(resume):
+        print(f"{folder}: finished already")
+        report = checkpoint.read_json(folder / "report.json")
+    else:
+        run.attack()
+        report = run.finish()
+    shutil.rmtree(folder / "parts", ignore_errors=True)  # examples.npz and per_image.jsonl have it all
+    print("\n".join(reporting.lines(report)))
+    return report
+
+
+# --- --table, --check -------------------------------------------------------------------------------------------------
+
+
+def read_reports(paths: list[Path]) -> list[dict]:
+    """The reports at these paths: files, run folders, or folders of run folders. Raises UserError for others."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.glob("*/report.json")) or [path / "report.json"]
+            inside = [file for file in inside if file.exists()]
+            if not inside:
+                raise UserError(f"{path} holds no report.json: the run is not finished (--resume goes on with it)")
+            files += inside
+        else:
+            files.append(path)
+    reports = [checkpoint.read_json(file) for file in files]
+    for file, report in zip(files, reports, strict=True):
+        if not isinstance(report, dict) or not {"after", "checks", "weights", "robust"} <= report.keys():
+            raise UserError(f"{file} is not a report of attack_cifar.py")
+    return reports
+
+
+def check(args, device: str) -> int:
+    """Evaluate saved adversarial images in a fresh process, against report and records beside them."""
+    folder = args.check.parent
+    report, records = read_reports([folder / "report.json"])[0], checkpoint.read_jsonl(folder / "per_image.jsonl")
+    saved = _read_npz(args.check)
+    dataset = data.load(report["data"]["name"], args.data_dir, download=not args.no_download)
+    model, weights = load_network(args.weights, dataset, device)
+    wrong = disagreements(model, saved, report, records, dataset, weights, args.batch_size, device)
+    if wrong:
+        raise UserError(f"{args.check} does not bear out the report: {'; '.join(wrong)}")
+    what = "box and prediction, not the radius" if report["norm"] == "wasserstein" else "ball, box, prediction"
+    print(f"{args.check}: {len(records)} images agree with the report ({what}); accuracy {report['robust']:.2%}")
+    return 0
+
+
+def disagreements(model, saved, report, records, dataset, weights, batch_size, device) -> list[str]:
+    """What is wrong with the saved images, one phrase for each kind."""
+    x, adversarial, labels, ids = (saved[k] for k in ("x", "adversarial", "labels", "ids"))
+    n = len(records)
+    if weights["sha256"] != report["weights"]["sha256"]:
+        return ["--weights is another network than the report's (SHA-256)"]
+    if any(len(a) != n for a in saved.values()) or n != report["images"] or [r["id"] for r in records] != ids.tolist():
+        return [f"{n} records, {len(x)} images and a report of {report['images']}, or their numbers differ"]
+    if x.shape != adversarial.shape or x.shape[1:] != model.input_shape or x.dtype != np.float32:
+        return [f"images of shape {x.shape} and {adversarial.shape}, {x.dtype}"]
+    if len(ids) and (ids.min() < 0 or ids.max() >= len(dataset.test_labels)):
+        return ["images that the data set does not have"]
+    found = []
+
+    def note(bad, text):
+        if count := int(np.count_nonzero(bad)):
+            found.append(f"{count} images {text}")
+
+    original, truth = metrics.as_float(dataset.test_images[ids]), dataset.test_labels[ids]
+    note((original != x).reshape(n, -1).any(1) | (truth != labels), "are not the data set's")
+    named = np.array([r["label"] for r in records], int)
+    note(named != truth, "have other labels in per_image.jsonl")
+    by = [r["by"] for r in records]
+    clean, robust = np.array([b == "clean" for b in by], bool), np.array([b is None for b in by], bool)
+    norm, eps = ("linf", 1.0) if report["norm"] == "wasserstein" else (report["norm"], report["eps"])
+    on_device = [to_device(a, device) for a in (original, adversarial, truth)]
+    fooled = to_numpy(recheck(model, *on_device, eps, norm, batch_size))
+    wrong = to_numpy(recheck(model, on_device[0], on_device[0], on_device[2], 0.0, "linf", batch_size))
+    note(wrong != clean, "are classified otherwise before the attack")
+    note(~clean & ~robust & ~fooled, "are not broken: not misclassified, or outside ball or box")
+    note((clean | robust) & (adversarial != original).reshape(n, -1).any(1), "that no attack broke are changed")
+    change = adversarial.astype(np.float64) - original
+    for norm, length in (("linf", abs(change).reshape(n, -1).max(1, initial=0)), ("l2", l2(change))):
+        claimed = np.array([np.nan if r[norm] is None else r[norm] for r in records], float)
+        note(~(abs(length - claimed) <= 1e-6 * np.maximum(claimed, 1e-3)), f"lie at another {norm} distance")
+    for key, count in (("clean", (~clean).sum()), ("robust", robust.sum())):
+        if n and abs(report[key] - count / n) > 1e-12:
+            found.append(f"{key} accuracy is {count / n:.2%} by per_image.jsonl, {report[key]:.2%} by the report")
+    return found
+
+
+def _read_npz(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("x", "adversarial", "labels", "ids")}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not an examples.npz of attack_cifar.py, or damaged ({error})") from None
+    if any(a.ndim == 0 for a in arrays.values()) or arrays["ids"].dtype.kind not in "iu":
+        raise UserError(f"{path} is not an examples.npz of attack_cifar.py")
+    return arrays
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    p = parser()
+    args = p.parse_args()
+    if args.table:
+        print(reporting.tables(read_reports(args.table)))
+        return 0
+    if not args.weights:
+        p.error("--weights FILE is needed: the network")
+    device = resolve_device(args.device)
+    if args.check:
+        return check(args, device)
+    if args.resume and not args.out:
+        p.error("--resume needs --out: the folder of the run")
+    dataset = data.load(args.data, args.data_dir, download=not args.no_download)
+    model, weights = load_network(args.weights, dataset, device)
+    args.device = device
+    name = args.weights.stem if args.weights.is_file() and args.weights.stem != "model" else args.weights.resolve().name
+    if name == "model.safetensors":
+        name = args.weights.resolve().parent.name
+    folder = args.out or Path("attacks") / f"{name}-{args.attack}-{args.norm}"
+    attacks = ALL if args.attack == "all" else (args.attack,)
+    print(f"{folder}: {weights['file']} (SHA-256 {weights['sha256'][:12]}...) on {device}", flush=True)
+    if args.resume and not folder.exists():
+        raise UserError(f"--resume: {folder} holds no run; leave --resume out to begin one")
+    reports = []
+    for attack in attacks:
+        inside = folder / attack if args.attack == "all" else folder
+        try:
+            reports.append(evaluate(inside, configure(args, attack, weights, dataset), model, dataset, args.resume))
+        except KeyboardInterrupt:
+            print(f"\n{inside}: the same command with --out {folder} --resume goes on after the last finished chunk")
+            return 130
+    if any(r["attack"] != "pgd" or r["norm"] == "linf" for r in reports):
+        print("\n" + reporting.tables(reports))
+    if args.attack == "all":  # the one in each attack's folder is what --table and --check read
+        checkpoint.write_json(folder / "report.json", {"attack": "all", "reports": reports})
+    print(f"\n{folder}: report.json, per_image.jsonl, examples.npz{', examples.png' if _drawn(folder) else ''}")
+    return 0
+
+
+def _drawn(folder: Path) -> bool:
+    return any(folder.rglob("examples.png"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

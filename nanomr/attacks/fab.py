@@ -1,0 +1,241 @@
+"""FAB (Croce & Hein 2020, arXiv:1907.02044): walks along the decision boundary towards the image.
+
+The distance is minimised, not given: eps only says which misclassified points count.
+"""
+
+import numpy as np
+
+from ..backend import array_module
+from .common import FAB, FAB_T, draws, in_batches, l2, per_image, threat
+
+ALPHA, ETA, BETA = 0.1, 1.05, 0.9  # largest pull to the image, overshoot beyond the plane, way back after a success
+
+
+def fab(
+    model,
+    x,
+    labels,
+    eps: float,
+    *,
+    norm: str = "linf",
+    seed: int = 0,
+    ids=None,
+    batch_size=250,
+    progress=None,
+    steps: int = 100,
+    restarts: int = 5,
+):
+    """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1]; does the model err on them (N,)?
+
+    A step linearises the logits' differences to all other classes (one forward pass, then one backward pass for each
+    class from the same cache), takes the class whose plane is nearest, and projects the point and the image onto that
+    plane. The first restart begins at x, later ones at random points at eps / 2. An image is done as soon as it is
+    misclassified within eps.
+
+    At the end of a restart, the closest misclassified point is pulled into the ball, and so is the image's projection
+    onto that point's plane: overshoot alone keeps the walk 1% outside. This is the paper's final search, for a known
+    eps; AutoAttack's code leaves it out.
+
+    Raises ValueError for steps or restarts < 0, and what ``common.in_batches`` refuses.
+    """
+    _check("fab", steps=steps, restarts=restarts)
+
+    def attack(ball, x, labels, ids, logits):
+        others = _ranked(logits)
+        return _runs(model, ball, x, labels, ids, seed, FAB, [others] * restarts, range(restarts), steps)
+
+    return in_batches(
+        attack, model, x, labels, eps, norm=norm, ids=ids, batch_size=batch_size, progress=progress, loss="fab"
+    )
+
+
+def fab_targeted(
+    model,
+    x,
+    labels,
+    eps: float,
+    *,
+    norm: str = "linf",
+    seed: int = 0,
+    ids=None,
+    batch_size=250,
+    progress=None,
+    targets: int = 9,
+    steps: int = 100,
+    restarts: int = 1,
+):
+    """:func:`fab` with one class after another: the ``targets`` likeliest wrong classes of the unchanged image.
+
+    One backward pass a step. Any misclassification counts, not the target's alone. Where there are fewer classes, all
+    of them are targets. Raises ValueError for targets, steps or restarts < 0, and what ``common.in_batches`` refuses.
+    """
+    _check("fab_targeted", targets=targets, steps=steps, restarts=restarts)
+
+    def attack(ball, x, labels, ids, logits):
+        others = _ranked(logits)
+        runs = [(t, r) for t in range(min(targets, others.shape[1])) for r in range(restarts)]
+        classes = [others[:, t : t + 1] for t, _ in runs]
+        return _runs(model, ball, x, labels, ids, seed, FAB_T, classes, [r for _, r in runs], steps)
+
+    return in_batches(
+        attack,
+        model,
+        x,
+        labels,
+        eps,
+        norm=norm,
+        ids=ids,
+        batch_size=batch_size,
+        progress=progress,
+        loss="fab_targeted",
+    )
+
+
+def project_linf(points, w, b):
+    """d (N, ...): points + d is the Linf-nearest point to ``points`` on the plane w z = b, within the box [0, 1].
+
+    points and w (N, ...), points in [0, 1]; b (N,). Where the box does not reach the plane, points + d is the corner
+    that comes nearest to it. Coordinates with w = 0 stay.
+    """
+    return _project(points, w, b, 1.0)
+
+
+def project_l2(points, w, b):
+    """:func:`project_linf` in the l2 norm."""
+    return _project(points, w, b, None)
+
+
+def _project(points, w, b, rate):
+    """Move every coordinate towards the plane, at its ``rate`` (None: |w|), until the plane or its side of the box.
+
+    d_i = +-min(t rate_i, room_i), and sum |w_i| min(t rate_i, room_i) = the way to the plane determines t. That sum is
+    piecewise linear and concave in t: Newton's method from t = 0 ends at the exact t after a few steps, as the
+    coordinates that are at the box stay there.
+    """
+    xp, shape, dtype = array_module(points), points.shape, points.dtype
+    points, w = points.reshape(len(points), -1), w.reshape(len(w), -1)
+    largest = abs(w).max(1)
+    scale = xp.where(largest > 0, largest, 1).astype(dtype)  # tiny gradients must not underflow when squared
+    w = w / scale[:, None]
+    excess = (w * points).sum(1, dtype=np.float64) - b / scale
+    towards = -xp.sign(w) * xp.sign(excess).astype(dtype)[:, None]
+    room = xp.where(towards > 0, 1 - points, points)
+    weight, need = abs(w), abs(excess).astype(dtype)
+    rate = weight if rate is None else xp.full_like(weight, rate)
+    gain, speed = weight * room, weight * rate
+    moving, t, corner = speed > 0, xp.zeros(len(w), dtype), xp.zeros(len(w), bool)
+    rows = xp.arange(len(w))  # those whose t is not final yet
+    while len(rows):
+        on = moving[rows]
+        pace = xp.where(on, speed[rows], 0).sum(1)
+        reached = xp.where(on, 0, gain[rows]).sum(1)
+        corner[rows] = pace == 0
+        t[rows] = xp.where(pace > 0, (need[rows] - reached) / xp.where(pace > 0, pace, 1), 0)
+        still = on & (t[rows, None] * rate[rows] < room[rows])
+        moving[rows] = still
+        rows = rows[(still != on).any(1)]
+    way = xp.where(corner[:, None], room, xp.minimum(t[:, None] * rate, room))
+    return (towards * way).reshape(shape)
+
+
+def _check(name, **counts):
+    for option, value in counts.items():
+        if value < 0:
+            raise ValueError(f"{name}: {option} must be at least 0, not {value}")
+
+
+def _ranked(logits):
+    """The classes but the first, from likely to unlikely (N, K - 1). Of equals the lower first, as in argmax."""
+    return array_module(logits).argsort(-logits, axis=1, kind="stable")[:, 1:]
+
+
+def _runs(model, ball, x, labels, ids, seed, salt, classes, restarts, steps):
+    """(images, fooled) by one run after another on those left. ``classes``: for each run, (N, any number) to go for."""
+    xp = array_module(x)
+    adversarial, fooled = x.copy(), xp.zeros(len(x), bool)
+    for run, (others, restart) in enumerate(zip(classes, restarts, strict=True)):
+        left = xp.flatnonzero(~fooled)
+        if len(left) == 0:
+            break
+        start = x[left]
+        if restart > 0:
+            generators = draws(seed, salt, ids[left.tolist()], run)
+            start = threat(ball.name, ball.eps / 2).random_start(start, generators, edge=True)
+        found, hit = _run(model, ball, x[left], labels[left], others[left], start, steps)
+        adversarial[left[hit]], fooled[left[hit]] = found[hit], True
+    return adversarial, fooled
+
+
+def _run(model, ball, x, labels, classes, current, steps):
+    """(images, fooled) of one walk from ``current``."""
+    xp = array_module(x)
+    adversarial, fooled, left = x.copy(), xp.zeros(len(x), bool), xp.arange(len(x))
+    closest, distance = x.copy(), xp.full(len(x), xp.inf)
+    for _ in range(steps):
+        if len(left) == 0:
+            break
+        current = _step(model, ball, x, current, labels, classes)
+        wrong = model.forward(current)[0].argmax(1) != labels
+        if not wrong.any():
+            continue
+        now = xp.where(wrong, ball.distance(x, current), xp.inf)
+        closer = now < distance
+        closest[closer], distance = current[closer], xp.where(closer, now, distance)
+        hit = wrong & ball.inside(x, current)
+        adversarial[left[hit]], fooled[left[hit]] = current[hit], True
+        current = xp.where(per_image(wrong, x), x + x.dtype.type(BETA) * (current - x), current)
+        if hit.any():
+            left, x, labels, classes = left[~hit], x[~hit], labels[~hit], classes[~hit]
+            current, closest, distance = current[~hit], closest[~hit], distance[~hit]
+    seen = xp.isfinite(distance)
+    if seen.any():
+        left, x, labels, classes, closest = left[seen], x[seen], labels[seen], classes[seen], closest[seen]
+        for candidate in (closest, _onto_plane(model, ball, x, closest, labels, classes)):
+            candidate = ball.project(x, candidate)
+            hit = (model.forward(candidate)[0].argmax(1) != labels) & ball.inside(x, candidate)
+            adversarial[left[hit]], fooled[left[hit]] = candidate[hit], True
+    return adversarial, fooled
+
+
+def _step(model, ball, x, current, labels, classes):
+    """The next point: between the projections of ``current`` and of ``x`` onto the nearest plane, and beyond it."""
+    xp, n, dtype = array_module(x), len(x), x.dtype
+    w, b = _nearest_plane(model, ball, current, labels, classes)
+    project = project_linf if ball.name == "linf" else project_l2
+    d = project(xp.concatenate([current, x]), xp.concatenate([w, w]), xp.concatenate([b, b]))
+    length = xp.maximum(_length(ball, d), 1e-8)
+    alpha = per_image(xp.minimum(length[:n] / (length[:n] + length[n:]), ALPHA).astype(dtype), x)
+    ahead, pulled = current + dtype.type(ETA) * d[:n], x + dtype.type(ETA) * d[n:]
+    return xp.clip((1 - alpha) * ahead + alpha * pulled, 0, 1)
+
+
+def _onto_plane(model, ball, x, current, labels, classes):
+    """``x`` moved towards the plane nearest to ``current``, as far as the ball goes."""
+    w, b = _nearest_plane(model, ball, current, labels, classes)
+    d = (project_linf if ball.name == "linf" else project_l2)(x, w, b)
+    stretch = ball.eps / array_module(x).maximum(_length(ball, d), 1e-8)
+    return x + per_image(stretch.astype(x.dtype), x) * d
+
+
+def _nearest_plane(model, ball, current, labels, classes):
+    """(w, b) of the plane w z = b on which logits of the label and of one of ``classes`` are equal, to first order."""
+    xp = array_module(current)
+    logits, cache = model.forward(current)
+    rows, n = xp.arange(len(current)), len(current)
+    w, gap, nearest = xp.zeros_like(current), xp.zeros(n, logits.dtype), xp.full(n, xp.inf)
+    for other in classes.T:
+        dlogits = xp.zeros_like(logits)
+        dlogits[rows, labels], dlogits[rows, other] = -1, 1
+        gradient = model.backward(dlogits, cache, param_grads=False)
+        difference = logits[rows, other] - logits[rows, labels]
+        flat = gradient.reshape(n, -1)
+        distance = abs(difference) / ((abs(flat).sum(1) if ball.name == "linf" else l2(flat)) + 1e-12)
+        closer = distance < nearest
+        w[closer], gap[closer] = gradient[closer], difference[closer]
+        nearest = xp.where(closer, distance, nearest)
+    return w, (w * current).reshape(n, -1).sum(1, dtype=np.float64) - gap
+
+
+def _length(ball, d):
+    """|d| of each image in the ball's norm, (N,)."""
+    return abs(d).reshape(len(d), -1).max(1) if ball.name == "linf" else l2(d)

@@ -1,0 +1,612 @@
+"""The program: its files, its exit codes, that a kill loses no finished chunk, and that --check trusts nothing."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanomr import backend, checkpoint, cli, models, plots, shapes10
+from nanomr.attacks.autoattack import STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import attack_cifar  # noqa: E402
+
+N = 60  # test images
+FILES = {"config.json", "report.json", "per_image.jsonl", "examples.npz"}
+# about half of the images fall to AutoAttack
+FLAGS = "--data shapes10 --n 40 --chunk 10 --eps 1/255 --quick --device cpu --weights model.safetensors".split()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network that knows the test images by heart, with margins that small balls cross: least squares on features."""
+    model = models.mlp((3072, 64, 10), seed=1)
+    x, labels = images()
+    hidden = x
+    for name in ("normalize", "flatten", "fc1", "relu1"):
+        hidden, _ = model.children[name].forward(hidden)
+    last = model.children["fc2"].params
+    last["weight"][...] = np.linalg.lstsq(hidden.astype(float), np.eye(10)[labels] - 0.1, rcond=0.01)[0]
+    last["bias"][...] = 0
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    model.save(path)
+    return path
+
+
+def images():
+    drawn, labels = shapes10.generate(N, shapes10.SEED + 1)
+    return drawn * np.float32(1 / 255), labels
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path, weights):
+    """shapes10 is small, the working folder holds nothing but the network, no CIFAR-10 of this machine is found."""
+    monkeypatch.setattr(shapes10, "TRAIN", 10)
+    monkeypatch.setattr(shapes10, "TEST", N)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NANOMR_DATA", raising=False)
+    shutil.copy(weights, "model.safetensors")
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(*arguments) -> (exit code, stdout, stderr), in this process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["attack_cifar.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(attack_cifar.main)
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+def assert_one_error_line(result, *words):
+    code, _, err = result
+    assert code == 2, result
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in err
+    return err
+
+
+def start(place, *arguments, patches=""):
+    """The program in a process of its own, on the small shapes10."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from nanomr import cli, shapes10\n"
+        f"shapes10.TRAIN, shapes10.TEST = 10, {N}\nimport attack_cifar\n{patches}\ncli.run(attack_cifar.main)"
+    )
+    threads = dict.fromkeys(("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)], cwd=place, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **threads, "MPLBACKEND": "Agg"},
+    )  # fmt: skip
+
+
+def result(folder):
+    """report.json without what differs from run to run."""
+    report = json.loads((Path(folder) / "report.json").read_text())
+    report.pop("seconds")
+    for row in report["after"]:
+        row.pop("seconds")
+    return report
+
+
+def records(folder):
+    return checkpoint.read_jsonl(Path(folder) / "per_image.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, weights):
+    """(folder, stdout, stderr) of AutoAttack in a process of its own."""
+    place = tmp_path_factory.mktemp("finished")
+    shutil.copy(weights, place)
+    process = start(place, *FLAGS, "--attack", "autoattack", "--out", "run")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    return place / "run", out, err
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_and_says_so(finished):
+    folder, out, _ = finished
+    pictures = {"examples.png"} if "examples.png" in out else set()
+    assert {p.name for p in folder.iterdir()} == FILES | pictures
+    assert all(name in out.splitlines()[-1] for name in FILES - {"config.json"})
+
+
+def test_the_report_says_what_was_done(finished, weights):
+    report = json.loads((finished[0] / "report.json").read_text())
+    assert [row["attack"] for row in report["after"]] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert report["settings"][1] == {"name": "apgd-t", "steps": 10, "targets": 9} and report["quick"] is True
+    assert (report["attack"], report["norm"], report["eps"]) == ("autoattack", "linf", 1 / 255)
+    assert (report["seed"], report["images"], report["batch_size"]) == (0, 40, 250)
+    assert report["weights"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert report["weights"]["architecture"]["name"] == "mlp" and report["device"] == "cpu"
+    assert report["data"] == {"name": "shapes10", "source": report["data"]["source"]} and report["data"]["source"]
+    assert any("--quick" in line for line in report["warnings"])
+    assert report["checks"]["images"] == 40 and "unbounded" in report["checks"]
+    assert report["seconds"] == pytest.approx(sum(row["seconds"] for row in report["after"]), abs=0.01)
+    assert 0.1 < report["robust"] < report["clean"] - 0.1  # else there is little to look at
+
+
+def test_records_and_examples_bear_the_report_out(finished, weights):
+    folder = finished[0]
+    report, lines, model = result(folder), records(folder), models.load(weights)
+    with np.load(folder / "examples.npz") as file:
+        x, adversarial, labels, ids = (file[name] for name in ("x", "adversarial", "labels", "ids"))
+    expected, truth = images()
+    assert np.array_equal(x, expected[:40]) and np.array_equal(labels, truth[:40]) and x.dtype == np.float32
+    assert ids.tolist() == [r["id"] for r in lines] == list(range(40))
+    wrong, fooled = (model.forward(a)[0].argmax(1) != labels for a in (x, adversarial))
+    by = np.array([str(r["by"]) for r in lines])
+    assert np.array_equal(wrong, by == "clean") and np.array_equal(fooled, by != "None")
+    for row in report["after"]:
+        assert row["broken"] == (by == row["attack"]).sum()
+    assert report["robust"] == (~fooled).mean() and report["clean"] == (~wrong).mean()
+    change = (adversarial.astype(float) - x).reshape(40, -1)
+    assert np.allclose([r["linf"] for r in lines], abs(change).max(1), rtol=1e-9)
+    assert np.allclose([r["l2"] for r in lines], np.sqrt((change**2).sum(1)), rtol=1e-9)
+    assert abs(change).max() <= 1 / 255 + 1e-7 and not change[~fooled | wrong].any()
+
+
+def test_the_accuracy_after_each_attack_is_printed(finished):
+    folder, out, _ = finished
+    for row in json.loads((folder / "report.json").read_text())["after"]:
+        assert re.search(rf"{row['attack']} +{row['robust']:.2%}", out)
+    assert "Table 2" in out and "57.53" in out and "not comparable" in out
+
+
+def test_the_progress_bar_shows_what_is_left(program, monkeypatch):
+    monkeypatch.setattr(attack_cifar.tqdm, "__init__", _always_on(attack_cifar.tqdm.__init__))
+    code, _, err = program(*FLAGS, "--attack", "autoattack", "--out", "a")
+    robust = json.loads(Path("a/report.json").read_text())["robust"]
+    last = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert code == 0 and "40/40" in last and f"robust so far {robust:.2%}" in last and "0 left" in last
+    for words in ("apgd-ce", "square", "left"):
+        assert words in err
+
+
+def _always_on(init):
+    def call(self, *args, **kwargs):
+        init(self, *args, **{**kwargs, "disable": False, "mininterval": 0})
+
+    return call
+
+
+def test_a_picture_is_drawn_where_matplotlib_is(finished):
+    pytest.importorskip("matplotlib")
+    assert (finished[0] / "examples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_clean_change_adversarial(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    x = np.full((9, 4, 4, 3), 0.5)
+    adversarial = x.copy()
+    adversarial[:, 0, 0, 0] += 0.1
+    adversarial[:, 1, 1, 1] -= 0.05
+    adversarial[2] = x[2]
+    monkeypatch.setattr(pyplot, "close", lambda figure=None: None)
+    path = tmp_path / "examples.png"
+    names = ["cat", "dog"]
+    assert plots.examples(x, adversarial, np.zeros(9, int), np.ones(9, int), names, path, count=3) == path
+    axes = pyplot.gcf().axes
+    shown = [np.asarray(a.images[0].get_array()) for a in axes]
+    titles = [a.get_title() for a in axes]
+    monkeypatch.undo()
+    pyplot.close("all")
+    assert len(axes) == 9 and titles.count("cat") == 3 and titles.count("dog") == 3
+    clean, change, grey, bad = shown[0], shown[3], shown[5], shown[6]
+    assert np.array_equal(clean, x[0]) and np.array_equal(bad, adversarial[0]) and "x 5" in titles[3]
+    assert change[0, 0, 0] == pytest.approx(1) and change[1, 1, 1] == pytest.approx(0.25)
+    assert change[2, 2, 2] == pytest.approx(0.5) and np.all(grey == 0.5)
+    assert plots.examples(x[:0], x[:0], [], [], names, tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_all_runs_every_attack_in_a_folder_of_its_own(program):
+    code, out, _ = program(*FLAGS, "--attack", "all", "--n", 12, "--radius", 0.02, "--out", "a")
+    assert code == 0 and "Table 1" in out and "Table 2" in out
+    for attack in ("pgd", "autoattack+", "wasserstein"):
+        assert {p.name for p in Path("a", attack).iterdir()} >= FILES
+        report = json.loads(Path("a", attack, "report.json").read_text())
+        assert report["attack"] == attack and report["images"] == 12
+        assert program("--check", f"a/{attack}/examples.npz", "--weights", "model.safetensors")[0] == 0
+    names = [s["name"] for s in json.loads(Path("a/autoattack+/report.json").read_text())["settings"]]
+    assert names == [s.name for s in STAGES["plus"]]
+    whole = json.loads(Path("a/report.json").read_text())
+    assert [r["attack"] for r in whole["reports"]] == ["pgd", "autoattack+", "wasserstein"]
+    pgd = json.loads(Path("a/pgd/report.json").read_text())
+    assert pgd["settings"] == [{"name": "pgd", "steps": 2, "restarts": 1, "step_size": 2 / 255}]
+    wasserstein = json.loads(Path("a/wasserstein/report.json").read_text())
+    assert wasserstein["eps"] == 0.02 and wasserstein["robust"] == wasserstein["robust_at"]["0.02"]
+    radii = [r["radius"] for r in records("a/wasserstein")]
+    assert all((r is None) == (line["by"] is None) for r, line in zip(radii, records("a/wasserstein"), strict=True))
+    code, out, _ = program("--table", "a")
+    assert code == 0 and "Table 1" in out and "Table 2" in out
+    assert program(*FLAGS, "--attack", "all", "--n", 12, "--radius", 0.02, "--out", "a", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("attack", ["autoattack", "pgd"])
+def test_l2(program, attack):
+    flags = [*FLAGS, "--attack", attack, "--norm", "l2", "--eps", "0.1", "--n", 20, "--out", "a"]
+    assert program(*flags)[0] == 0
+    report = result("a")
+    assert report["norm"] == "l2" and report["robust"] < report["clean"]
+    broken = [r for r in records("a") if r["by"] not in (None, "clean")]
+    assert broken and max(r["l2"] for r in broken) <= 0.1 * (1 + 1e-6)
+    if attack == "pgd":
+        assert report["settings"][0]["step_size"] == pytest.approx(2.5 * 0.1 / 2)
+    assert program("--check", "a/examples.npz", "--weights", "model.safetensors")[0] == 0
+
+
+def test_individual_mode_gives_the_same_images_and_each_attacks_own_accuracy(program, finished):
+    assert program(*FLAGS, "--attack", "autoattack", "--individual", "--out", "a")[0] == 0
+    report, cascade = result("a"), result(finished[0])
+    assert report["robust"] == cascade["robust"] <= min(report["alone"].values())
+    assert list(report["alone"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    for mine, line in zip(records("a"), records(finished[0]), strict=True):
+        assert mine["by"] == line["by"]
+        assert mine["alone"][:1] == ([] if line["by"] in (None, "clean") else [line["by"]])
+    n = len(records("a"))
+    for name, share in report["alone"].items():
+        broken = sum(name in r["alone"] for r in records("a"))
+        assert share == pytest.approx(report["clean"] - broken / n)
+
+
+def test_neither_batch_size_nor_chunk_decides(program, finished):
+    flags = [*FLAGS, "--attack", "autoattack", "--batch-size", 7, "--chunk", 17, "--out", "a"]
+    assert program(*flags)[0] == 0
+    for mine, line in zip(records("a"), records(finished[0]), strict=True):
+        assert (mine["id"], mine["label"], mine["by"]) == (line["id"], line["label"], line["by"])
+        # float32 rounding of a BLAS, which may depend on the number of rows, is all that may differ
+        assert mine["linf"] == pytest.approx(line["linf"], abs=1e-5)
+    mine, other = result("a"), result(finished[0])
+    for key in ("robust", "clean", "interval"):
+        assert mine[key] == other[key]
+
+
+def test_another_seed_is_another_attack(program, finished):
+    assert program(*FLAGS, "--attack", "autoattack", "--seed", 1, "--out", "a")[0] == 0
+    assert [r["l2"] for r in records("a")] != [r["l2"] for r in records(finished[0])]
+
+
+# --- kill and resume --------------------------------------------------------------------------------------------------
+
+SLOW = """
+import time
+real = attack_cifar.cascade
+def slow(*args, **options):
+    time.sleep(0.4)
+    return real(*args, **options)
+attack_cifar.cascade = slow
+"""
+
+
+def test_a_killed_run_resumes_with_what_it_had_finished(program, finished, weights, tmp_path):
+    flags = [*FLAGS, "--attack", "autoattack", "--out", "run"]
+    process = start(tmp_path, *flags, patches=SLOW)
+    parts = tmp_path / "run" / "parts"
+    deadline = time.monotonic() + 100
+    while len(list(parts.glob("*.safetensors"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "report.json").exists()
+    there = {p: p.stat().st_mtime_ns for p in parts.glob("*.safetensors")}
+    assert 2 <= len(there) < 4
+    with open("run/per_image.jsonl", "a") as file:
+        file.write('{"id": 2')  # a half line
+    assert_one_error_line(program(*flags), "run holds a run already", "--resume")
+    seen = []
+    original = attack_cifar.checkpoint.save_tensors
+    attack_cifar.checkpoint.save_tensors = lambda path, *rest: (seen.append(path.name), original(path, *rest))
+    try:
+        assert program(*flags, "--resume")[0] == 0
+    finally:
+        attack_cifar.checkpoint.save_tensors = original
+    assert len(seen) == 4 - len(there) and not {p.name for p in there} & set(seen)
+    assert result("run") == result(finished[0])
+    assert Path("run/per_image.jsonl").read_bytes() == (finished[0] / "per_image.jsonl").read_bytes()
+    assert Path("run/examples.npz").read_bytes() == (finished[0] / "examples.npz").read_bytes()
+    assert not Path("run/parts").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(program, finished, monkeypatch):
+    flags = [*FLAGS, "--attack", "autoattack", "--out", "run"]
+    real, calls = attack_cifar.cascade, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(attack_cifar, "cascade", interrupted)
+    code, out, err = program(*flags)
+    assert code == 130 and "--out run --resume" in out and "Traceback" not in err
+    assert len(records("run")) == 20 and not Path("run/report.json").exists()
+    assert_one_error_line(program("--table", "run"), "not finished")
+    assert program(*flags, "--resume")[0] == 0
+    assert len(calls) == 5 and result("run") == result(finished[0])
+
+
+def test_a_finished_run_is_not_run_again(program, monkeypatch):
+    flags = [*FLAGS, "--attack", "pgd", "--n", 10, "--out", "run"]
+    assert program(*flags)[0] == 0
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    monkeypatch.setattr(attack_cifar, "cascade", None)
+    code, out, _ = program(*flags, "--resume")
+    assert code == 0 and "finished already" in out and "Table 1" in out
+    assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "change", ["--eps 2/255", "--seed 1", "--n 11", "--norm l2", "--attack autoattack", "--chunk 3"]
+)  # fmt: skip
+def test_a_run_is_resumed_with_its_own_settings_only(program, change):
+    flags = [*FLAGS, "--attack", "pgd", "--n", 10, "--out", "run"]
+    assert program(*flags)[0] == 0
+    name = change.split()[0].strip("-")
+    assert_one_error_line(program(*flags, *change.split(), "--resume"), "run was begun with", name)
+    assert program(*flags, "--batch-size", 3, "--resume")[0] == 0  # decides nothing
+
+
+def test_another_network_does_not_go_on_with_a_run(program):
+    flags = [*FLAGS, "--attack", "pgd", "--n", 10, "--out", "run"]
+    assert program(*flags)[0] == 0
+    models.mlp((3072, 64, 10), seed=3).save("model.safetensors")
+    assert_one_error_line(program(*flags, "--resume"), "run was begun with weights")
+
+
+def test_a_part_that_is_damaged_or_not_ours_is_named(program, monkeypatch):
+    flags = [*FLAGS, "--attack", "pgd", "--n", 20, "--out", "run"]
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attack_cifar.Run, "finish", interrupted)
+        assert program(*flags)[0] == 130
+    part = Path("run/parts/000010.safetensors")
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    assert_one_error_line(program(*flags, "--resume"), "000010.safetensors")
+    part.write_bytes(Path("model.safetensors").read_bytes())
+    assert_one_error_line(program(*flags, "--resume"), "000010.safetensors", "not a part")
+    part.write_bytes(whole)
+    assert program(*flags, "--resume")[0] == 0
+
+
+# --- --check ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(finished, tmp_path):
+    """A copy of the finished run; saved.change(name=function) rewrites its examples.npz."""
+    folder = tmp_path / "saved"
+    shutil.copytree(finished[0], folder)
+
+    def change(**functions):
+        with np.load(finished[0] / "examples.npz") as file:
+            arrays = {name: file[name].copy() for name in file.files}
+        for name, function in functions.items():
+            value = function(arrays[name])
+            arrays[name] = arrays[name] if value is None else value
+        np.savez(folder / "examples.npz", **arrays)
+
+    change.broken = [r["id"] for r in records(folder) if r["by"] not in (None, "clean")]
+    change.robust = [r["id"] for r in records(folder) if r["by"] is None]
+    return change
+
+
+CHECK = ["--check", "saved/examples.npz", "--weights", "model.safetensors"]
+
+
+def test_check_agrees_with_an_honest_run_in_a_fresh_process(saved, tmp_path, finished):
+    process = start(tmp_path, *CHECK, "--batch-size", 9)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and err == ""
+    assert "40 images agree" in out and f"{result(finished[0])['robust']:.2%}" in out
+
+
+def set_row(row, value):
+    def change(array):
+        array[row] = value(array[row])
+
+    return change
+
+
+def test_check_finds_each_way_to_tamper(saved, program):
+    hit, kept = saved.broken[0], saved.robust[0]
+    clean = images()[0]
+    for words, change in {
+        "not broken": dict(adversarial=set_row(hit, lambda _: clean[hit])),
+        "not broken:": dict(adversarial=set_row(hit, lambda a: np.clip(a + 0.1, 0, 1))),
+        "1 images are not broken": dict(adversarial=set_row(hit, lambda a: a * np.nan)),
+        "no attack broke are changed": dict(adversarial=set_row(kept, lambda a: a * np.float32(0.999))),
+        "are not the data set's": dict(x=set_row(hit, lambda a: a[::-1])),
+        "not the data set's": dict(labels=set_row(kept, lambda a: (a + 1) % 10)),
+        "numbers differ": dict(ids=set_row(3, lambda a: 4)),
+        "40 records, 40 images": dict(labels=lambda a: a[:-1]),
+        "float64": dict(x=lambda a: a.astype(float)),
+        "linf distance": dict(adversarial=set_row(hit, lambda a: clean[hit] + (a - clean[hit]) * np.float32(0.999))),
+    }.items():
+        saved(**change)
+        assert_one_error_line(program(*CHECK), "does not bear out", words)
+    saved()
+    assert program(*CHECK)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "words"),
+    [
+        (r'"by": null', '"by": "square"', "are not broken"),
+        (r'"by": "apgd-ce"', '"by": null', "that no attack broke are changed"),
+        (r'"by": "apgd-ce"', '"by": "clean"', "classified otherwise before"),
+        (r'"label": \d', '"label": 7', "other labels"),
+        (r'"l2": 0\.\d', '"l2": 0.9', "l2 distance"),
+    ],
+)
+def test_check_finds_tampered_records(saved, program, pattern, replacement, words):
+    path = Path("saved/per_image.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if re.search(pattern, line) and replacement not in line)
+    path.write_text("".join([*lines[:at], re.sub(pattern, replacement, lines[at]), *lines[at + 1 :]]))
+    assert_one_error_line(program(*CHECK), "does not bear out", words)
+
+
+@pytest.mark.parametrize("key", ["robust", "clean", "images"])
+def test_check_finds_a_tampered_report(saved, program, key):
+    path = Path("saved/report.json")
+    report = json.loads(path.read_text())
+    report[key] += 1 if key == "images" else 0.025
+    path.write_text(json.dumps(report))
+    assert_one_error_line(program(*CHECK), "does not bear out", "report")
+
+
+def test_check_wants_the_same_network(saved, program):
+    models.mlp((3072, 64, 10), seed=3).save("model.safetensors")
+    assert_one_error_line(program(*CHECK), "another network")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 cut short", "pickle", "one array", "no ids"])
+def test_check_of_a_file_that_is_none(saved, program, content):
+    path = Path("saved/examples.npz")
+    if content == "pickle":
+        np.savez(path, x=np.array([{}], object), adversarial=[0], labels=[0], ids=[0])
+    elif content == "one array":
+        np.save("saved/a.npy", np.zeros(3))
+        shutil.move("saved/a.npy", path)
+    elif content == "no ids":
+        np.savez(path, x=[0], adversarial=[0], labels=[0])
+    else:
+        path.write_bytes(content)
+    assert_one_error_line(program(*CHECK), "examples.npz")
+
+
+def test_check_without_the_rest_of_the_run(saved, program):
+    Path("saved/per_image.jsonl").unlink()
+    assert_one_error_line(program(*CHECK), "per_image.jsonl")
+    Path("saved/report.json").unlink()
+    assert_one_error_line(program(*CHECK), "report.json")
+    assert_one_error_line(program("--check", "nowhere/examples.npz", "--weights", "model.safetensors"), "nowhere")
+
+
+# --- flags, and what goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_table_puts_the_papers_row_beside_ours(program, finished):
+    folder = finished[0]
+    report = result(folder)
+    for argument in (folder, folder / "report.json", folder.parent):
+        code, out, _ = program("--table", argument)
+        assert code == 0 and "Table 2" in out and "Table 1" not in out
+        assert re.search(rf"this network \(mlp\) +- +{100 * report['robust']:.2f} \[", out)
+        assert re.search(r"paper: Manifold Regularization \(large\) +57\.53 +36\.90 +66\.02 +69\.95", out)
+
+
+def test_table_of_what_is_no_report(program):
+    Path("file.json").write_text("[1]")
+    Path("empty").mkdir()
+    for argument, words in (("nowhere", "nowhere"), ("file.json", "not a report"), ("empty", "no report.json")):
+        assert_one_error_line(program("--table", argument), words)
+
+
+def test_help_explains_every_flag(program):
+    code, out, _ = program("--help")
+    assert code == 0
+    for action in attack_cifar.parser()._actions:
+        assert action.help and action.help != argparse.SUPPRESS
+        assert all(flag in out for flag in action.option_strings)
+    assert "default: None" not in " ".join(out.split()) and "python attack_cifar.py" in out
+
+
+def test_default_radii_are_the_papers():
+    for norm, eps in (("linf", 8 / 255), ("l2", 0.5)):
+        args = attack_cifar.parser().parse_args(["--norm", norm])
+        dataset = attack_cifar.data.load("shapes10")
+        assert attack_cifar.configure(args, "autoattack+", {}, dataset)["eps"] == eps
+        assert attack_cifar.configure(args, "wasserstein", {}, dataset)["eps"] == 0.1
+        assert attack_cifar.configure(args, "pgd", {}, dataset)["n"] == N
+
+
+BAD_FLAGS = """--eps=-1/255|--eps nan|--eps 8/0|--norm l1|--attack fgsm|--n -1|--batch-size 0|--chunk 0|--seed -1
+--seed x|--radius -1|--data mnist|--device tpu|--nonsense|stray"""
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
+def test_a_bad_flag_is_named_and_nothing_is_made(program, flags, tmp_path):
+    code, out, err = program(*FLAGS, *flags.split())
+    assert code == 2 and out == "" and "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("attack_cifar.py: error: ") and all(word in last for word in re.split("[ =]", flags))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_flags_that_belong_together(program):
+    code, _, err = program("--data", "shapes10")
+    assert code == 2 and "--weights" in err.splitlines()[-1]
+    code, _, err = program(*FLAGS, "--resume")
+    assert code == 2 and "--out" in err.splitlines()[-1]
+    assert_one_error_line(program(*FLAGS, "--resume", "--out", "nowhere"), "nowhere", "no run")
+
+
+def test_missing_files(program, tmp_path):
+    assert_one_error_line(program(*FLAGS, "--weights", "nowhere.safetensors"), "nowhere.safetensors")
+    Path("model.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    assert_one_error_line(program(*FLAGS, "--weights", "model.pt"), "model.pt")
+    arguments = (*FLAGS, "--data", "cifar10", "--no-download")
+    assert_one_error_line(program(*arguments), "cifar-10-batches-bin", "shapes10")
+    assert_one_error_line(program(*arguments, "--data-dir", "elsewhere"), "elsewhere")
+    assert not Path("attacks").exists()
+
+
+def test_a_network_that_does_not_fit(program):
+    models.mlp((48, 10), input_shape=(4, 4, 3)).save("other.safetensors")
+    assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "(4, 4, 3)", "(32, 32, 3)")
+    models.mlp((3072, 5)).save("other.safetensors")
+    assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "5 classes", "10")
+    model = models.mlp((3072, 10))
+    model.weights[7] = np.nan
+    model.save("other.safetensors")
+    assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "finite")
+    assert not Path("attacks").exists()
+
+
+def test_no_gpu(program, monkeypatch):
+    monkeypatch.setattr(backend, "_cupy", lambda: None)
+    assert_one_error_line(program(*FLAGS, "--device", "gpu"), "--device gpu", "--device cpu")
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "/dev/null/run"])
+def test_a_run_folder_that_cannot_be_made(program, out):
+    Path("file").write_text("mine")
+    assert_one_error_line(program(*FLAGS, "--attack", "pgd", "--out", out), out)
+    assert Path("file").read_text() == "mine"
+
+
+def test_a_run_folder_of_the_networks_name_by_default(program):
+    Path("runs/mine").mkdir(parents=True)
+    shutil.copy("model.safetensors", "runs/mine")
+    flags = [*FLAGS[:-2], "--attack", "pgd", "--n", 4]
+    assert program(*flags, "--weights", "runs/mine")[0] == 0
+    assert Path("attacks/mine-pgd-linf/report.json").exists()
+    assert program(*flags, "--weights", "runs/mine/model.safetensors", "--norm", "l2")[0] == 0
+    assert Path("attacks/mine-pgd-l2/report.json").exists()
