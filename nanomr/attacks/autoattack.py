@@ -19,7 +19,7 @@ from .pgd import pgd
 from .square import square
 
 ROBUST, WRONG = -1, 0  # Outcome.by: withstood all; misclassified to begin with; k >= 1: broken by stage k - 1
-BUDGETS = ("steps", "restarts", "queries")  # what quick() divides
+BUDGETS = ("steps", "restarts", "queries", "every")  # what quick() divides
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,8 @@ def _project(points, w, b, rate):
     """
     xp, shape, dtype = array_module(points), points.shape, points.dtype
     points, w = points.reshape(len(points), -1), w.reshape(len(w), -1)
-    largest = abs(w).max(1)
-    scale = xp.where(largest > 0, largest, 1).astype(dtype)  # tiny gradients must not underflow when squared
-    w = w / scale[:, None]
+    scale = xp.ldexp(dtype.type(1), xp.frexp(abs(w).max(1))[1])  # a power of two: dividing by it rounds nothing, and
+    w = w / scale[:, None]  # the squares of tiny gradients do not underflow
     excess = (w * points).sum(1, dtype=np.float64) - b / scale
     towards = -xp.sign(w) * xp.sign(excess).astype(dtype)[:, None]
     room = xp.where(towards > 0, 1 - points, points)

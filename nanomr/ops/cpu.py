@@ -16,9 +16,11 @@ import sys
 import threading
 from functools import lru_cache
 
-# Waiting threads sleep rather than spin: beside another busy process, spinning makes a step ten times slower. GNU
-# OpenMP reads this when Numba first starts its threads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A thread that waits for the others spins for a moment (kernels follow each other closely), then sleeps: with GNU
+# OpenMP's own, far longer spinning, a step beside another busy process takes ten times as long. It is read once, when
+# Numba starts its threads.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numba
 import numpy as np
