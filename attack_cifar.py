@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Attack a network: PGD, AutoAttack, AutoAttack+ and the Wasserstein adversary of Jin & Rinard (2020), Tables 1 and 2.
 
-python attack_cifar.py --weights runs/x --attack pgd                              # Table 1: linf, eps 8/255
-python attack_cifar.py --weights runs/x --attack autoattack+ --norm l2 --out a/l2   # Table 2, eps 0.5
-python attack_cifar.py --weights runs/x --attack autoattack+ --out a/linf --resume  # go on after a kill
-python attack_cifar.py --table a/l2 a/linf                                        # our row and the paper's
-python attack_cifar.py --check a/l2/examples.npz --weights runs/x                 # do the saved images still fool it?
+python attack_cifar.py --weights runs/x --attack pgd                                  # Table 1: linf, eps 8/255
+python attack_cifar.py --weights runs/x --attack autoattack+ --norm l2 --out a/l2     # Table 2: l2, eps 0.5
+python attack_cifar.py --weights runs/x --attack autoattack+ --norm l2 --out a/l2 --resume   # go on after a kill
+python attack_cifar.py --weights runs/x --attack all --out a/all                      # PGD, AutoAttack+, Wasserstein
+python attack_cifar.py --table a/all a/l2                                             # our rows and the paper's
+python attack_cifar.py --check a/l2/examples.npz --weights runs/x                     # do those images still fool it?
 """
 
 import argparse
@@ -61,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("network and images")
     g.add_argument("--weights", type=Path, metavar="FILE", help="the network: a .safetensors file, or a run folder")
-    g.add_argument("--data", choices=("shapes10", "cifar10"), default="cifar10", help="whose test images")
+    text = "whose test images; default: of what the network was trained on, by its file, else shapes10"
+    g.add_argument("--data", choices=("shapes10", "cifar10"), help=text)
     g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
     g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
     g.add_argument("--n", type=natural, default=1000, help="the first so many test images; 0: all")
@@ -89,9 +91,20 @@ def parser() -> argparse.ArgumentParser:
 # --- what is attacked -------------------------------------------------------------------------------------------------
 
 
+def weights_file(path: Path) -> Path:
+    """The file itself where ``path`` is a run folder."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def trained_on(path: Path) -> str:
+    """The data set that a weights file names, if this version has it; else shapes10."""
+    name = checkpoint.load_tensors(weights_file(path))[1].get("data")
+    return "cifar10" if name == "cifar10" else "shapes10"
+
+
 def load_network(path: Path, dataset, device: str):
     """(model, {"file", "sha256", "architecture"}), or a UserError when it does not fit the data set's images."""
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = weights_file(path)
     model = models.load(path, device)
     shape, classes = dataset.test_images.shape[1:], len(dataset.classes)
     if model.input_shape != tuple(shape):
@@ -238,12 +251,12 @@ class Run:
     def _records(self, part, found: dict) -> list[dict]:
         x, adversarial = to_numpy(self.x[part]).astype(np.float64), found["adversarial"].astype(np.float64)
         length, largest = l2(adversarial - x), abs(adversarial - x).reshape(len(x), -1).max(1)
-        records = []
+        records, labels = [], to_numpy(self.labels[part]).tolist()
         for i, by in enumerate(found["by"].tolist()):
-            record = {"id": part.start + i, "label": int(self.labels[part.start + i]), "by": self._name(by)}
+            record = {"id": part.start + i, "label": labels[i], "by": self._name(by)}
             record |= {"linf": float(largest[i]), "l2": float(length[i])}
             if "radius" in found:
-                record["radius"] = float(found["radius"][i])
+                record["radius"] = float(found["radius"][i]) if by != ROBUST else None
             if "alone" in found:
                 record["alone"] = [s.name for s, hit in zip(self.stages, found["alone"][i], strict=True) if hit]
             records.append(record)
@@ -291,7 +304,7 @@ def _append(path: Path, records: list[dict]):
     """All of a chunk's lines at once, on the disk when this returns."""
     try:
         with open(path, "a") as file:
-            file.write("".join(json.dumps(checkpoint._plain(r)) + "\n" for r in records))
+            file.write("".join(json.dumps(r) + "\n" for r in records))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -419,12 +432,11 @@ def main() -> int:
         return check(args, device)
     if args.resume and not args.out:
         p.error("--resume needs --out: the folder of the run")
-    dataset = data.load(args.data, args.data_dir, download=not args.no_download)
+    dataset = data.load(args.data or trained_on(args.weights), args.data_dir, download=not args.no_download)
     model, weights = load_network(args.weights, dataset, device)
     args.device = device
-    name = args.weights.stem if args.weights.is_file() and args.weights.stem != "model" else args.weights.resolve().name
-    if name == "model.safetensors":
-        name = args.weights.resolve().parent.name
+    file = weights_file(args.weights).resolve()
+    name = file.parent.name if file.stem == "model" else file.stem
     folder = args.out or Path("attacks") / f"{name}-{args.attack}-{args.norm}"
     attacks = ALL if args.attack == "all" else (args.attack,)
     print(f"{folder}: {weights['file']} (SHA-256 {weights['sha256'][:12]}...) on {device}", flush=True)

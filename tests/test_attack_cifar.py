@@ -578,6 +578,18 @@ def test_missing_files(program, tmp_path):
     assert not Path("attacks").exists()
 
 
+def test_the_data_set_is_by_default_the_one_of_the_training(program):
+    flags = ["--attack", "pgd", "--n", 4, "--quick", "--no-download"]
+    model = models.load("model.safetensors")
+    for metadata, words in (({}, None), ({"data": "shapes10"}, None), ({"data": "cifar10"}, "cifar-10-batches-bin")):
+        model.save("other.safetensors", **metadata)
+        result = program("--weights", "other.safetensors", *flags, "--out", f"run{len(str(metadata))}")
+        if words:
+            assert_one_error_line(result, words)
+        else:
+            assert result[0] == 0 and "shapes10" in result[1]
+
+
 def test_a_network_that_does_not_fit(program):
     models.mlp((48, 10), input_shape=(4, 4, 3)).save("other.safetensors")
     assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "(4, 4, 3)", "(32, 32, 3)")
