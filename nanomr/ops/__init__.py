@@ -1,7 +1,7 @@
 """The kernels. Three modules offer the same functions with the same signatures:
 
 - ``reference``: the formula of the derivation page in plain NumPy, any dtype (float64, complex); the oracle
-- ``cpu``: float32 on the CPU, Numba kernels and BLAS
+- ``cpu``: float32 on the CPU, Numba kernels
 - ``gpu``: CuPy
 
 The data decides which one runs: see :func:`ops_for`.

@@ -302,9 +302,8 @@ def _chunks():
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
-# A matrix product is a gather-GEMM too. BLAS is a quarter faster on one thread, but its idle threads spin beside
-# Numba's: a whole step took twice as long with two threads of each as with one.
-
+# A matrix product is a gather-GEMM too, as fast as BLAS for these shapes. With both, BLAS's idle threads would spin
+# beside Numba's: a whole step took twice as long with two threads of each as with one.
 
 _STRIP = 4 * ROWS
 
