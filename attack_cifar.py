@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--batch-size", type=positive, default=250, help="images in a forward pass; decides no result")
     g.add_argument("--chunk", type=positive, default=250, help="images between saves: a kill loses no more than these")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
-    g.add_argument("--out", type=Path, help="run folder; default: attacks/WEIGHTS-ATTACK-NORM")
+    g.add_argument("--out", type=Path, help="run folder; default: runs/WEIGHTS-ATTACK-NORM")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out; give the same flags again")
     return p
 
@@ -437,7 +437,7 @@ def main() -> int:
     args.device = device
     file = weights_file(args.weights).resolve()
     name = file.parent.name if file.stem == "model" else file.stem
-    folder = args.out or Path("attacks") / f"{name}-{args.attack}-{args.norm}"
+    folder = args.out or Path("runs") / f"{name}-{args.attack}-{args.norm}"
     attacks = ALL if args.attack == "all" else (args.attack,)
     print(f"{folder}: {weights['file']} (SHA-256 {weights['sha256'][:12]}...) on {device}", flush=True)
     if args.resume and not folder.exists():

@@ -78,7 +78,7 @@ LONG_PGD = partial(pgd, step_size=0.5)  # steps of many radii: the default's l2 
 def test_a_linear_network_falls_at_its_exact_radius(attack, classes, norm):
     needs = {APGDS["dlr"]: 3, APGDS["targeted"]: 4}.get(attack, 2)
     if classes < needs:
-        with pytest.raises(ValueError, match=f"needs at least {needs} classes, the model has {classes}"):
+        with pytest.raises(ValueError, match=f"apgd.* needs at least {needs} classes, the model has {classes}"):
             attack(*network(classes=classes), 0.1)
         return
     # Untargeted losses climb to the rival that they see; only the targeted one tries them all.
@@ -181,6 +181,12 @@ def test_the_schedule_is_the_authors(seed, steps, drift):
     assert np.array_equal(run_schedule(losses), expected)
 
 
+def test_an_equal_loss_is_no_better():
+    sizes = StepSizes(np.ones(3), 100)
+    assert sizes.see(np.array([1.0, 1, 1]))[0].tolist() == [True] * 3  # the start counts
+    assert sizes.see(np.array([0.0, 1, 2]))[0].tolist() == [False, False, True]
+
+
 @given(seed=seeds)
 def test_an_image_that_leaves_changes_no_other_schedule(seed):
     draw = np.random.default_rng(seed)
@@ -252,15 +258,31 @@ def test_the_walk_is_the_authors(norm, loss, monkeypatch):
     model, x, labels = network(1, (16,), dtype=np.float64)
     ball = threat(norm, eps)
     starts = ball.random_start(x, [np.random.default_rng(i) for i in range(len(x))], edge=True)
-    robust = np.flatnonzero(~ascend(model, ball, x, starts, labels, lambda z, rows: loss(z, labels[rows]), 100)[1])[:4]
-    assert len(robust) == 4
-    visited = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda x: (visited.append(x.copy()), forward(x))[1])
-    ascend(model, ball, x[robust], starts[robust], labels[robust], lambda z, rows: loss(z, labels[robust][rows]), 100)
+    robust = np.flatnonzero(~ascend(model, ball, x, starts, labels, lambda z, at: loss(z, labels[at]), 100)[1])[:8]
+    assert len(robust) == 8
+    visited, forward = [], model.forward
+
+    def noting(x, wrong_at=()):
+        """The forward pass, but the first image of the batch is classified wrongly at these calls."""
+        logits, cache = forward(x)
+        logits[:1] *= -1 if len(visited) in wrong_at else 1
+        visited.append(x.copy())
+        return logits, cache
+
+    def run(rows):
+        visited.clear()
+        ascend(model, ball, x[rows], starts[rows], labels[rows], lambda z, at: loss(z, labels[rows][at]), 100)
+
+    monkeypatch.setattr(model, "forward", partial(noting, wrong_at=(5, 19, 30, 50)))
+    run(robust)  # four of the eight leave on the way
+    assert [len(visited[i]) for i in (5, 6, 19, 20, 30, 31, 50, 51, 100)] == [8, 7, 7, 6, 6, 5, 5, 4, 4]
+    last, robust = visited[-1], robust[4:]
+    monkeypatch.setattr(model, "forward", noting)
+    run(robust)
     monkeypatch.undo()
     visited = np.stack(visited, 1)
     assert visited.shape[:2] == (4, 101)
+    np.testing.assert_allclose(visited[:, -1], last, rtol=0, atol=1e-9)  # whoever else was there
     shrunk = []
     for i, own in zip(robust, visited, strict=True):
         expected, step = literal_run(model, x[i], starts[i], labels[i], loss, eps, norm, 100)

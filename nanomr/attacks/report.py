@@ -138,7 +138,7 @@ def warnings(report: dict) -> list[str]:
     if found.get("probabilities"):
         said.append("the outputs look like probabilities: the attacks need logits")
     if refuted := sum(row["refuted"] for row in report["after"]):
-        said.append(f"{refuted} successes were not confirmed by a fresh forward pass; they count as robust")
+        said.append(f"successes that a fresh forward pass did not confirm: {refuted}; they count as robust")
     if report["quick"]:
         said.append("--quick: a tenth of the steps, restarts and queries; not a result to report")
     return said

@@ -1,0 +1,51 @@
+"""Recycled memory for float32 arrays on the CPU: fresh pages cost more than most passes over them."""
+
+import sys
+import threading
+
+import numpy as np
+
+_SMALL = 1 << 14  # floats; below, malloc is as fast
+_LINE = 16  # floats in a cache line
+_LIMIT = 1 << 30  # bytes of idle buffers that a thread may keep
+_local = threading.local()
+
+
+def _references(buffers):
+    for buffer in buffers:
+        return sys.getrefcount(buffer)
+
+
+_IDLE = _references([np.empty(1, np.float32)])  # what _references says of a buffer that only its list knows
+
+
+def empty(shape) -> np.ndarray:
+    """An uninitialised float32 array, at the start of a cache line.
+
+    A buffer is handed out again only when nothing but this list refers to it (views keep their base alive).
+    """
+    size = int(np.prod(shape))
+    if size < _SMALL:
+        return _take(np.empty(size + _LINE, np.float32), shape, size)
+    step = 1 << (size.bit_length() - 4)  # sizes within an eighth share buffers
+    rounded = -(-size // step) * step
+    pool = _local.__dict__.setdefault("pool", {})
+    for buffer in pool.setdefault(rounded, []):
+        if sys.getrefcount(buffer) == _IDLE:
+            return _take(buffer, shape, size)
+    if 4 * sum(key * len(buffers) for key, buffers in pool.items()) > _LIMIT:
+        release()
+        return empty(shape)
+    pool[rounded].append(np.empty(rounded + _LINE, np.float32))
+    return _take(pool[rounded][-1], shape, size)
+
+
+def _take(buffer, shape, size):
+    """The array of this shape at the buffer's first cache line: a vector load across two lines costs double."""
+    first = -(buffer.ctypes.data // 4) % _LINE
+    return buffer[first : first + size].reshape(shape)
+
+
+def release():
+    """Forget this thread's recycled buffers (arrays in use stay valid)."""
+    _local.__dict__.pop("pool", None)
