@@ -11,6 +11,7 @@ from numba import njit, prange
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
 LOG2 = 0.6931471805599453
 LIMIT = 500.0  # beyond e^500 we give up: products of two such numbers and a pixel must still be finite
+SMALLEST, LARGEST = np.exp(-LIMIT), np.exp(LIMIT)
 TINY = 1e-100  # less than this share of the image's mass counts as none
 
 
@@ -29,7 +30,7 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
     s2 = np.zeros((height + 4, length))
     for i in range(height):
         for j in range(length):
-            if abs(beta[i, j]) > LIMIT:
+            if not abs(beta[i, j]) < LIMIT:
                 return 0, psi, 0.0, 0.0
             v[i, j + middle] = np.exp(beta[i, j])
     for iteration in range(most):
@@ -70,6 +71,8 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
                 # w + log w = strength y + log(strength s), from where beta puts w: r is what is missing
                 w = strength * out[i, j]
                 r = strength * y[i, j] - w - beta[i, j]
+                if not -w - 20 * LIMIT < r < 20 * LIMIT:
+                    return 0, psi, 0.0, 0.0
                 factor = 1.0
                 while r > 0.5 * (1 + w):
                     r -= w + LOG2
@@ -86,7 +89,7 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
         for i in range(height):
             for j in range(length):
                 v[i, j + middle] *= s1[i + 2, j]
-                if abs(beta[i, j]) > LIMIT:
+                if not SMALLEST < v[i, j + middle] < LARGEST:
                     return 0, psi, 0.0, 0.0
     return 0, psi, 0.0, 0.0
 

@@ -138,7 +138,8 @@ def project(
     still, and returns an image whose mass and cost are right up to that. Images without mass come back as they are.
 
     Computed in float64 on x0's device: NumPy images by ``attacks.sinkhorn`` (but those that are so dark that e^beta
-    would overflow), CuPy images in the logarithmic domain. Raises ValueError for radius or regularization <= 0.
+    would overflow), CuPy images in the logarithmic domain. Raises ValueError for radius or regularization <= 0,
+    and for a y that is not finite.
     """
     if not 0 < radius < float("inf") or not 0 < regularization < float("inf") or iterations < 1:
         raise ValueError(
@@ -148,6 +149,8 @@ def project(
     if x0.ndim != 4 or y.shape != x0.shape:
         raise ValueError(f"x0 and y must be images (N, H, W, C) of one shape, not {x0.shape} and {y.shape}")
     xp = array_module(x0)
+    if not bool(xp.isfinite(y).all()):
+        raise ValueError("y holds numbers that are not finite: does the model's gradient?")
     x, y = xp.ascontiguousarray(x0, np.float64), xp.ascontiguousarray(y, np.float64)
     mass = per_image(x.reshape(len(x), -1).sum(1), x)
     heavy = mass > 0
