@@ -320,6 +320,17 @@ def test_a_step_is_the_papers():
     assert points[5:] == pytest.approx([second, 0.51, 0.51], abs=1e-12)
 
 
+def test_the_closest_point_that_errs_is_kept_for_the_end(monkeypatch):
+    model = models.mlp((1, 2), input_shape=(1, 1, 1)).astype(np.float64)
+    model.children["fc1"].params["weight"][...] = [[0, 10]]
+    model.children["fc1"].params["bias"][...] = [0, -6]
+    forward, _ = spy(model)
+    points = iter([0.62, 0.605, 0.59, 0.68])
+    monkeypatch.setattr(module, "_step", lambda *args: np.full((1, 1, 1, 1), next(points)))
+    assert not fab(model, np.full((1, 1, 1, 1), 0.5), np.array([0]), 0.01, steps=4, restarts=1)[1][0]
+    assert [z.item() for z in forward[1:6]] == [0.62, 0.605, 0.59, 0.68, 0.605]
+
+
 def test_the_pull_towards_the_image_is_at_most_a_tenth():
     """A start far from the image, in a direction of no use: it is forgotten at a tenth a step."""
     model = models.mlp((2, 2), input_shape=(1, 1, 2)).astype(np.float64)
