@@ -492,6 +492,7 @@ def test_check_finds_each_way_to_tamper(saved, program):
         (r'"by": "apgd-ce"', '"by": "clean"', "classified otherwise before"),
         (r'"label": \d', '"label": 7', "other labels"),
         (r'"l2": 0\.\d', '"l2": 0.9', "l2 distance"),
+        (r'"l2": 0\.\d+', '"l2": null', "l2 distance"),
     ],
 )
 def test_check_finds_tampered_records(saved, program, pattern, replacement, words):

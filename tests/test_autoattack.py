@@ -327,7 +327,9 @@ def test_a_report_adds_up():
     assert "90.00%" in text and "67.00%" in text and "linf, eps 8/255" in text
     alone = np.zeros((100, 6), bool)
     alone[10:40, 0] = alone[10:20, 1] = True
-    assert report(spread(10, 30, 0, 0, 0, 0, 0, robust=60), alone=alone)["alone"]["apgd-ce"] == 0.6
+    found = report(spread(10, 30, 0, 0, 0, 0, 0, robust=60), alone=alone)
+    assert found["alone"]["apgd-ce"] == 0.6 and found["alone"]["apgd-dlr"] == 0.8
+    assert [row["attacked"] for row in found["after"]] == [90] * 6
 
 
 def test_wasserstein_radii():

@@ -160,6 +160,9 @@ def test_projections_keep_shape_and_dtype_and_take_tiny_and_zero_gradients(norm)
     tiny = project(points, w * np.float32(1e-30), b * 1e-30)  # its squares are 0 in float32
     np.testing.assert_allclose(tiny, d, rtol=2e-3, atol=1e-5)
     assert np.all(project(points, 0 * w, b) == 0)
+    assert project(points[:0], w[:0], b[:0]).shape == (0, 8, 8, 3)
+    many = project(np.repeat(points, 7, 0), np.repeat(w, 7, 0), np.repeat(b, 7))  # more than the CPU takes at once
+    np.testing.assert_allclose(many, np.repeat(d, 7, 0), rtol=1e-5, atol=1e-12)
 
 
 # --- the attacks ------------------------------------------------------------------------------------------------------

@@ -299,6 +299,32 @@ def test_neither_the_batch_nor_its_size_decides(norm, queries):
     assert not np.array_equal(another, adversarial)
 
 
+@NORMS
+def test_random_numbers_do_not_come_back_after_a_block(norm):
+    x, model = np.full((4, *SHAPE), 0.5), robust()
+    seen = spy(model)
+    square(model, x, np.zeros(4, int), 0.1, norm=norm, queries=410)
+    later = np.array(seen[1 + 201 :])  # queries 201 to 409, all with squares of one size; nothing is ever kept
+    for start in range(0, 100, 20):
+        assert (later[start : start + 20] != later[start + 100 : start + 120]).any((2, 3, 4)).mean() > 0.7
+
+
+def test_an_l2_change_that_rounding_makes_too_long_does_not_count():
+    """In float32, at an eps of a few units in the last place; any change is likely to fool this network."""
+    model = robust(dtype=np.float32)
+    weight, bias = model.children["fc1"].params.values()
+    weight[...] = np.random.default_rng(0).choice([-1e6, 1e6], (72, 2))
+    bias[...] = 0
+    x = np.full((20, *SHAPE), 0.75, np.float32)
+    bias[...] = -model.forward(x[:1])[0][0] + np.float32([0.01, 0])
+    labels, total = own(model, x), 0
+    for eps in np.linspace(3e-7, 2e-6, 12):
+        adversarial, fooled = square(model, x, labels, eps, norm="l2", queries=10)
+        assert common.L2(eps).inside(x, adversarial).all()
+        total += fooled.sum()
+    assert total > 20
+
+
 def test_more_queries_fool_a_superset_with_the_same_images():
     model, x = network(4), images(4, n=30)
     labels = own(model, x)

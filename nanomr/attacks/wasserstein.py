@@ -16,6 +16,7 @@ from ..losses import cross_entropy
 from .common import check_inputs, check_logits, per_image
 
 REACH = 2  # pixels, in each direction: the window is 5 x 5
+FARTHEST = 1000.0  # y is cut off there, in shares of x0's mass: else beta has no digits left (the mass is < 1/255)
 
 
 class Projection(NamedTuple):
@@ -155,7 +156,7 @@ def project(
     mass = per_image(x.reshape(len(x), -1).sum(1), x)
     heavy = mass > 0
     mass = xp.where(heavy, mass, 1)
-    x, y = x / mass, y / mass
+    x, y = x / mass, xp.clip(y / mass, -FARTHEST, FARTHEST)
     if start is None:
         psi, beta = xp.ones(len(x)), xp.zeros(x.shape)
     else:
