@@ -40,15 +40,14 @@ def corner_noise(
     def attack(ball, x0, labels, ids, _):
         xp = array_module(x0)
         adversarial, fooled = x0.copy(), xp.zeros(len(x0), bool)
-        size = ball.eps if norm == "linf" else ball.eps / np.sqrt(max(x0[0].size, 1))
         for draw in range(draws):
             left = xp.flatnonzero(~fooled)
             if len(left) == 0:
                 break
             generators = common.draws(seed, CORNER, ids[left.tolist()], draw)
             signs = [2 * g.integers(0, 2, x0.shape[1:], np.int8) - 1 for g in generators]
-            corner = x0[left] + x0.dtype.type(size) * xp.asarray(np.array(signs), x0.dtype)
-            corner = ball.project(x0[left], corner)
+            corner = x0[left] + x0.dtype.type(eps) * xp.asarray(np.array(signs), x0.dtype)
+            corner = ball.project(x0[left], corner)  # in l2 this shortens them to eps
             hit = model.forward(corner)[0].argmax(1) != labels[left]
             adversarial[left[hit]], fooled[left[hit]] = corner[hit], True
         return adversarial, fooled
