@@ -491,3 +491,10 @@ def test_checks_pass_what_is_fine():
     check_logits(np.zeros((2, 3)), np.array([0, 2]), least=3)
     with pytest.raises(ValueError, match="the loss needs at least 4 classes, the model has 3"):
         check_logits(np.zeros((2, 3)), np.array([0, 2]), least=4, loss="the loss")
+
+
+@pytest.mark.parametrize("salt", [0, 127, 128, 255])
+def test_draws_differ_by_image_and_restart_for_every_salt(salt):
+    """Above 2^63 a step must not pass through float64, where neighbouring ids are one number."""
+    first = [g.random() for restart in (0, 1) for g in common.draws(0, salt, range(4), restart)]
+    assert len(set(first)) == len(first)

@@ -11,6 +11,7 @@ import numpy as np
 
 from nanomr import layers, losses, manifold
 from nanomr.attacks import objectives
+from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
 from nanomr.ops import reference as ops
@@ -205,6 +206,26 @@ def gather_gemm_error(x, w, stride, padding):
     )
 
 
+def sinkhorn():
+    t = 4 * _normal(9)
+    w = lambert_of_exp(t)
+    yield "central", _vjp(lambert_of_exp, lambda dy: dy * w / (1 + w), t, method="central")
+
+    strength, radius, x = 50.0, 0.05, abs(_normal(1, 4, 4, 2, seed=1))
+    x, y = x / x.sum(), x / x.sum() + 0.05 * _normal(*x.shape, seed=2)
+
+    def solve(y):
+        return project(x, y, radius, regularization=strength, tolerance=1e-10, iterations=10000)
+
+    def value(y):
+        found = solve(y)
+        alpha = np.log(x) - _log_transport(found.beta, found.psi)[0]
+        entropy = (x * alpha).sum() + (found.images * found.beta).sum() - (found.psi * found.cost).sum()
+        return np.array(((found.images - y) ** 2).sum() / 2 + entropy / strength)
+
+    yield "central", _vjp(value, lambda dy: dy * (y - solve(y).images), y, method="central")
+
+
 def _relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
@@ -212,7 +233,8 @@ def _relative(a, b):
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
-        linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, intrinsic, hamming, laplacian, pair_batch
+        linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, sinkhorn, intrinsic, hamming, laplacian,
+        pair_batch,
     )
 }  # fmt: skip
 
