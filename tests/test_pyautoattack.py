@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from nanomr import models
 from nanomr.attacks.autoattack import STAGES, Stage, cascade
@@ -45,6 +47,18 @@ def nhwc(x):
 
 def nchw(x):
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """NumPy's, Numba's and PyTorch's threads would wait for each other: many times slower."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before[0])
+    numba.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")
