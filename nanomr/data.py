@@ -189,7 +189,7 @@ def _download(target, url, size, md5, records, progress):
 def _fetch(url, size, md5, path, progress):
     """Copy ``url`` to the file ``path``; its length and md5 must be right."""
     digest, received = hashlib.md5(usedforsecurity=False), 0
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="CIFAR-10", disable=None if progress else True)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="CIFAR-10", disable=not progress)
     with bar, open(path, "wb") as out:
         for chunk in _chunks(url):
             out.write(chunk)

@@ -148,27 +148,40 @@ def _forward_tables(x_shape, w_shape, stride, padding):
 
 
 @lru_cache(256)
-def _input_gradient_tables(x_shape, w_shape, stride, padding):
+def _input_gradient_tables(x_shape, w_shape, stride, padding, span):
     """The same for dx from dy, one group of pixels for each residue of (row, column) modulo the stride: they meet the
-    same taps. Also the rows of w, as (kh kw Cout, C), that the taps multiply."""
+    same taps. Also the rows of w, as (kh, kw / span, Cout), that the taps multiply, and dx's width and first column.
+
+    With ``span`` = stride, ``stride`` neighbours in a row, which read the same pixels of dy, are one pixel of
+    stride x C channels: else the few channels of an image would leave most of a vector empty. dx is then wider.
+    """
     (_, h, w, c), (kh, kw, _, c_out), (top, _, left, _) = x_shape, w_shape, padding
     _, ho, wo, _ = conv2d_shape(x_shape, w_shape, stride, padding)
     low_h, low_w = (kh - 1) // stride, (kw - 1) // stride  # rows and columns of zeros before dy
     height = low_h + max(ho, (h - 1 + top) // stride + 1)
     row = (low_w + max(wo, (w - 1 + left) // stride + 1)) * c_out
+    blocks = np.arange(left // stride, (w - 1 + left) // stride + 1)  # of ``stride`` columns, from -left
+    width, first = (stride * len(blocks), left % stride) if span > 1 else (w, 0)
+    k_width = -(-kw // span)
     a, o, b, index, pixels, taps = [], [], [], [], [0], [0]
     for rh in range(stride):
-        for rw in range(stride):
-            ys, xs = np.arange((rh - top) % stride, h, stride), np.arange((rw - left) % stride, w, stride)
-            ps, qs = np.arange(rh, kh, stride), np.arange(rw, kw, stride)
-            a.append(_grid(((ys + top) // stride + low_h) * row, ((xs + left) // stride + low_w) * c_out))
-            o.append(_grid(ys * w * c, xs * c))
-            b.append(_grid(-(ps // stride) * row, -(qs // stride) * c_out, np.arange(c_out)))
-            index.append(_grid(ps * kw * c_out, qs * c_out, np.arange(c_out)))
+        ys, ps = np.arange((rh - top) % stride, h, stride), np.arange(rh, kh, stride)
+        for rw in range(stride if span == 1 else 1):
+            if span == 1:
+                xs, qs = np.arange((rw - left) % stride, w, stride), np.arange(rw, kw, stride)
+                at, back = (xs + left) // stride, qs // stride
+            else:
+                xs, qs = stride * (blocks - blocks[0]), np.arange(k_width)
+                at, back = blocks, qs
+            a.append(_grid(((ys + top) // stride + low_h) * row, (at + low_w) * c_out))
+            o.append(_grid(ys * width * c, xs * c))
+            b.append(_grid(-(ps // stride) * row, -back * c_out, np.arange(c_out)))
+            index.append(_grid(ps * k_width * c_out, qs * c_out, np.arange(c_out)))
             pixels.append(pixels[-1] + len(a[-1]))
             taps.append(taps[-1] + len(b[-1]))
     a, o, b, index = (np.concatenate(v) for v in (a, o, b, index))
-    return a, o, np.array(pixels), b, np.array(taps), index, (low_h, low_w * c_out, row, height * row)
+    place = (low_h, low_w * c_out, row, height * row)
+    return a, o, np.array(pixels), b, np.array(taps), index, place, width, first
 
 
 def _columns(w):
@@ -222,12 +235,16 @@ def conv2d(x, w, b, stride, padding):
 
 
 def conv2d_input_gradient(dy, w, stride, padding, x_shape):
-    a, o, pixels, b, taps, index, place = _input_gradient_tables((0, *x_shape[1:]), w.shape, stride, padding)
-    weights, lanes = _panels(w.transpose(0, 1, 3, 2).reshape(-1, w.shape[2])[index])
-    dx = empty((len(dy), *x_shape[1:]))
-    inputs = (_rows_of(dy), *place, weights, _bias(None, x_shape[3]))
-    _gather_gemm(*inputs, dx.reshape(len(dy), -1), a, o, pixels, b, taps, x_shape[3], threads(), lanes)
-    return dx
+    (kh, kw, c, c_out), (_, h, w_x, _) = w.shape, x_shape
+    span = stride if stride * c <= WIDTH else 1
+    tables = _input_gradient_tables((0, *x_shape[1:]), w.shape, stride, padding, span)
+    a, o, pixels, b, taps, index, place, width, first = tables
+    spans = np.pad(w, ((0, 0), (0, -kw % span), (0, 0), (0, 0))).reshape(kh, -1, span, c, c_out)
+    weights, lanes = _panels(spans.transpose(0, 1, 4, 2, 3).reshape(-1, span * c)[index])
+    dx = empty((len(dy), h, width, c))
+    inputs = (_rows_of(dy), *place, weights, _bias(None, span * c))
+    _gather_gemm(*inputs, dx.reshape(len(dy), -1), a, o, pixels, b, taps, span * c, threads(), lanes)
+    return dx[:, :, first : first + w_x]
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
