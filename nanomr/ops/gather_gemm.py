@@ -271,8 +271,8 @@ def _lanes(columns):
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 # A matrix product is a gather-GEMM too. On one thread it keeps up with OpenBLAS in the small network, but for the
-# weight gradient (1.11 against 0.87 ms). With both, BLAS's idle threads spin beside Numba's: a step that took 14 ms with one
-# thread of each took 17 to 24 with two.
+# weight gradient (1.11 against 0.87 ms). With both, BLAS's idle threads spin beside Numba's: a step that took 14 ms
+# with one thread of each took 17 to 24 with two.
 
 _STRIP = 4 * ROWS
 
