@@ -10,7 +10,6 @@ python attack_cifar.py --check a/l2/examples.npz --weights runs/x               
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanomr import __version__, checkpoint, cli, data, metrics, models, plots
+from nanomr import __version__, checkpoint, cli, data, metrics, plots
 from nanomr.attacks import report as reporting
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from nanomr.attacks.common import l2, recheck
@@ -37,17 +36,9 @@ EPS = {"linf": 8 / 255, "l2": 0.5}
 FREE = ("batch_size", "device")  # what a resumed run may change: no result depends on the first
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves the examples' lines alone, and shows the defaults that are plain values."""
-
-    def _get_help_string(self, action):
-        plain = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if plain else action.help
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], formatter_class=_Formatter
+        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], formatter_class=cli.Formatter
     )
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     non_negative = cli.number(cli.fraction, low=0)
@@ -89,33 +80,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 # --- what is attacked -------------------------------------------------------------------------------------------------
-
-
-def weights_file(path: Path) -> Path:
-    """The file itself where ``path`` is a run folder."""
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def trained_on(path: Path) -> str:
-    """The data set that a weights file names, if this version has it; else shapes10."""
-    name = checkpoint.load_tensors(weights_file(path))[1].get("data")
-    return "cifar10" if name == "cifar10" else "shapes10"
-
-
-def load_network(path: Path, dataset, device: str):
-    """(model, {"file", "sha256", "architecture"}), or a UserError when it does not fit the data set's images."""
-    path = weights_file(path)
-    model = models.load(path, device)
-    shape, classes = dataset.test_images.shape[1:], len(dataset.classes)
-    if model.input_shape != tuple(shape):
-        raise UserError(f"{path} is a network for images of shape {model.input_shape}, not {tuple(shape)}")
-    if not np.isfinite(to_numpy(model.weights)).all():
-        raise UserError(f"{path}: the weights are not all finite numbers; take another checkpoint")
-    logits, _ = model.forward(metrics.as_float(to_device(dataset.test_images[:1], device)))
-    if logits.shape[1] < classes:
-        raise UserError(f"{path} knows {logits.shape[1]} classes, {dataset.name} has {classes}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return model, {"file": path.name, "sha256": sha256, "architecture": model.architecture}
 
 
 def configure(args, attack: str, weights: dict, dataset) -> dict:
@@ -353,7 +317,7 @@ def check(args, device: str) -> int:
     report, records = read_reports([folder / "report.json"])[0], checkpoint.read_jsonl(folder / "per_image.jsonl")
     saved = _read_npz(args.check)
     dataset = data.load(report["data"]["name"], args.data_dir, download=not args.no_download)
-    model, weights = load_network(args.weights, dataset, device)
+    model, weights = cli.load_network(args.weights, dataset, device)
     wrong = disagreements(model, saved, report, records, dataset, weights, args.batch_size, device)
     if wrong:
         raise UserError(f"{args.check} does not bear out the report: {'; '.join(wrong)}")
@@ -432,10 +396,10 @@ def main() -> int:
         return check(args, device)
     if args.resume and not args.out:
         p.error("--resume needs --out: the folder of the run")
-    dataset = data.load(args.data or trained_on(args.weights), args.data_dir, download=not args.no_download)
-    model, weights = load_network(args.weights, dataset, device)
+    dataset = data.load(args.data or cli.trained_on(args.weights), args.data_dir, download=not args.no_download)
+    model, weights = cli.load_network(args.weights, dataset, device)
     args.device = device
-    file = weights_file(args.weights).resolve()
+    file = cli.weights_file(args.weights).resolve()
     name = file.parent.name if file.stem == "model" else file.stem
     folder = args.out or Path("runs") / f"{name}-{args.attack}-{args.norm}"
     attacks = ALL if args.attack == "all" else (args.attack,)

@@ -29,18 +29,10 @@ EPOCHS = {"cifar10": 100, "shapes10": 30}
 HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves the examples' lines alone, and shows the defaults that are plain values."""
-
-    def _get_help_string(self, action):
-        plain = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if plain else action.help
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1],
-        formatter_class=_Formatter,
+        formatter_class=cli.Formatter,
     )  # fmt: skip
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     non_negative, share = cli.number(cli.fraction, low=0), cli.number(cli.fraction, low=0, high=1)

@@ -87,11 +87,10 @@ def append_jsonl(path: str | os.PathLike, record: Mapping) -> None:
     line = _dumps(record).encode() + b"\n"
     try:
         with open(path, "a+b") as file:
-            file.seek(0)
-            lines = file.read().splitlines(keepends=True)  # a log is short: one line for each epoch
-            if lines and not lines[-1].endswith(b"\n"):
-                if _record(lines[-1]) is None:
-                    file.truncate(sum(map(len, lines[:-1])))
+            start, last = _last_line(file)
+            if last and not last.endswith(b"\n"):
+                if _record(last) is None:
+                    file.truncate(start)
                 else:
                     line = b"\n" + line  # whole, and lacks only its end
             file.write(line)
@@ -99,6 +98,19 @@ def append_jsonl(path: str | os.PathLike, record: Mapping) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _last_line(file, block=1 << 16) -> tuple[int, bytes]:
+    """(where the last line of a binary file starts, the line), reading no more of the file than its end."""
+    start = end = file.seek(0, os.SEEK_END)
+    tail = b""
+    while start > 0 and b"\n" not in tail[:-1]:
+        step = min(block, start)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    last = tail[tail.rfind(b"\n", 0, -1) + 1 :] if len(tail) > 1 else tail
+    return end - len(last), last
 
 
 def write_jsonl(path: str | os.PathLike, records: list[Mapping]) -> None:
