@@ -80,3 +80,50 @@ def examples(x, adversarial, labels, predicted, classes, path, count: int = 8) -
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return Path(path)
+
+
+def accuracy_by_eps(reports: list[dict], path) -> Path | None:
+    """Clean, PGD and verified accuracy against eps, from the reports of verify_small.py. None without matplotlib."""
+    plt = _pyplot()
+    if plt is None:
+        return None
+    reports = sorted(reports, key=lambda r: r["eps"])
+    x = [255 * r["eps"] for r in reports]
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    names = {"clean": "clean", "pgd": "PGD (paper)", "pgd_strong": "PGD (strong)", "verified": "verified"}
+    for (key, name), style in zip(names.items(), ("k:", "o--", "s--", "D-"), strict=True):
+        axes.plot(x, [100 * r[key] for r in reports], style, label=name, markersize=4)
+    axes.fill_between(x, [100 * r["verified"] for r in reports], [100 * r["upper"] for r in reports], alpha=0.25)
+    n = min(r["images"] for r in reports)
+    axes.set(xlabel="eps (1/255)", ylabel="accuracy (%)", ylim=(0, None), title=f"{n} test images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return Path(path)
+
+
+def unstable_relus(records: list[dict], path) -> Path | None:
+    """How many ReLUs of each layer are unstable in an image's box, by what became of the image. None without
+    matplotlib, or when no image got as far as bounds."""
+    plt, records = _pyplot(), [r for r in records if "unstable" in r]
+    if plt is None or not records:
+        return None
+    layers = len(records[0]["unstable"])
+    figure, row = plt.subplots(1, layers, figsize=(3.2 * layers + 0.8, 3.4), layout="constrained", squeeze=False)
+    kinds = [kind for kind in ("verified", "attacked", "falsified") if any(r["verdict"] == kind for r in records)]
+    kinds += ["undecided"] if any(r["verdict"] in ("timeout", "unknown", "error") for r in records) else []
+    for k, axes in enumerate(row[0]):
+        counts = [[r["unstable"][k] for r in records if _kind(r) == kind] for kind in kinds]
+        top = max(max(c) for c in counts) + 1
+        axes.hist(counts, bins=np.linspace(0, top, min(top, 30) + 1), stacked=True, label=kinds)
+        axes.set(title=f"ReLU layer {k + 1}", xlabel="unstable ReLUs after CROWN")
+    row[0][0].set_ylabel("images")
+    row[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return Path(path)
+
+
+def _kind(record: dict) -> str:
+    return record["verdict"] if record["verdict"] in ("verified", "attacked", "falsified") else "undecided"

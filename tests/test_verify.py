@@ -4,50 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
+from strategies import box, fewer, forward, points, randomise, seeds
 
 from nanomr import manifold, models
-from nanomr.layers import BatchNorm2d, Conv2d, Layer, Linear, Normalize
-from nanomr.ops import ops_for
+from nanomr.layers import Conv2d, Layer, Linear
 from nanomr.verify import bounds, interval
-
-
-class Inputs:
-    """A tap that keeps the input of every ReLU."""
-
-    def __init__(self):
-        self.z = []
-
-    def forward(self, z):
-        self.z.append(z)
-        return ops_for(z).relu(z), None
-
-
-def forward(model, x):
-    """(logits, [the input of every ReLU, in forward order])."""
-    tap = Inputs()
-    return model.forward(x, tap=tap)[0], tap.z
-
-
-def randomise(model, draw, dtype=np.float64):
-    """Weights of both signs everywhere, also of batch norms, and running statistics that do something."""
-    model.astype(dtype)
-    for _, layer in model.walk():
-        if isinstance(layer, BatchNorm2d):
-            shape = layer.params["weight"].shape
-            layer.params["weight"][...] = draw.uniform(0.3, 1.5, shape) * draw.choice([-1, 1], shape)
-            layer.params["bias"][...] = draw.normal(0, 0.3, shape)
-            layer.buffers["running_mean"][...] = draw.normal(0, 0.5, shape)
-            layer.buffers["running_var"][...] = draw.uniform(0.05, 3, shape)
-        elif isinstance(layer, Normalize):
-            layer.buffers["mean"][...] = draw.uniform(0.2, 0.8, layer.buffers["mean"].shape)
-            layer.buffers["std"][...] = draw.uniform(0.1, 0.5, layer.buffers["std"].shape)
-        elif layer.params:
-            layer.params["weight"] *= draw.uniform(1, 3)
-            if "bias" in layer.params:
-                layer.params["bias"][...] = draw.normal(0, 0.3, layer.params["bias"].shape)
-    return model
-
 
 RESNETS = [
     dict(width=w, bn_before_fc=b, out_shortcut=s, jin_v1=j)
@@ -78,22 +39,6 @@ every_network = pytest.mark.parametrize("network", ALL, ids=lambda n: "-".join(m
 def build(network, seed, dtype=np.float64):
     name, options = network
     return randomise(models.BUILDERS[name](seed=seed % 1000, **options), np.random.default_rng(seed), dtype)
-
-
-def box(model, draw, eps, n=2):
-    """Boxes [low, high] around images: of every width up to eps, cut at 0 and 1, some pixels fixed."""
-    x = draw.random((n, *model.input_shape))
-    width = eps * draw.choice([0, 0.5, 1], x.shape, p=[0.1, 0.3, 0.6])
-    return np.clip(x - width, 0, 1).astype(model.dtype), np.clip(x + width, 0, 1).astype(model.dtype)
-
-
-def points(low, high, draw, count=6):
-    """Points of the box: its ends, random corners, random points."""
-    yield low
-    yield high
-    for _ in range(count):
-        yield np.where(draw.random(low.shape) < 0.5, low, high)
-        yield low + draw.random(low.shape) * (high - low)
 
 
 def violation(model, low, high, draw, found=None):

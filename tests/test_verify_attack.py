@@ -11,7 +11,7 @@ from strategies import fewer, seeds
 from nanomr import models
 from nanomr.layers import BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model
-from nanomr.verify.attack import counterexamples, paper_pgd, strict_box, targeted_pgd
+from nanomr.verify.attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
 from nanomr.verify.chain import Chain
 from nanomr.verify.crown import crown, image_box
 from nanomr.verify.rounding import float32_error, gamma
@@ -37,6 +37,16 @@ def linear_net(weight, bias):
     model.children["fc1"].params["weight"][...] = weight
     model.children["fc1"].params["bias"][...] = bias
     return model
+
+
+@given(seed=seeds)
+def test_the_inner_float32_box_is_the_largest(seed):
+    low, high = np.sort(np.random.default_rng(seed).normal(size=(2, 50)), 0)
+    low32, high32 = inside(low, high)
+    assert low32.dtype == high32.dtype == np.float32 and (low32 >= low).all() and (high32 <= high).all()
+    assert (np.nextafter(low32, np.float32(-9)) < low).all() and (np.nextafter(high32, np.float32(9)) > high).all()
+    exact = low.astype(np.float32)
+    assert all(np.array_equal(end, exact) for end in inside(exact.astype(float), exact.astype(float)))
 
 
 @given(seed=seeds, eps=st.sampled_from([0.0, 1e-9, 1 / 255, 8 / 255, 0.3, 1.0, 2.0]))
@@ -70,11 +80,10 @@ def test_a_linear_model_is_broken_exactly_where_its_margin_allows(rng):
     adversarial, broken = paper_pgd(model, chain, x, labels, eps, steps=30, restarts=1)  # 26 cross the ball
     far = abs(abs(margin) - eps * 5) > 1e-6
     assert np.array_equal(broken[far], broken_by_algebra[far])
-    again, real = counterexamples(model, chain, x, adversarial, labels, eps)
+    again, real = counterexamples(model, chain, strict_box(x, eps), adversarial, labels)
     assert real[broken].all() and np.array_equal(again[broken], adversarial[broken])
-    adversarial, broken = targeted_pgd(model, chain, x, labels, 1 - labels, eps)
+    adversarial, broken = targeted_pgd(model, chain, strict_box(x, eps), labels, 1 - labels)
     assert np.array_equal(broken[far], broken_by_algebra[far])
-    assert (adversarial[~broken] == x[~broken]).all()
 
 
 def test_a_start_is_used_and_results_are_by_id_not_by_batch(rng):
@@ -84,22 +93,23 @@ def test_a_start_is_used_and_results_are_by_id_not_by_batch(rng):
     labels = model.forward(x)[0].argmax(1)
     rivals = (labels + 1) % 4
     ids = np.array([5, 9, 2, 7, 1, 30])
-    together = targeted_pgd(model, chain, x, labels, rivals, 0.05, ids=ids)
+    together = targeted_pgd(model, chain, strict_box(x, 0.05), labels, rivals, ids=ids)
     for i in range(6):
-        alone = targeted_pgd(model, chain, x[i : i + 1], labels[i : i + 1], rivals[i : i + 1], 0.05, ids=ids[i : i + 1])
+        alone = targeted_pgd(
+            model, chain, strict_box(x[i : i + 1], 0.05), labels[i : i + 1], rivals[i : i + 1], ids=ids[i : i + 1]
+        )
         assert alone[1][0] == together[1][i]
     # from a start that is an adversarial example no step is needed, and none is taken from anywhere else
     eps = 0.4
-    adversarial, broken = targeted_pgd(model, chain, x, labels, rivals, eps)
+    box = strict_box(x, eps)
+    adversarial, broken = targeted_pgd(model, chain, box, labels, rivals)
     assert broken.any()
     at = np.flatnonzero(broken)
-    found, again = targeted_pgd(
-        model, chain, x[at], labels[at], rivals[at], eps, starts=adversarial[at], steps=0, restarts=0
-    )
+    options = dict(steps=0, restarts=0)
+    box, labels, rivals = (box[0][at], box[1][at]), labels[at], rivals[at]
+    found, again = targeted_pgd(model, chain, box, labels, rivals, starts=adversarial[at], **options)
     assert again.all() and np.array_equal(found, adversarial[at])
-    assert not targeted_pgd(model, chain, x[at], labels[at], rivals[at], eps, starts=x[at], steps=0, restarts=0)[
-        1
-    ].any()
+    assert not targeted_pgd(model, chain, box, labels, rivals, starts=x[at], **options)[1].any()
 
 
 def test_a_candidate_is_believed_only_if_float32_and_float64_agree_and_inside_the_box(rng):
@@ -108,15 +118,15 @@ def test_a_candidate_is_believed_only_if_float32_and_float64_agree_and_inside_th
     x = np.array([[[[0.5, 0.4]]]], np.float32)
     labels = np.array([0])
     outside = np.array([[[[0.4, 0.6]]]], np.float32)
-    moved, real = counterexamples(model, chain, x, outside, labels, 0.01)
+    moved, real = counterexamples(model, chain, strict_box(x, 0.01), outside, labels)
     assert not real[0] and abs(moved - x).max() <= 0.01
-    assert counterexamples(model, chain, x, outside, labels, 0.1)[1][0]
+    assert counterexamples(model, chain, strict_box(x, 0.1), outside, labels)[1][0]
     for broken_in in ("float32", "float64"):
         other = linear_net(np.array([[1.0, 0.0], [0.0, 1.0]]), (1.0, 0.0))  # never errs
         pair = (model, Chain(other)) if broken_in == "float32" else (other, chain)
-        assert not counterexamples(*pair, x, outside, labels, 0.1)[1][0]
+        assert not counterexamples(*pair, strict_box(x, 0.1), outside, labels)[1][0]
     outside[...] = np.nan
-    assert not counterexamples(model, chain, x, outside, labels, 0.1)[1][0]
+    assert not counterexamples(model, chain, strict_box(x, 0.1), outside, labels)[1][0]
 
 
 @fewer(0.5)
@@ -180,7 +190,7 @@ def test_attacks_leave_images_model_and_labels_alone(rng):
     labels = model.forward(x)[0].argmax(1)
     kept = x.copy(), labels.copy(), model.weights.copy(), model.gradients.copy()
     paper_pgd(model, Chain(model), x, labels, 0.1, steps=3, restarts=2)
-    targeted_pgd(model, Chain(model), x, labels, (labels + 1) % 4, 0.1, starts=x)
+    targeted_pgd(model, Chain(model), strict_box(x, 0.1), labels, (labels + 1) % 4, starts=x)
     for before, after in zip(kept, (x, labels, model.weights, model.gradients), strict=True):
         assert np.array_equal(before, after)
 

@@ -9,12 +9,15 @@ The last digits differ from machine to machine. All of it is float64, with rando
 
 import numpy as np
 
-from nanomr import layers, losses, manifold
+from nanomr import layers, losses, manifold, models
 from nanomr.attacks import objectives
 from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
 from nanomr.ops import reference as ops
+from nanomr.verify import bab
+from nanomr.verify import crown as verifier
+from nanomr.verify.chain import Chain
 
 BOUNDS = {"complex": 1e-12, "central": 1e-6}
 
@@ -226,6 +229,75 @@ def sinkhorn():
     yield "central", _vjp(value, lambda dy: dy * (y - solve(y).images), y, method="central")
 
 
+def crown():
+    net = models.mlp((4, 6, 5, 4, 3), input_shape=(1, 2, 2)).astype(np.float64)
+    net.weights[...] = 0.7 * _normal(*net.weights.shape, seed=1)
+    chain = Chain(net)
+    low = 0.2 * _normal(2, 1, 2, 2, seed=5) - 0.5
+    high, owner = low + 1, np.array([0, 0, 1, 1])
+    lines, box = [verifier.Lines.around(*z) for z in verifier.crown(chain, low, high)], verifier.Box.between(low, high)
+    rows = verifier.margin_rows([0, 0, 1, 1], [1, 2, 0, 2], 3)
+    inside = [0.5 + 0.1 * np.tanh(_normal(4, *shape, seed=7)) for shape in chain.relu_shapes]
+
+    def vjp(dy):
+        bound = verifier.lower(chain, box, lines, rows, owner, inside)
+        gradients, _ = verifier.slope_gradients(chain, box, lines, owner, inside, bound)
+        return tuple(dy[:, None] * g for g in gradients)
+
+    def value(*slopes):
+        return verifier.lower(chain, box, lines, rows, owner, slopes).value
+
+    assert all(line.unstable.any(1).all() for line in lines)  # else the check says less than it seems
+    yield "central", _vjp(value, vjp, *inside, method="central")
+
+
+def beta_crown():
+    net = models.mlp((4, 6, 5, 4, 3), input_shape=(1, 2, 2)).astype(np.float64)
+    net.weights[...] = 0.7 * _normal(*net.weights.shape, seed=1)
+    chain, n = Chain(net), 4
+    low = 0.2 * _normal(1, 1, 2, 2, seed=5) - 0.5
+    bounds = verifier.crown(chain, low, low + 1)
+    row = verifier.margin_rows([0], [1], 3)
+    collapsed = bab.collapse(chain, low, low + 1, bounds, row[0])
+    signs = np.zeros((n, 15), np.int8)
+    signs[:, collapsed.units] = (np.abs(_normal(n, len(collapsed.units), seed=6)) < 0.4) * np.sign(
+        _normal(n, 1, seed=8)
+    )
+    lines = [
+        verifier.Lines.around(np.where(sign > 0, np.maximum(a, 0), a), np.where(sign < 0, np.minimum(b, 0), b))
+        for sign, (a, b) in zip(np.split(signs, [6, 11], axis=1), bounds, strict=True)
+    ]
+    box = verifier.Box(*(np.repeat(x, n, 0) for x in verifier.Box.between(low, low + 1)))
+    rows, owner = np.repeat(row, n, 0), np.arange(n)
+
+    def layered(values):
+        return np.split(values, [6, 11], axis=1)
+
+    def bound(slopes, betas):
+        return verifier.lower(chain, box, lines, rows, owner, layered(slopes), layered(-signs * betas))
+
+    def vjp(dy):
+        by_slopes, z = verifier.slope_gradients(chain, box, lines, owner, layered(slopes), bound(slopes, betas))
+        return dy[:, None] * np.hstack(by_slopes), dy[:, None] * -signs * np.hstack(z)
+
+    slopes, betas = 0.5 + 0.1 * np.tanh(_normal(n, 15, seed=7)), np.abs(_normal(n, 15, seed=9)) * (signs != 0)
+    assert (signs != 0).any(1).all() and all(line.unstable.any() for line in lines)
+    yield "central", _vjp(lambda a, b: bound(a, b).value, vjp, slopes, betas, method="central")
+
+    signs, values = signs[:, collapsed.units], np.where(signs == 0, slopes, betas)[:, collapsed.units]
+    part = bab.backward(collapsed, signs, values)
+    gradient = bab.gradient(signs, part, bab.forward(collapsed, part)[0])
+    yield (
+        "central",
+        _vjp(
+            lambda v: bab.backward(collapsed, signs, v).bound,
+            lambda dy: dy[:, None] * gradient,
+            values,
+            method="central",
+        ),
+    )
+
+
 def _relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
@@ -234,7 +306,7 @@ PAGES = {
     f"{page.__name__}.md": page
     for page in (
         linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, sinkhorn, intrinsic, hamming, laplacian,
-        pair_batch,
+        pair_batch, crown, beta_crown,
     )
 }  # fmt: skip
 

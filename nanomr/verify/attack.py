@@ -12,22 +12,27 @@ TARGETED = 255  # the salt of draws(): not one of the attacks'
 def strict_box(x, eps: float):
     """(low, high) float32: the images within eps of float32 ``x``, as real numbers, and in [0, 1]. Rounded inwards."""
     exact = x.astype(np.float64)
-    low, high = np.nextafter(exact - eps, 2), np.nextafter(exact + eps, -1)
-    low32, high32 = low.astype(np.float32), high.astype(np.float32)
-    low32 = np.where(low32 < low, np.nextafter(low32, np.float32(2)), low32)
-    high32 = np.where(high32 > high, np.nextafter(high32, np.float32(-1)), high32)
+    low, high = inside(np.nextafter(exact - eps, 2), np.nextafter(exact + eps, -1))
     # x itself is always allowed, also where eps is smaller than a rounding error
-    return np.maximum(np.minimum(low32, x), 0), np.minimum(np.maximum(high32, x), 1)
+    return np.maximum(np.minimum(low, x), 0), np.minimum(np.maximum(high, x), 1)
 
 
-def counterexamples(model, chain: Chain, x, candidates, labels, eps: float):
-    """(images (N, H, W, C) float32, real (N,) bool): ``candidates`` moved into the strict box, and which of them are
-    classified otherwise than ``labels`` by ``model`` in float32 and by ``chain`` in float64.
+def inside(low, high):
+    """The largest float32 box inside the float64 box [low, high]."""
+    low32, high32 = low.astype(np.float32), high.astype(np.float32)
+    low32 = np.where(low32 < low, np.nextafter(low32, np.float32(np.inf)), low32)
+    return low32, np.where(high32 > high, np.nextafter(high32, np.float32(-np.inf)), high32)
+
+
+def counterexamples(model, chain: Chain, box, candidates, labels):
+    """(images (N, H, W, C) float32, real (N,) bool): ``candidates`` moved into the box, and which of them ``model`` in
+    float32 and ``chain`` in float64 both classify otherwise than ``labels``.
+
+    ``box``: (low, high) float32, each (N, H, W, C), as :func:`strict_box` makes it.
     """
-    if len(x) == 0:
-        return x, np.zeros(0, bool)
-    low, high = strict_box(x, eps)
-    moved = np.clip(candidates.astype(np.float32), low, high)
+    if len(labels) == 0:
+        return box[0], np.zeros(0, bool)
+    moved = np.clip(candidates.astype(np.float32), *box)
     wrong = model.forward(moved)[0].argmax(1) != labels
     logits = chain.forward(moved.astype(np.float64))[0]
     return moved, wrong & (logits.argmax(1) != labels)
@@ -38,52 +43,61 @@ def paper_pgd(
 ):
     """(adversarial, broken (N,) bool) of Table 1's PGD: 20 steps of 2/255, 10 restarts."""
     adversarial, fooled = pgd(model, x, labels, eps, steps=steps, restarts=restarts, seed=seed, ids=ids)
-    adversarial, real = counterexamples(model, chain, x, adversarial, labels, eps)
+    adversarial, real = counterexamples(model, chain, strict_box(x, eps), adversarial, labels)
     return adversarial, fooled & real
 
 
 def targeted_pgd(
-    model, chain: Chain, x, labels, rivals, eps: float, *, starts=None, steps: int = 50, restarts: int = 2,
-    seed: int = 0, ids=None,
-):  # fmt: skip
-    """(adversarial, broken), like :func:`paper_pgd`, descending the margin logit[label] - logit[rival] of each row.
+    model,
+    chain: Chain,
+    box,
+    labels,
+    rivals,
+    *,
+    starts=None,
+    steps: int = 50,
+    restarts: int = 2,
+    seed: int = 0,
+    ids=None,
+):
+    """(images (S, H, W, C), broken (S,)): descends the margin logit[label] - logit[rival] of each row within its box.
 
-    One row for each pair of an image and a rival, (S, ...) all: as many random starts as ``restarts``, then ``starts``
-    (S, H, W, C), where bounds pointed to; random ones are drawn for each (seed, id, rival, restart), ids (S,) of the
-    images. Steps of eps / 4, shrinking linearly to eps / 40; rows leave when they win.
+    One row for each pair of an image and a rival, (S, ...) all; ``box``: (low, high) float32. As many random starts as
+    ``restarts``, drawn for each (seed, id, rival, restart), ids (S,) of the images; then ``starts`` (S, H, W, C), where
+    bounds pointed to. Steps of an eighth of the box, shrinking linearly to an 80th; rows leave when they win.
     """
-    low, high = strict_box(x, eps)
-    adversarial, broken = x.copy(), np.zeros(len(x), bool)
-    ids = np.arange(len(x)) if ids is None else np.asarray(ids)
+    low, high = box
+    width = high - low
+    adversarial, broken = 0.5 * (low + high), np.zeros(len(low), bool)
+    ids = np.arange(len(low)) if ids is None else np.asarray(ids)
     for restart in range(restarts + (starts is not None)):
         left = np.flatnonzero(~broken)
         if len(left) == 0:
             break
         if restart < restarts:
             generators = [draws(seed, TARGETED, [ids[i]], restart << 8 | int(rivals[i]))[0] for i in left]
-            noise = [g.uniform(-eps, eps, x.shape[1:]) for g in generators]
-            current = x[left] + np.array(noise, x.dtype).reshape(x[left].shape)
+            current = low[left] + width[left] * np.array([g.random(low.shape[1:]) for g in generators], low.dtype)
         else:
-            current = starts[left].astype(x.dtype)
+            current = starts[left].astype(low.dtype)
         for step in range(steps + 1):
             current = np.clip(current, low[left], high[left])
             logits, cache = model.forward(current)
             hit = logits.argmax(1) != labels[left]
             if hit.any():
-                found, real = counterexamples(model, chain, x[left[hit]], current[hit], labels[left[hit]], eps)
-                at = left[hit][real]
-                adversarial[at], broken[at] = found[real], True
+                at = left[hit]
+                found, real = counterexamples(model, chain, (low[at], high[at]), current[hit], labels[at])
+                adversarial[at[real]], broken[at[real]] = found[real], True
             if step == steps:
                 break
             rows = np.zeros_like(logits)
             rows[np.arange(len(left)), labels[left]] -= 1
             rows[np.arange(len(left)), rivals[left]] += 1
             gradient = model.backward(rows, cache, param_grads=False)
-            size = x.dtype.type(eps * (0.25 - 0.225 * step / steps))
             keep = ~broken[left]
             if not keep.all():
                 left, current, gradient = left[keep], current[keep], gradient[keep]
                 if len(left) == 0:
                     break
-            current = current + size * np.sign(gradient)
+            size = low.dtype.type(0.125 - 0.1125 * step / steps)
+            current = current + size * width[left] * np.sign(gradient)
     return adversarial, broken

@@ -5,7 +5,7 @@ A box is a centre and a radius, (c, r). A linear map takes it to (A c + b, |A| r
 
 from functools import singledispatch
 
-from ..layers import Affine, BatchNorm2d, Conv2d, Linear, Normalize, PreActBlock, ReLU, Sequential
+from ..layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, PreActBlock, ReLU, Sequential
 from ..ops import ops_for
 
 
@@ -26,8 +26,8 @@ def propagate(layer, centre, radius, relus):
 
 
 @propagate.register
-def _(layer: Affine, centre, radius, relus):
-    return layer.apply(centre), layer.apply(radius, bias=False)  # pooling, flatten: nothing is negative
+def _(layer: AveragePool2d | Flatten, centre, radius, relus):
+    return layer.apply(centre), layer.apply(radius)  # their matrices have no negative entry
 
 
 @propagate.register

@@ -248,12 +248,12 @@ class Found(NamedTuple):
 
 
 def alpha_crown(
-    chain: Chain, box: Box, lines, rows, owner, *, steps: int = 20, rate: float = 0.1, decay: float = 0.98,
+    chain: Chain, box: Box, lines, rows, owner, *, steps: int = 20, rate: float = 0.5, decay: float = 0.98,
     target: float = 0.0, stop: Callable | None = None,
 ) -> Found:  # fmt: skip
     """Better lower bounds of ``rows . logits`` than :func:`lower`: projected Adam over the slopes, the best kept.
 
-    A row is left alone once its bound is above ``target``. ``stop()``: true when time is up.
+    A row is left alone once its bound is above ``target``, a number or (S,). ``stop()``: true when time is up.
     """
     owner, rows = np.asarray(owner), np.asarray(rows, chain.dtype)
     slopes = [line.lower[owner].copy() for line in lines]

@@ -1,0 +1,424 @@
+"""Can the margin of one image come down to a threshold in its box? A mixed-integer program, decided by HiGHS.
+
+The big-M model of Tjeng, Xiao and Tedrake (2019), collapsed: only the ReLUs that are unstable in the box get
+variables, and everything between them is multiplied out by carrying rows backwards through the layers. The question is
+put as "margin <= threshold: infeasible?", not "how small is the margin?": that is the faster one by far.
+
+Before the solver starts, :func:`restrict` draws the ReLUs' bounds in: only images with margin <= threshold matter.
+"""
+
+import multiprocessing
+import signal
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from . import crown
+from .chain import Chain
+
+SMALL = 1e-9  # HiGHS drops matrix entries up to this size
+SLACK = 1e-8  # every bound and the threshold are this much (relatively) looser than asked for: rounding stays inside
+LARGE = 1e15  # HiGHS refuses larger matrix entries
+OPTIONS = {
+    "output_flag": False,
+    "threads": 1,
+    "parallel": "off",
+    "mip_max_improving_sols": 1,
+    "mip_feasibility_tolerance": 1e-9,
+    "primal_feasibility_tolerance": 1e-9,
+    "dual_feasibility_tolerance": 1e-9,
+    "small_matrix_value": SMALL,
+    "large_matrix_value": LARGE,
+}
+
+
+class Answer(NamedTuple):
+    """What became of the question "is there an image in the box with margin <= threshold?".
+
+    status: "infeasible" (there is none), "candidate" (``image``, to be checked by a forward pass), "timeout" or
+    "error". Anything that is not understood is an error.
+    """
+
+    status: str
+    image: np.ndarray | None  # (H, W, C) float64, in the box
+    bound: float  # a lower bound of the margin in the box (at most the threshold), or nan
+    nodes: int
+    seconds: float  # CPU; of a child that was killed: wall-clock
+    message: str
+
+
+class Program(NamedTuple):
+    """A model in HiGHS's arrays: rows a t <= upper etc. of variables (pixels, relu outputs, slacks, binaries)."""
+
+    cost: np.ndarray
+    offset: float
+    column_low: np.ndarray
+    column_high: np.ndarray
+    row_low: np.ndarray
+    row_high: np.ndarray
+    start: np.ndarray  # rows, compressed
+    index: np.ndarray
+    value: np.ndarray
+    binaries: int  # the last so many columns
+
+
+def decide(
+    chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, cpu_limit: float = 120.0,
+    options: dict | None = None,
+) -> Answer:  # fmt: skip
+    """Is there an image in the box [low, high] with logit[label] - logit[rival] <= threshold?
+
+    low, high (H, W, C), or with a leading 1; relus: the bounds [(low, high)] of every ReLU layer's input in this box,
+    as :func:`nanomr.verify.crown.crown` gives them; ``chain`` in float64. ``cpu_limit``: CPU seconds (of this
+    process). ``options``: of HiGHS, over those of ``OPTIONS``.
+
+    "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a label or rival that is no class,
+    UserError if highspy is not installed.
+    """
+    begin = time.process_time()
+    task = _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit)
+    if isinstance(task, Answer):
+        return task
+    program, centre, radius = task
+    used = time.process_time() - begin
+    return _answer(solve(program, cpu_limit - used, options), centre, radius, threshold, used)
+
+
+class Solver:
+    """:func:`decide` in a process of its own, which is killed if it hangs.
+
+    ``allowance``: wall-clock seconds for one solve, 2 cpu_limit + 60 by default. The child lives until :meth:`close`
+    (or the end of the ``with`` block), and is started again when it had to be killed or died.
+    """
+
+    def __init__(self, allowance: float | None = None):
+        _highspy()
+        self.allowance = allowance
+        self._process = self._connection = None
+
+    def decide(
+        self, chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0,
+        cpu_limit: float = 120.0, options: dict | None = None,
+    ) -> Answer:  # fmt: skip
+        """As the function :func:`decide`; a child that was killed is a "timeout", one that died an "error"."""
+        begin, wall = time.process_time(), time.monotonic()
+        task = _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit)
+        if isinstance(task, Answer):
+            return task
+        program, centre, radius = task
+        used = time.process_time() - begin
+        if self._process is None or not self._process.is_alive():
+            self.close()
+            self._start()
+        allowance = 2 * cpu_limit + 60 if self.allowance is None else self.allowance
+        try:
+            self._connection.send((program, cpu_limit - used, options))
+            if not self._connection.poll(allowance):
+                self.close()
+                return Answer("timeout", None, np.nan, 0, time.monotonic() - wall, "killed")
+            found = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            message = f"the solver's process died (exit code {self._process.exitcode})"
+            self.close()
+            return Answer("error", None, np.nan, 0, time.monotonic() - wall, message)
+        return _answer(found, centre, radius, threshold, used)
+
+    def _start(self):
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child,), daemon=True)
+        self._process.start()
+        child.close()  # so that the child's end shows its death
+
+    def close(self):
+        """End the child process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+            self._connection.close()
+        self._process = self._connection = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _serve(connection):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(solve(*task))
+
+
+def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
+    """(program, the box's centre, its radius), or the Answer where no solver is needed."""
+    _highspy()
+    if chain.dtype != np.float64:
+        raise ValueError(f"a proof needs a chain in float64, not {chain.dtype}")
+    if not (0 <= label < chain.classes and 0 <= rival < chain.classes and label != rival):
+        raise ValueError(f"label {label} and rival {rival} must be two of the classes 0 ... {chain.classes - 1}")
+    begin = time.process_time()
+
+    def done(status, message):
+        return Answer(status, None, threshold if status == "infeasible" else np.nan, 0,
+                      time.process_time() - begin, message)  # fmt: skip
+
+    low, high = (np.asarray(x, np.float64).reshape(1, *chain.input_shape) for x in (low, high))
+    relus = [tuple(np.array(z, np.float64).reshape(1, *shape) for z in bounds)
+             for bounds, shape in zip(relus, chain.relu_shapes, strict=True)]  # fmt: skip
+    if not all(np.isfinite(x).all() for x in (low, high, threshold, *(z for bounds in relus for z in bounds))):
+        return done("error", "the box, its bounds or the threshold are not finite")
+    if not (low <= high).all():
+        return done("error", "the box is empty")
+    inputs = chain.forward(0.5 * (low + high))[1]
+    for z, (z_low, z_high) in zip(inputs, relus, strict=True):
+        slack = 1e-6 * (1 + abs(z))
+        if not ((z >= z_low - slack) & (z <= z_high + slack)).all():
+            return done("error", "a ReLU's bounds are wrong: the middle of the box is outside of them")
+    relus = restrict(chain, low, high, relus, label, rival, threshold=threshold,
+                     stop=lambda: time.process_time() - begin > 0.5 * cpu_limit)  # fmt: skip
+    if relus is None:
+        return done("infeasible", "bounds where margin <= threshold")
+    program = build(chain, low, high, relus, label, rival, threshold)
+    for values in (program.value, program.column_low, program.column_high, program.cost, program.row_high):
+        if not (abs(values[values != np.inf]) < LARGE).all():
+            return done("error", "the model's numbers are not finite, or too large")
+    return program, 0.5 * (low + high)[0], 0.5 * (high - low)[0]
+
+
+def _answer(found, centre, radius, threshold, used):
+    """The Answer to the question, from that about the program."""
+    image = None
+    if found.image is not None:
+        t = np.clip(found.image.reshape(centre.shape), -1, 1)
+        image = np.clip(centre + radius * t, centre - radius, centre + radius)
+    bound = threshold if found.status == "infeasible" else min(found.bound, threshold)
+    return found._replace(image=image, bound=bound, seconds=found.seconds + used)
+
+
+# --- what is known where the margin is small --------------------------------------------------------------------------
+
+
+def restrict(chain: Chain, low, high, relus, label: int, rival: int, *, threshold=0.0, rounds=8, stop=None):
+    """Tighter ``relus``, that hold for the images of the box (1, H, W, C) with margin <= threshold; None if none is left.
+
+    A linear bound c . x + k <= margin leaves the half-space c . x + k <= threshold, and bounds of a ReLU's input over
+    box and half-space are again linear bounds: w . x >= w . x + m (c . x + k - threshold) for every m >= 0. Tighter
+    bounds make a better c . x + k, and so on, for as long as it pays, at most ``rounds`` times (the output-constrained
+    bounds of Kotha et al., 2023, with closed steps in the place of their gradient search).
+    """
+    box, owner = crown.Box.between(low, high), np.zeros(1, int)
+    radius = box.radius.ravel()
+    rows = crown.margin_rows([label], [rival], chain.classes)
+    limit = threshold + SLACK * (1 + abs(threshold))
+    relus = [(z_low.copy(), z_high.copy()) for z_low, z_high in relus]
+    previous = np.inf
+    for _ in range(rounds):
+        lines = [crown.Lines.around(*bounds) for bounds in relus]
+        found = crown.alpha_crown(chain, box, lines, rows, owner, steps=20, target=limit, stop=stop)
+        gap = limit - found.value[0]
+        if gap < 0:
+            return None
+        if not gap < 0.9 * previous or (stop is not None and stop()):
+            break
+        previous = gap
+        bound = crown.lower(chain, box, lines, rows, owner, found.slopes)
+        c = bound.image.ravel() * radius
+        k = bound.value[0] + abs(c).sum() - limit
+        for layer, (z_low, z_high) in enumerate(relus):
+            flat_low, flat_high = z_low.reshape(-1), z_high.reshape(-1)  # views: contiguous
+            units = np.flatnonzero((flat_low < 0) & (flat_high > 0))
+            for first in range(0, len(units), crown.ROWS // 2):
+                part = units[first : first + crown.ROWS // 2]
+                sides = np.zeros((2 * len(part), flat_low.size))
+                sides[np.arange(len(part)), part] = 1
+                sides[len(part) + np.arange(len(part)), part] = -1
+                sides = sides.reshape(-1, *z_low.shape[1:])
+                linear = crown.lower(chain, box, lines[:layer], sides, np.zeros(len(sides), int))
+                w = linear.image.reshape(len(sides), -1) * radius
+                value = linear.value + abs(w).sum(1) + _least(w, c, k)
+                value -= SLACK * (1 + abs(value))
+                flat_low[part] = np.maximum(flat_low[part], value[: len(part)])
+                flat_high[part] = np.minimum(flat_high[part], -value[len(part) :])
+            if not (flat_low <= flat_high).all():
+                return None
+            lines[layer] = crown.Lines.around(z_low, z_high)
+    return relus
+
+
+def _least(w, c, k):
+    """Lower bounds of w . t, w (S, n), over the t in [-1, 1] with c . t + k <= 0: (S,).
+
+    Of the dual, max over m >= 0 of m k - |w + m c|, a concave function: every m gives a bound, bisection a good one.
+    """
+    size = abs(c).sum()
+    if size == 0:
+        return -abs(w).sum(1)
+    best = -abs(w).sum(1)
+    left, right = np.zeros(len(w)), 8 * -best / size
+    for _ in range(12):
+        m = 0.5 * (left + right)
+        sums = w + m[:, None] * c
+        best = np.maximum(best, m * k - abs(sums).sum(1))
+        rising = k - np.sign(sums) @ c > 0
+        left, right = np.where(rising, m, left), np.where(rising, right, m)
+    return best
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: float = 0.0) -> Program:
+    """The collapsed big-M model of "margin <= threshold", for one image's box and ReLU bounds (leading 1 each).
+
+    Variables: the pixels, as t in [-1, 1] with x = centre + radius t; of every unstable ReLU its output a in [0, u], the
+    slack s = a - z in [0, -l] and a binary d, with a <= u d and s <= -l (1 - d). One dense row a - s = z for each.
+    """
+    centre, radius = 0.5 * (low + high).ravel(), 0.5 * (high - low).ravel()
+    unstable = [(z_low < 0) & (z_high > 0) for z_low, z_high in relus]
+    counts = [int(u.sum()) for u in unstable]
+    units, pixels = sum(counts), radius.size
+    ends = pixels + np.concatenate([[0], np.cumsum(counts)]).astype(int)
+    weight, bias = np.zeros((units + 1, pixels + units)), np.zeros(units + 1)
+    for k in range(len(relus) + 1):
+        if k == len(relus):
+            rows = crown.margin_rows([label], [rival], chain.classes)
+        else:
+            rows = np.zeros((counts[k], unstable[k].size))
+            rows[np.arange(counts[k]), np.flatnonzero(unstable[k])] = 1
+            rows = rows.reshape(-1, *unstable[k].shape[1:])
+        at = slice(ends[k] - pixels, ends[k] - pixels + len(rows))
+        for first in range(at.start, at.stop, crown.ROWS):
+            part = slice(first, min(first + crown.ROWS, at.stop))
+            _carry(chain, relus, unstable, rows[part.start - at.start : part.stop - at.start], k, ends,
+                   weight[part], bias[part])  # fmt: skip
+    bias += weight[:, :pixels] @ centre
+    weight[:, :pixels] *= radius
+
+    # A wider big-M, a wider bound or a looser threshold is a relaxation: rounding cannot cut off an image.
+    l, u = (np.concatenate([[], *(z[side][on] for z, on in zip(relus, unstable, strict=True))]) for side in (0, 1))
+    l, u = l - SLACK * (1 + abs(l)), u + SLACK * (1 + abs(u))
+    threshold = threshold + SLACK * (1 + abs(threshold))
+
+    # HiGHS would drop tiny entries, and with them perhaps the only counterexample. They are dropped here, and what
+    # they could have added, over the variables' bounds, goes to the row's bounds: a relaxation again.
+    small = np.where(abs(weight) <= SMALL, weight, 0)
+    weight -= small
+    by_pixels = abs(small[:, :pixels]).sum(1)
+    least = np.minimum(small[:, pixels:], 0) @ u - by_pixels
+    most = np.maximum(small[:, pixels:], 0) @ u + by_pixels
+
+    sums = np.concatenate([-weight[:units], np.zeros((units, units))], axis=1)  # a - s - weight . (t, a)
+    one = np.arange(units)
+    sums[one, pixels + one] += 1
+    sums[one, pixels + units + one] -= 1
+    margin = weight[units]
+    entries = sums != 0
+    margin_at = np.flatnonzero(margin)
+    a, s, d = (pixels + j * units + one for j in range(3))
+    lengths = np.concatenate([entries.sum(1), np.full(2 * units, 2), [len(margin_at)]])
+    none, ones = np.zeros(2 * units), np.ones(units)
+    edge = 1.0 * (radius > 0)
+    return Program(
+        cost=np.concatenate([margin, none]),
+        offset=float(bias[units] + least[units]),
+        column_low=np.concatenate([-edge, np.zeros(3 * units)]),
+        column_high=np.concatenate([edge, u, -l, ones]),
+        row_low=np.concatenate([bias[:units] + least[:units], np.full(2 * units + 1, -np.inf)]),
+        row_high=np.concatenate([bias[:units] + most[:units], np.zeros(units), -l,
+                                 [threshold - bias[units] - least[units]]]),
+        start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        index=np.concatenate([np.nonzero(entries)[1], np.stack([a, d], 1).ravel(), np.stack([s, d], 1).ravel(),
+                              margin_at]).astype(np.int32),
+        value=np.concatenate([sums[entries], np.stack([ones, -u], 1).ravel(), np.stack([ones, -l], 1).ravel(),
+                              margin[margin_at]]),
+        binaries=units,
+    )  # fmt: skip
+
+
+def _carry(chain, relus, unstable, rows, last, ends, weight, bias):
+    """Write rows . (the output of stage ``last``) as weight . (pixels, outputs of the unstable ReLUs) + bias."""
+    for k in range(last, -1, -1):
+        stage = chain.stages[k]
+        bias += crown.inner(rows, stage.bias)
+        rows = stage.transpose(rows)
+        if k:
+            weight[:, ends[k - 1] : ends[k]] = rows[:, unstable[k - 1][0]]
+            rows = rows * (relus[k - 1][0] >= 0)  # on: passed on; off: 0; unstable: a variable
+    weight[:, : ends[0]] = rows.reshape(len(rows), -1)
+
+
+# --- HiGHS ------------------------------------------------------------------------------------------------------------
+
+
+def _highspy():
+    try:
+        import highspy
+    except ImportError:
+        raise UserError("the exact verifier needs the solver HiGHS: pip install 'nanomr[verify]'") from None
+    return highspy
+
+
+def solve(program: Program, cpu_limit: float, options: dict | None = None) -> Answer:
+    """Give the program to HiGHS, for at most ``cpu_limit`` CPU seconds; ``image`` are the columns' first values, t."""
+    highspy = _highspy()
+    ok, model_status = highspy.HighsStatus.kOk, highspy.HighsModelStatus
+    begin = time.process_time()
+    highs = highspy.Highs()
+
+    def answer(status, message, image=None, bound=np.nan, nodes=0):
+        message = f"{message}, HiGHS {highs.version()}"
+        return Answer(status, image, bound, nodes, time.process_time() - begin, message)
+
+    # The limit is on CPU time, which HiGHS does not count: the callbacks do. Wall-clock is the second net.
+    for name, value in {**OPTIONS, "time_limit": 10 * max(cpu_limit, 0) + 60, **(options or {})}.items():
+        if highs.setOptionValue(name, value) != ok:
+            return answer("error", f"no option {name} = {value}")
+
+    def interrupt(event):
+        if time.process_time() - begin > cpu_limit:
+            event.interrupt()
+
+    for callback in (highs.cbMipInterrupt, highs.cbSimplexInterrupt, highs.cbIpmInterrupt):
+        callback.subscribe(interrupt)
+    if highs.passModel(_model(highspy, program)) != ok:
+        return answer("error", "the model was refused or changed")
+    highs.run()
+    status, info = highs.getModelStatus(), highs.getInfo()
+    message, nodes = highs.modelStatusToString(status), max(info.mip_node_count, 0)
+    if status == model_status.kInfeasible:
+        return answer("infeasible", message, nodes=nodes)
+    bound = info.mip_dual_bound if program.binaries else np.nan
+    bound = bound if np.isfinite(bound) else np.nan
+    if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
+        pixels = len(program.column_low) - 3 * program.binaries
+        image = np.array(highs.getSolution().col_value)[:pixels]
+        if np.isfinite(image).all():
+            return answer("candidate", message, image, bound, nodes)
+    if status in (model_status.kInterrupt, model_status.kTimeLimit):
+        return answer("timeout", message, None, bound, nodes)
+    return answer("error", message, None, bound, nodes)
+
+
+def _model(highspy, program):
+    model = highspy.HighsLp()
+    model.num_col_, model.num_row_ = len(program.cost), len(program.row_low)
+    model.col_cost_, model.offset_ = program.cost, program.offset
+    model.col_lower_, model.col_upper_ = program.column_low, program.column_high
+    model.row_lower_, model.row_upper_ = program.row_low, program.row_high
+    matrix = model.a_matrix_
+    matrix.format_ = highspy.MatrixFormat.kRowwise
+    matrix.start_, matrix.index_, matrix.value_ = program.start, program.index, program.value
+    kinds = highspy.HighsVarType
+    real = model.num_col_ - program.binaries
+    model.integrality_ = [kinds.kContinuous] * real + [kinds.kInteger] * program.binaries if program.binaries else []
+    return model

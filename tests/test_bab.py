@@ -1,0 +1,442 @@
+"""beta-CROWN branch and bound: on tiny networks it agrees with a linear program for each pattern of ReLUs."""
+
+import inspect
+import itertools
+import sys
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import box, conv_net, fewer, randomise, seeds, sequence
+
+from nanomr import models
+from nanomr.gradcheck import GradientError, check_vjp
+from nanomr.layers import Flatten, Linear, ReLU
+from nanomr.verify import bab
+from nanomr.verify.chain import Chain
+from nanomr.verify.crown import Box, Lines, alpha_crown, crown, image_box, margin_rows
+
+LABEL, RIVAL = 1, 0
+
+
+def mlp(draw, hidden=(4, 3), inputs=3):
+    return randomise(models.mlp((inputs, *hidden, 3), input_shape=(1, 1, inputs)), draw)
+
+
+NETWORKS = {
+    "mlp": mlp,
+    "one layer": lambda draw: mlp(draw, (6,)),
+    "deep": lambda draw: mlp(draw, (3, 2, 3)),
+    "linear": lambda draw: mlp(draw, ()),
+    "a ReLU first": lambda draw: sequence([ReLU(), Flatten(), Linear(4, 4), ReLU(), Linear(4, 3)], (2, 2, 1), draw),
+}
+LARGE = {**NETWORKS, "norm": lambda draw: conv_net(draw, (4, 2, 1), (3, 1, 1), norm=True, bias=False)}
+every_network = pytest.mark.parametrize("network", LARGE)
+
+
+class Problem:
+    """A network, a box around one image, the bounds of its ReLUs."""
+
+    def __init__(self, network, seed, eps=0.4):
+        self.draw = np.random.default_rng(seed)
+        model = LARGE[network](self.draw)
+        self.chain = Chain(model)
+        self.low, self.high = box(model, self.draw, eps, n=1)
+        self.relus = crown(self.chain, self.low, self.high)
+        self.args = self.chain, self.low, self.high, self.relus
+        self.row = margin_rows([LABEL], [RIVAL], self.chain.classes)[0]
+
+    def margins(self, x):
+        return self.chain.forward(x)[0] @ self.row
+
+    def solve(self, module=bab, **options):
+        return module.branch_and_bound(*self.args, LABEL, RIVAL, **{"cpu_limit": 1e9, **options})
+
+    def collapsed(self):
+        return bab.collapse(*self.args, self.row)
+
+    def domains(self, net, n=6, splits=0.5):
+        """Random signs, and values of the right kind."""
+        shape = n, len(net.units)
+        signs = self.draw.choice(np.array([-1, 0, 1], np.int8), shape, p=[splits / 2, 1 - splits, splits / 2])
+        return signs, np.where(signs == 0, self.draw.random(shape), self.draw.exponential(0.3, shape))
+
+    def minima(self):
+        """{signs of the unstable ReLUs: the smallest margin with these signs, or inf}: a linear program each."""
+        solve = pytest.importorskip("highspy", reason="highspy is not installed (pip install highspy)")
+        units = self.collapsed().units
+        sizes = [bound[0].size for bound in self.relus]
+        stable = np.concatenate([np.zeros(0), *(np.where(low >= 0, 1, -1).ravel() for low, _ in self.relus)])
+        maps = [matrix_of(stage) for stage in self.chain.stages]
+        found = {}
+        for pattern in itertools.product((-1, 1), repeat=len(units)):
+            signs = stable.copy()
+            signs[units] = pattern
+            matrix, constant, rows = np.eye(self.low.size), np.zeros(self.low.size), []
+            for k, (a, b) in enumerate(maps):
+                if k:
+                    sign, signs = np.split(signs, [sizes[k - 1]])
+                    rows.append((sign[:, None] * matrix, sign * constant))
+                    matrix, constant = matrix * (sign[:, None] > 0), constant * (sign > 0)
+                matrix, constant = a @ matrix, a @ constant + b
+            least = linear_program(solve, self.row @ matrix, self.low.ravel(), self.high.ravel(), rows)
+            found[pattern] = least + self.row @ constant
+        return found
+
+
+def matrix_of(stage):
+    zero = stage.apply(np.zeros((1, *stage.in_shape))).ravel()
+    size = int(np.prod(stage.in_shape))
+    return (stage.apply(np.eye(size).reshape(size, *stage.in_shape)).reshape(size, -1) - zero).T, zero
+
+
+def linear_program(highspy, cost, low, high, rows):
+    """The minimum of cost . x over low <= x <= high and a . x + b >= 0 for all rows; inf if there is no such x."""
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    for column in zip(cost, low, high, strict=True):
+        highs.addCol(*column, 0, [], [])
+    for a, b in rows:
+        for coefficients, constant in zip(a, b, strict=True):
+            highs.addRow(-constant, highspy.kHighsInf, len(cost), np.arange(len(cost)), coefficients)
+    highs.run()
+    if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        return np.inf
+    assert highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    return highs.getObjectiveValue()
+
+
+# float64 bounds of sums of few terms of size 10 at most; HiGHS is exact to 1e-7.
+TOLERANCE = 1e-6
+# Beyond this from the minimum, the answer must be right: float32 searches with a slack of 1e-5, its own rounding in
+# these networks is below 1e-5 too.
+BAND = 1e-3
+
+
+def audit(problem, tree, minima, threshold):
+    """Everything that must be true of an answer."""
+    least = min(minima.values())
+    assert tree.status != "timeout"
+    assert (tree.status == "proved") == (least > threshold)
+    if tree.status == "candidate":
+        assert tree.leaves is None and tree.image.shape == problem.low.shape[1:]
+        assert (tree.image >= problem.low[0]).all() and (tree.image <= problem.high[0]).all()
+        assert problem.margins(tree.image[None])[0] <= threshold
+        assert tree.bound <= least + TOLERANCE
+        return
+    assert tree.image is None
+    units, alpha, split, beta = (tree.leaves[name] for name in ("units", "alpha", "split", "beta"))
+    assert units.dtype == split.dtype == np.int32 and alpha.dtype == beta.dtype == np.float32
+    assert alpha.shape == (len(split), len(units)) and beta.shape == split.shape
+    assert (alpha >= 0).all() and (alpha <= 1).all()
+    assert np.isfinite(beta).all() and (beta >= 0).all() and (beta[split == 0] == 0).all()
+    bounds = bab.leaf_bounds(*problem.args, LABEL, RIVAL, tree.leaves)
+    assert (bounds > threshold).all() and abs(tree.bound - bounds.min()) < 1e-12 * (1 + abs(tree.bound))
+    covered = dict.fromkeys(minima, 0)
+    for bound, splits in zip(bounds, split, strict=True):
+        signs = {abs(s) - 1: np.sign(s) for s in splits if s}
+        inside = [p for p in minima if all(signs.get(u, sign) == sign for u, sign in zip(units, p, strict=True))]
+        assert inside and bound <= min(minima[p] for p in inside) + TOLERANCE
+        for pattern in inside:
+            covered[pattern] += 1
+    assert set(covered.values()) == {1}  # every case is in a leaf, and in one only
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@fewer(0.4)
+@given(seed=seeds, gap=st.sampled_from([-2, -0.3, -0.03, -BAND, BAND, 0.03, 0.3, 2]), batch=st.sampled_from([1, 3, 64]))
+def test_proved_exactly_if_the_minimum_is_above_the_threshold(network, seed, gap, batch):
+    problem = Problem(network, seed)
+    minima = problem.minima()
+    threshold = min(minima.values()) + gap
+    audit(problem, problem.solve(threshold=threshold, batch=batch, steps=3), minima, threshold)
+
+
+def test_the_tests_above_see_trees_of_every_kind():
+    """... and not only roots that are proved at once."""
+    kinds = []
+    for seed in range(12):
+        problem = Problem("mlp", seed)
+        threshold = min(problem.minima().values()) - BAND
+        tree = problem.solve(threshold=threshold, steps=3)
+        kinds.append(tree.leaves["split"].shape)
+        assert tree.domains == 2 * len(tree.leaves["split"]) - 1
+    assert sum(leaves > 3 for leaves, _ in kinds) >= 3 and max(depth for _, depth in kinds) >= 4
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_leaves_with_everything_split_are_solved_exactly(network):
+    """No climbing at all, and a minimum that is only just above: linear programs must finish the work."""
+    for seed in range(6):
+        problem = Problem(network, seed)
+        minima = problem.minima()
+        for gap in (-BAND, BAND):
+            threshold = min(minima.values()) + gap
+            audit(problem, problem.solve(threshold=threshold, steps=0), minima, threshold)
+
+
+def test_without_highspy_it_gives_up_where_it_must_and_is_never_wrong(monkeypatch):
+    problems = [Problem("mlp", seed) for seed in range(12)]
+    minima = [problem.minima() for problem in problems]
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    gave_up = 0
+    for problem, truth in zip(problems, minima, strict=True):
+        threshold = min(truth.values()) - BAND
+        tree = problem.solve(threshold=threshold, steps=0)
+        if tree.status == "timeout":
+            gave_up += 1
+            assert tree.leaves is None and tree.image is None
+        else:
+            audit(problem, tree, truth, threshold)
+    assert 0 < gave_up < len(problems)
+
+
+def test_slopes_to_begin_with_are_used():
+    """The slopes of a proof by alpha-CROWN need no step, and come back as they are."""
+    used = 0
+    for seed in range(20):
+        problem = Problem("mlp", seed)
+        lines = [Lines.around(*r) for r in problem.relus]
+        box_ = Box.between(problem.low, problem.high)
+        start = alpha_crown(problem.chain, box_, lines, problem.row[None], [0], steps=30, target=np.inf)
+        plain = problem.solve(threshold=start.value[0] - 1e-4, start=start)
+        assert plain.status == "proved" and plain.domains == 1
+        assert plain.bound == pytest.approx(start.value[0], abs=1e-6)
+        used += bool((plain.leaves["alpha"] != problem.collapsed().lower).any())
+    assert used > 5
+
+
+# --- the collapsed network is the network -----------------------------------------------------------------------------
+
+
+@every_network
+@fewer(0.4)
+@given(seed=seeds)
+def test_bounds_of_the_collapsed_network_are_those_of_the_network(network, seed):
+    """In float64: whichever signs and values; its true margins and inputs, too."""
+    problem = Problem(network, seed, eps=0.1)
+    net = problem.collapsed()
+    signs, values = problem.domains(net, splits=0.3)
+    values = values.astype(np.float32).astype(np.float64)  # as they are stored
+    part = bab.backward(net, signs, values)
+    scale = 1 + abs(part.bound).max()
+    bounds = bab.leaf_bounds(*problem.args, LABEL, RIVAL, bab._proof(net, signs, values))
+    np.testing.assert_allclose(part.bound, bounds, rtol=0, atol=1e-11 * scale)
+    z, _, margins, y = bab.forward(net, part)
+    x = Box.between(problem.low, problem.high)
+    x = x.centre + y.reshape(-1, *problem.low.shape[1:]) * x.radius
+    np.testing.assert_allclose(margins, problem.margins(x), rtol=0, atol=1e-11 * scale)
+    if network == "one layer":
+        inputs = problem.chain.forward(x)[1][0].reshape(len(x), -1)[:, net.units]
+        np.testing.assert_allclose(z, inputs, rtol=0, atol=1e-11 * scale)
+
+
+@every_network
+@fewer(0.4)
+@given(seed=seeds)
+def test_no_point_of_a_domain_is_below_its_bound(network, seed):
+    """Whatever alpha and beta are."""
+    problem = Problem(network, seed, eps=0.1)
+    net, draw = problem.collapsed(), problem.draw
+    x = problem.low + draw.random((100, *problem.low.shape[1:])) * (problem.high - problem.low)
+    logits, inputs = problem.chain.forward(x)
+    z = np.concatenate([np.zeros((len(x), 0)), *(z.reshape(len(x), -1) for z in inputs)], axis=1)[:, net.units]
+    values = problem.domains(net, n=20)[1]
+    signs = (np.sign(z[:20]) * (draw.random(values.shape) < 0.2)).astype(np.int8)  # each has a point at least
+    values = np.where(signs == 0, draw.random(values.shape), values)
+    bound = bab.backward(net, signs, values).bound
+    inside = (signs[:, None] * z >= 0).all(2)
+    assert inside[np.arange(20), np.arange(20)].all()
+    margins = np.where(inside, logits @ problem.row, np.inf)
+    assert (bound[:, None] <= margins + 1e-11 * (1 + abs(bound[:, None]))).all()
+
+
+@every_network
+def test_gradients_of_alpha_and_beta(network):
+    for seed in range(3):
+        problem = Problem(network, seed, eps=0.1)
+        net = problem.collapsed()
+        signs, values = problem.domains(net)
+        part = bab.backward(net, signs, values)
+        claimed = bab.gradient(signs, part, bab.forward(net, part)[0])
+
+        def bound(values, net=net, signs=signs):
+            return bab.backward(net, signs, values).bound
+
+        check_vjp(bound, lambda dy, g=claimed: dy[:, None] * g, [values])
+        if (signs != 0).any():
+            wrong = np.where(signs == 0, claimed, -claimed)
+            with pytest.raises(GradientError):
+                check_vjp(bound, lambda dy, g=wrong: dy[:, None] * g, [values])
+
+
+@pytest.mark.parametrize("network", ["one layer", "mlp", "norm"])
+@fewer(0.4)
+@given(seed=seeds)
+def test_children_begin_at_least_as_high_as_their_parents(network, seed):
+    """For a coefficient >= 0 a child's linear function is its parent's; for one < 0 it is above it wherever the
+    bounds of the input hold: in the first layer, where these are intervals, everywhere."""
+    problem = Problem(network, seed, eps=0.1)
+    net = problem.collapsed()
+    signs, values = problem.domains(net, splits=0.2)
+    part = bab.backward(net, signs, values)
+    slack = 1e-11 * (1 + abs(part.bound))
+    for unit in range(len(net.units)):
+        free = signs[:, unit] == 0
+        picked = np.full(len(signs), unit)
+        new, start = bab.children(signs, values, part.relus, picked)
+        assert (new[::2, unit] == 1).all() and (new[1::2, unit] == -1).all()
+        assert (start[np.repeat(free, 2)] >= 0).all()
+        bounds = bab.backward(net, new, start).bound.reshape(-1, 2)
+        positive = free & (part.relus[:, unit] >= 0)
+        assert (abs(bounds - part.bound[:, None]) <= slack[:, None])[positive].all()
+        if unit < net.layers[0].stop:
+            assert (bounds >= (part.bound - slack)[:, None])[free].all()
+
+
+@fewer(0.4)
+@given(seed=seeds)
+def test_climbing_and_branching_lead_upwards(seed):
+    problem = Problem("norm", seed, eps=0.1)
+    net = problem.collapsed()
+    if len(net.units) < 2:
+        return
+    signs = np.zeros((1, len(net.units)), np.int8)
+    start = net.lower[None].copy()
+    few, many = (bab.climb(net, signs, start, np.ones(len(net.units)), steps, np.inf) for steps in (0, 30))
+    assert few.bound == bab.backward(net, signs, start).bound and (few.values == start).all()
+    assert many.bound >= few.bound and many.bound == bab.backward(net, signs, many.values).bound
+    assert ((many.values >= 0) & (many.values <= 1)).all()
+    for steps in (1, 2, 4):  # from near the top: these fall at first, and are not kept
+        assert bab.climb(net, signs, many.values, np.ones(len(net.units)), steps, np.inf).bound >= many.bound
+    new, values = bab.branch(net, signs, many.values, np.inf)
+    assert ((new != 0).sum(1) == 1).all() and (new[0] == -new[1]).all()
+    best = bab.climb(net, new, values, np.ones(len(net.units)), 30, np.inf)
+    assert (best.values >= 0).all()
+    assert (best.bound >= bab.backward(net, new, values).bound).all()
+
+
+# --- fails closed -----------------------------------------------------------------------------------------------------
+
+
+def easy(threshold=-1e3, **options):
+    return Problem("mlp", 0), dict(threshold=threshold, **options)
+
+
+def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
+    problem, options = easy()
+    assert problem.solve(**options).status == "proved"
+    for place in range(2):
+        for value in (np.nan, np.inf):
+            problem, options = easy()
+            problem.relus[place][1][...] = value
+            assert problem.solve(**options).status == "timeout"
+    problem, options = easy()
+    problem.low[0, 0, 0, 0] = np.nan
+    assert problem.solve(**options).status == "timeout"
+    problem, options = easy()
+    monkeypatch.setattr(bab, "leaf_bounds", lambda *args: np.full(len(args[-1]["alpha"]), np.nan))
+    tree = problem.solve(**options)
+    assert tree.status == "timeout" and tree.bound == -np.inf
+
+
+def test_float64_has_the_last_word(monkeypatch):
+    """float32 says that everything is proved; float64 does not: it goes on splitting, and gives up in the end."""
+    problem, options = easy()
+    monkeypatch.setattr(bab, "leaf_bounds", lambda *args: np.full(len(args[-1]["alpha"]), -2e3))
+    tree = problem.solve(**options)
+    assert tree.status == "timeout" and tree.leaves is None and tree.bound == -2e3
+    assert tree.domains > 2
+
+
+def test_it_stops_when_it_should():
+    hard = next(p for p in (Problem("norm", s, 0.2) for s in range(50)) if p.solve(max_domains=1).status == "timeout")
+    tree = hard.solve(cpu_limit=0)
+    assert (tree.status, tree.domains, tree.leaves, tree.image) == ("timeout", 1, None, None)
+    assert tree.bound <= 0 and tree.seconds > 0
+    tree = hard.solve(max_domains=9, batch=1)
+    assert tree.status != "timeout" or 9 <= tree.domains <= 10
+
+
+def test_the_box_of_an_image(rng):
+    """Pixels at 0 and 1 have shorter ranges; a candidate lies in the box all the same."""
+    model = mlp(rng)
+    image = np.array([[[[0.0, 1.0, 0.5]]]], np.float32)
+    low, high = image_box(image, 0.3)
+    chain = Chain(model)
+    tree = bab.branch_and_bound(chain, low, high, crown(chain, low, high), LABEL, RIVAL, threshold=1e3)
+    assert tree.status == "candidate" and (tree.image >= low[0]).all() and (tree.image <= high[0]).all()
+
+
+# --- planted bugs -----------------------------------------------------------------------------------------------------
+
+LEAF = "leaf[sign > 0], unit[sign > 0]"
+BUGS = {
+    "beta with the wrong sign in the search": ("-signs * values)", "signs * values)"),
+    "beta with the wrong sign in the claim": ("np.subtract.at(forces", "np.add.at(forces"),
+    "beta climbs the wrong way": ("part.relus, 0) * z, -signs * z)", "part.relus, 0) * z, signs * z)"),
+    "a lost child": ("np.flatnonzero(~fine):", "np.flatnonzero(~fine)[::2]:"),
+    "a case that is not written down": ("signs[fine], values[fine]))", "signs[fine][::2], values[fine][::2]))"),
+    "the same side twice": ("np.array([1, -1], signs.dtype)", "np.array([1, 1], signs.dtype)"),
+    "the clamp on the wrong side": (f"z_low[{LEAF}] = np.maximum(z_low[{LEAF}], 0)", f"z_high[{LEAF}] = 0"),
+    "no clamp": (f"np.maximum(z_low[{LEAF}], 0)", f"z_low[{LEAF}]"),
+    "NaN counts as proved": ("fine = bounds > threshold", "fine = ~(bounds <= threshold)"),
+    "float64 is not asked": ("fine = bounds > threshold", "fine = bounds == bounds"),
+    "a candidate that nobody checked": ("<= threshold else None", "<= np.inf else None"),
+    "duals of the wrong sign": ("np.maximum(found.row_dual, 0)", "np.maximum(-np.array(found.row_dual), 0)"),
+    "an empty case is not closed": ("return dual * max(0,", "return 0 * dual * max(0,"),
+}
+
+
+def mutant(old, new):
+    """The module, with one thing changed."""
+    source = inspect.getsource(bab)
+    assert source.count(old) == 1
+    module = types.ModuleType("mutant")
+    module.__package__ = bab.__package__
+    exec(compile(source.replace(old, new), "mutant", "exec"), module.__dict__)
+    return module
+
+
+TRUTH = {}  # of the problems below: computed once
+
+
+def trial(module):
+    """Raises AssertionError if anything is wrong with ``module``."""
+    for seed, gap, steps in itertools.product(range(6), (-0.03, -BAND, BAND), (0, 3)):
+        problem = Problem("mlp", seed)
+        if seed not in TRUTH:
+            TRUTH[seed] = problem.minima()
+        threshold = min(TRUTH[seed].values()) + gap
+        audit(problem, problem.solve(module, threshold=threshold, steps=steps), TRUTH[seed], threshold)
+    net = problem.collapsed()
+    signs, values = problem.domains(net)
+    part = module.backward(net, signs, values)
+    right = bab.leaf_bounds(*problem.args, LABEL, RIVAL, bab._proof(net, signs, values))
+    assert part.bound == pytest.approx(right, abs=1e-5)
+    claimed = module.gradient(signs, part, module.forward(net, part)[0])
+    try:
+        check_vjp(lambda v: module.backward(net, signs, v).bound, lambda dy: dy[:, None] * claimed, [values])
+    except GradientError as error:
+        raise AssertionError from error
+    climb, leaf_bounds = module.climb, module.leaf_bounds
+    module.climb = lambda *args: climb(*args)._replace(margin=-np.inf, y=0 * net.row_image)
+    audit(problem, problem.solve(module, threshold=threshold - 1), TRUTH[seed], threshold - 1)
+    module.climb = climb
+    for value in (np.nan, -2e3):
+        module.leaf_bounds = lambda *args, v=value: np.full(len(args[-1]["alpha"]), v)
+        assert problem.solve(module, threshold=-1e3).status == "timeout"
+    module.leaf_bounds = leaf_bounds
+
+
+def test_the_trial_passes_without_a_bug():
+    trial(mutant("import heapq", "import heapq "))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug):
+    pytest.importorskip("highspy", reason="highspy is not installed (pip install highspy)")
+    with pytest.raises(AssertionError):
+        trial(mutant(*BUGS[bug]))

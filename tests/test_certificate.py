@@ -1,0 +1,890 @@
+"""The checker: its bounds hold in exact rational arithmetic, agree with the verifier's, and bad proofs are refused."""
+
+import ast
+import hashlib
+import json
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import fewer, seeds
+
+from nanomr import checkpoint, models
+from nanomr.layers import BatchNorm2d, Linear, Normalize
+from nanomr.models import Model
+from nanomr.verify import crown, rounding
+from nanomr.verify.chain import Chain
+
+certificate = pytest.importorskip("nanomr.verify.certificate", reason="SciPy is not installed (nanomr[verify])")
+CertificateError = certificate.CertificateError
+EPS, SEED = 0.05, 16  # the seed: of a network some of whose 30 images are robust, and some not
+exact = np.frompyfunc(Fraction, 1, 1)  # float -> Fraction: no error
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def randomise(model, draw, weight=1.0):
+    """Float32 weights and biases that make many ReLUs unstable, and statistics that do something."""
+    for _, layer in model.walk():
+        if isinstance(layer, BatchNorm2d):
+            shape = layer.params["weight"].shape
+            layer.params["weight"][...] = draw.uniform(0.5, 1.5, shape) * draw.choice([-1, 1], shape)
+            layer.params["bias"][...] = draw.normal(0, 0.3, shape)
+            layer.buffers["running_mean"][...] = draw.normal(0, 0.5, shape)
+            layer.buffers["running_var"][...] = draw.uniform(0.1, 2, shape)
+        elif isinstance(layer, Normalize):
+            layer.buffers["mean"][...] = draw.uniform(0.2, 0.8, layer.buffers["mean"].shape)
+            layer.buffers["std"][...] = draw.uniform(0.2, 0.5, layer.buffers["std"].shape)
+        elif layer.params:
+            layer.params["weight"] *= draw.uniform(0.8, 1.2, layer.params["weight"].shape) * weight
+            layer.params["bias"][...] = draw.normal(0, 0.2, layer.params["bias"].shape)
+    return model
+
+
+def with_batch_norms(model):
+    """A batch norm ``bn<i>`` behind the i-th layer with weights, but for the last."""
+    children, last = {}, list(model.children)[-1]
+    for name, layer in model.children.items():
+        children[name] = layer
+        if layer.params and name != last:
+            children[f"bn{sum(n.startswith('bn') for n in children) + 1}"] = BatchNorm2d(len(layer.params["bias"]))
+    return Model(children, model.architecture, model.input_shape)
+
+
+def tiny(draw, sizes=(8, 6, 5, 3), shape=(2, 2, 2)):
+    return randomise(models.mlp(sizes, seed=int(draw.integers(1 << 30)), input_shape=shape), draw, 1.5)
+
+
+NETWORKS = {
+    "kernel 4": lambda: models.small_cnn(kernel=4, hidden=12, classes=4),
+    "kernel 5": lambda: models.small_cnn(kernel=5, hidden=12, classes=4),
+    "kernel 4, batch norm": lambda: with_batch_norms(models.small_cnn(kernel=4, hidden=9, classes=3)),
+    "mlp": lambda: models.mlp((48, 30, 20, 15, 5), input_shape=(4, 4, 3)),
+    "mlp, batch norm": lambda: with_batch_norms(models.mlp((48, 30, 20, 5), input_shape=(4, 4, 3))),
+    "linear": lambda: models.mlp((48, 5), input_shape=(4, 4, 3)),
+}
+
+
+def read(model, folder):
+    model.save(Path(folder) / "model.safetensors")
+    return certificate.read_network(folder)
+
+
+def rivals(network, label):
+    return [t for t in range(len(network.maps[-1].bias)) if t != label]
+
+
+def picture(model, draw):
+    return draw.uniform(0, 1, model.input_shape).astype(np.float32)
+
+
+# --- against the verifier ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_agrees_with_the_verifier(name, rng, tmp_path):
+    model = randomise(NETWORKS[name](), rng)
+    network, chain, image = read(model, tmp_path), Chain(model), picture(model, rng)
+    label, eps = 1, 0.02
+    low, high = crown.image_box(image[None], eps)
+    relus = crown.crown(chain, low, high)
+    others = rivals(network, label)
+    rows = crown.margin_rows(np.full(len(others), label), np.array(others), chain.classes)
+    theirs = crown.lower(
+        chain, crown.Box.between(low, high), [crown.Lines.around(*r) for r in relus], rows, np.zeros(len(rows), int)
+    )
+    checked = certificate.check_image(network, image, label, eps)
+    scale = max(1, abs(theirs.value).max())
+    assert list(checked.bound) == others
+    assert all(0 <= b - ours <= 1e-8 * scale for ours, b in zip(checked.bound.values(), theirs.value, strict=True))
+    network = network._replace(slack=0.0)  # without the rounding terms: the same bounds
+    ours = list(certificate.check_image(network, image, label, eps).bound.values())
+    np.testing.assert_allclose(ours, theirs.value, rtol=0, atol=1e-12 * scale)
+    reached = certificate._reach(network, *certificate._image_box(image, eps))
+    mine = [r for r in reached if r.lines]
+    assert len(mine) == len(relus)
+    for r, (z_low, z_high) in zip(mine, relus, strict=True):
+        for ours, bound in ((r.low, z_low), (r.high, z_high)):
+            np.testing.assert_allclose(ours, bound.ravel(), rtol=0, atol=1e-12 * max(1, abs(bound).max()))
+    unstable = sum(int(((a < 0) & (b > 0)).sum()) for a, b in relus)
+    assert unstable >= 5 or name == "linear"
+
+
+def four_leaves(draw, unstable):
+    """A proof of four leaves: one unstable ReLU is split, and then another in each half."""
+    units = draw.permutation(np.flatnonzero(unstable))[: max(3, 3 * int(unstable.sum()) // 4)].astype(np.int32)
+    a, b, c = 1 + units[:3]
+    return {
+        "units": units,
+        "alpha": draw.uniform(0, 1, (4, len(units))).astype(np.float32),
+        "split": np.array([[a, b], [a, -b], [-a, c], [-c, -a]], np.int32),
+        "beta": draw.uniform(0, 0.3, (4, 2)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("name", ["kernel 5", "mlp", "kernel 4, batch norm"])
+def test_leaves_agree_with_the_verifier(name, rng, tmp_path):
+    model = randomise(NETWORKS[name](), rng)
+    network, chain, image = read(model, tmp_path)._replace(slack=0.0), Chain(model), picture(model, rng)
+    low, high = crown.image_box(image[None], 0.02)
+    relus = crown.crown(chain, low, high)
+    flat = [np.concatenate([r[side].ravel() for r in relus]) for side in (0, 1)]
+    proof = four_leaves(rng, (flat[0] < 0) & (flat[1] > 0))
+
+    def layers(values):
+        ends = np.cumsum([np.prod(s) for s in chain.relu_shapes])[:-1]
+        return [v.reshape(1, *s) for v, s in zip(np.split(values, ends), chain.relu_shapes, strict=True)]
+
+    row, values = crown.margin_rows([0], [2], chain.classes), []
+    default = np.concatenate([crown.Lines.around(*r).lower.ravel() for r in relus])
+    for alpha, split, beta in zip(proof["alpha"], proof["split"], proof["beta"], strict=True):
+        z_low, z_high, slopes, forces = flat[0].copy(), flat[1].copy(), default.copy(), np.zeros_like(default)
+        slopes[proof["units"]] = alpha
+        for unit, b in zip(split, beta, strict=True):
+            z_low[abs(unit) - 1], z_high[abs(unit) - 1] = (0, z_high[unit - 1]) if unit > 0 else (z_low[-unit - 1], 0)
+            forces[abs(unit) - 1] = -math.copysign(b, unit)
+        lines = [crown.Lines.around(*r) for r in zip(layers(z_low), layers(z_high), strict=True)]
+        box = crown.Box.between(low, high)
+        values.append(crown.lower(chain, box, lines, row, [0], layers(slopes), layers(forces)).value[0])
+    plain = certificate.check_image(network, image, 0, 0.02).bound[2]
+    reached = certificate._reach(network, *certificate._image_box(image, 0.02))
+    ours = certificate._replay(network, reached, row, proof)
+    assert abs(ours - min(values)) <= 1e-12 * max(1, abs(min(values)))
+    assert len(set(values)) == 4
+    assert certificate.check_image(network, image, 0, 0.02, {2: proof}).bound[2] == max(plain, ours)
+
+
+# --- in exact arithmetic ----------------------------------------------------------------------------------------------
+
+
+def rational(model):
+    """[(A, b)] of an mlp, the normalisation first, in fractions."""
+    mean, std = (
+        exact(np.resize(model.children["normalize"].buffers[n], math.prod(model.input_shape)).astype(float))
+        for n in ("mean", "std")
+    )
+    maps = [(np.diag(1 / std), -mean / std)]
+    for layer in model.children.values():
+        if isinstance(layer, Linear):
+            maps.append((exact(layer.params["weight"].T.astype(float)), exact(layer.params["bias"].astype(float))))
+    return maps
+
+
+def forward(maps, x):
+    """Every map's output, exactly, for an image x (flat) of floats."""
+    a, out = exact(np.asarray(x, float)), []
+    for k, (weight, bias) in enumerate(maps):
+        out.append(weight @ (np.maximum(a, 0) if k > 1 else a) + bias)
+        a = out[-1]
+    return out
+
+
+def corners_and_points(low, high, draw, n=8):
+    side = draw.integers(0, 2, (n, len(low)))
+    return [*np.where(side, low, high), *np.clip(draw.uniform(low, high, (n, len(low))), low, high)]
+
+
+@fewer(0.7)
+@given(seeds, st.sampled_from([1e-3, 0.05, 0.3]))
+def test_no_image_is_below_a_bound(tmp_path_factory, seed, eps):
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
+    box = certificate._image_box(image, eps)
+    reached = certificate._reach(network, *box)
+    unstable = np.concatenate([r.lines.offset > 0 for r in reached if r.lines])
+    unstable[:3] = True  # a split of a stable ReLU is a fair one, too
+    proof = four_leaves(draw, unstable)
+    plain = certificate.check_image(network, image, 0, eps).bound
+    leaves = {t: certificate._replay(network, reached, np.eye(3)[[0]] - np.eye(3)[[t]], proof) for t in (1, 2)}
+    for x in corners_and_points(*box, draw):
+        *inputs, logits = forward(maps, x)
+        for r, z in zip(reached[2:], inputs[1:], strict=True):
+            assert (exact(r.low) <= z).all() and (z <= exact(r.high)).all()
+        for t in (1, 2):
+            assert max(plain[t], leaves[t]) <= logits[0] - logits[t]
+
+
+@fewer(0.7)
+@given(seeds)
+def test_rounding_errors_of_the_backward_pass_are_covered(tmp_path_factory, seed):
+    """The same lines, carried back in fractions: never below the float64 result, and hardly above."""
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
+    box = certificate._image_box(image, 0.1)
+    reached = certificate._reach(network, *box)
+    row = np.eye(3)[0] - np.eye(3)[1]
+    ours = certificate._lower(network, reached, row[None])[0]
+    a, value = exact(row), Fraction(0)
+    for (weight, bias), r in zip(reversed(maps), reversed(reached), strict=True):
+        value += a @ bias
+        a = a @ weight
+        if r.lines:
+            lower, upper, offset, _ = (exact(v) for v in r.lines)
+            value += np.minimum(a, 0) @ offset
+            a = np.where(a > 0, lower, upper) * a
+    value += np.minimum(a * exact(box[0]), a * exact(box[1])).sum()
+    assert ours <= value <= ours + 1e-11
+
+
+@fewer(1)
+@given(seeds)
+def test_rounding_errors_at_one_image_are_covered(tmp_path_factory, seed):
+    """Without a box's width to hide behind: each ReLU's input and each margin, between bounds 1e-10 apart or less.
+
+    The layers' own cancellation makes float64 wrong: two images' worth of large weights of opposite signs.
+    """
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    weight = model.children["fc1"].params["weight"]  # (in, out)
+    weight[4:] = -weight[:4] * (1000 + draw.uniform(0, 1, weight[:4].shape).astype(np.float32))
+    weight[:4] *= 1000
+    network, maps = read(model, tmp_path_factory.mktemp("m")), rational(model)
+    x = picture(model, draw).astype(float).ravel()
+    *inputs, logits = forward(maps, x)
+    reached = certificate._reach(network, x, x.copy())
+    for r, z in zip(reached[1:], inputs, strict=True):
+        assert (exact(r.low) <= z).all() and (z <= exact(r.high)).all()
+        assert (r.high - r.low <= 1e-8).all()
+    row = np.eye(3)[[0]] - np.eye(3)[[2]]
+    low, high = (certificate._lower(network, reached, row)[0], -certificate._lower(network, reached, -row)[0])
+    assert low <= logits[0] - logits[2] <= high
+    assert high - low <= 1e-8
+
+
+sides = st.floats(1e-300, 1e30)
+
+
+@given(sides, sides)
+def test_the_upper_line_is_above_the_relu(below, high):
+    low = -below
+    lines = certificate._lines(np.array([low]), np.array([high]))
+    lower, slope, offset = (Fraction(float(v[0])) for v in lines[:3])
+    assert 0 <= slope <= 1 and lower in (0, 1)
+    assert slope * Fraction(low) + offset >= 0
+    assert slope * Fraction(high) + offset >= Fraction(high)
+    assert offset <= Fraction(high) * (1 + Fraction(1, 10**12)) + Fraction(1, 10**100)
+
+
+@pytest.mark.parametrize(
+    "low, high, slope", [(0.0, 1.0, 1), (-1.0, 0.0, 0), (0.0, 0.0, 1), (2.0, 3.0, 1), (-3.0, -2.0, 0)]
+)
+def test_stable_relus_are_exact(low, high, slope):
+    lines = certificate._lines(np.array([low], float), np.array([high], float))
+    assert [float(v[0]) for v in lines] == [slope, slope, 0, 0]
+
+
+@given(st.floats(0, 1, width=32), st.floats(0, 1))
+def test_the_box_is_outward(pixel, eps):
+    image = np.full((1, 1, 1), pixel, np.float32)
+    low, high = (Fraction(float(v[0])) for v in certificate._image_box(image, eps))
+    assert low <= max(Fraction(pixel) - Fraction(eps), 0) and high >= min(Fraction(pixel) + Fraction(eps), 1)
+    step = np.float32(eps)  # the attacks' box
+    assert low <= float(max(image[0, 0, 0] - step, 0)) and high >= float(min(image[0, 0, 0] + step, 1))
+    assert 0 <= low <= high <= 1
+    assert high - low <= 2 * Fraction(eps) + Fraction(1, 10**6)
+    theirs = crown.image_box(image[None], eps)
+    assert (float(low), float(high)) == (theirs[0].item(), theirs[1].item())
+
+
+# --- float32 ----------------------------------------------------------------------------------------------------------
+
+
+def shuffled(model, x, draw):
+    """Logits of an mlp in float32, every sum one by one in a random order, the bias anywhere."""
+    norm, a = model.children["normalize"].buffers, x.astype(np.float32).reshape(model.input_shape)
+    a = ((a - norm["mean"]) * (1 / norm["std"])).ravel()
+    for layer in model.children.values():
+        if isinstance(layer, Linear):
+            out = []
+            for column, bias in zip(layer.params["weight"].T, layer.params["bias"], strict=True):
+                total = np.float32(0)
+                for term in draw.permutation(np.append(column * a, bias)):
+                    total += term
+                out.append(total)
+            a = np.maximum(np.array(out, np.float32), np.float32(0))
+    return np.array(out, np.float32)
+
+
+@fewer(0.7)
+@given(seeds)
+def test_float32_error(tmp_path_factory, seed):
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    network, image = read(model, tmp_path_factory.mktemp("m")), picture(model, draw)
+    checked, maps = certificate.check_image(network, image, 0, 0.1), rational(model)
+    low, high = np.clip(image - np.float32(0.1), 0, 1), np.clip(image + np.float32(0.1), 0, 1)
+    for x in corners_and_points(low.ravel(), high.ravel(), draw, 3):
+        x = x.astype(np.float32)
+        logits = forward(maps, x)[-1]
+        for ours in (model.forward(x.reshape(1, *model.input_shape))[0][0], shuffled(model, x, draw)):
+            for t in (1, 2):
+                wrong = Fraction(float(ours[0])) - Fraction(float(ours[t])) - (logits[0] - logits[t])
+                assert abs(wrong) <= checked.float32_error[t]
+    box = crown.image_box(image[None], 0.1)
+    theirs = rounding.float32_error(Chain(model), *box, crown.crown(Chain(model), *box))[0]
+    for t in (1, 2):  # the verifier adds up absolute values layer by layer
+        assert 0 < checked.float32_error[t] <= theirs[0] + theirs[t]
+
+
+N = 1000
+
+
+def lossy(**more):
+    """A network whose first unit adds 1 and N - 1 numbers of 2^-24, all of which a float32 sum loses: 1 + 2^-24 is a
+    tie, and goes to 1. The error of gamma_n is attained."""
+    model = models.mlp((N, 2, 2), input_shape=(N, 1, 1), **more)
+    for layer in model.children.values():
+        if isinstance(layer, Linear):
+            layer.params["weight"][...] = layer.params["bias"][...] = 0
+    model.children["fc1"].params["weight"][:, 0] = [1, *[2.0**-24] * (N - 1)]
+    return model
+
+
+@pytest.mark.parametrize("bias, on", [(0, 1), (-0.5, 1), (-2, 0)])
+def test_the_float32_error_is_as_small_as_it_can_be(tmp_path, bias, on):
+    """An error that is attained, through a second layer: at one image with its ReLU on, or off."""
+    model, image = lossy(), np.ones((N, 1, 1), np.float32)
+    model.children["fc1"].params["bias"][0] = bias
+    model.children["fc2"].params["weight"][0, 0] = 4
+    naive = np.float32(0)
+    for term in model.children["fc1"].params["weight"][:, 0]:
+        naive += term
+    assert naive == 1
+    attained = 4 * (N - 1) * 2.0**-24 * on
+    error = certificate.check_image(read(model, tmp_path), image, 0, 0.0).float32_error[1]
+    size = 4 * (1 + abs(bias)) * on  # what the bound is a share of
+    assert attained <= error <= (N + 20) * 2.0**-24 * 1.002 * size + 1e-30
+
+
+def test_the_float32_error_of_an_unstable_relu_counts(tmp_path):
+    """At the image itself, z = 499 2^-24 in real arithmetic, and -500 2^-24 in float32."""
+    model, image = lossy(), np.ones((N, 1, 1), np.float32)
+    model.children["fc1"].params["bias"][0] = -1 - 500 * 2.0**-24
+    model.children["fc2"].params["weight"][0, 0] = 4
+    network = read(model, tmp_path)
+    reached = certificate._reach(network, *certificate._image_box(image, 1e-4))
+    assert reached[2].low[0] < 0 < reached[2].high[0]
+    error = certificate.check_image(network, image, 0, 1e-4).float32_error[1]
+    assert 4 * 499 * 2.0**-24 <= error <= (N + 20) * 2.0**-24 * 1.002 * 8
+
+
+def test_the_float32_error_of_the_normalisation_counts(tmp_path):
+    """(x - mean) (1 / std): the verifier's own three roundings, through a layer of weight 1."""
+    model = models.mlp((1, 2), input_shape=(1, 1, 1), mean=(0.1,), std=(0.3,))
+    model.children["fc1"].params["weight"][...] = [[1, 0]]
+    model.children["fc1"].params["bias"][...] = 0
+    network, maps, worst = read(model, tmp_path), rational(model), 0.0
+    for pixel in np.linspace(0, 1, 200, dtype=np.float32):
+        image = np.full((1, 1, 1), pixel)
+        error = certificate.check_image(network, image, 0, 0.0).float32_error[1]
+        a, b = model.forward(image[None])[0][0]
+        z = forward(maps, image.ravel())[-1]
+        wrong = float(abs(Fraction(float(a)) - Fraction(float(b)) - (z[0] - z[1])))
+        assert wrong <= error
+        worst = max(worst, wrong / error)
+    assert worst > 0.1
+
+
+# --- proofs that are none ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def trees(draw, units=tuple(range(1, 6))):
+    """The leaves of a tree of two-way splits."""
+    if not units or draw(st.booleans()):
+        return [frozenset()]
+    unit = draw(st.sampled_from(units))
+    rest = tuple(u for u in units if u != unit)
+    return [leaf | {s} for s in (unit, -unit) for leaf in draw(trees(rest))]
+
+
+@given(trees(), st.data())
+def test_leaves_cover_every_case(leaves, data):
+    assert certificate._cover(leaves)
+    shuffled_leaves = data.draw(st.permutations(leaves))
+    assert certificate._cover(shuffled_leaves)
+    lost = data.draw(st.sampled_from(leaves))
+    assert not certificate._cover([leaf for leaf in leaves if leaf != lost])
+    if lost:
+        unit = data.draw(st.sampled_from(sorted(lost)))
+        flipped = [leaf - {unit} | {-unit} if leaf == lost else leaf for leaf in leaves]
+        assert not certificate._cover(flipped)
+
+
+@given(st.lists(st.frozensets(st.sampled_from([-3, -2, -1, 1, 2, 3]), max_size=3), max_size=6))
+def test_covering_is_never_claimed_wrongly(leaves):
+    cases = [{u if on else -u for on, u in zip(signs, (1, 2, 3), strict=True)} for signs in np.ndindex(2, 2, 2)]
+    if certificate._cover(leaves):
+        assert all(any(leaf <= case for leaf in leaves) for case in cases)
+
+
+@pytest.fixture
+def proved(rng, tmp_path):
+    """(network, image, proof, label, rival): a proof that is accepted."""
+    model = tiny(rng)
+    network, image = read(model, tmp_path), picture(model, rng)
+    reached = certificate._reach(network, *certificate._image_box(image, 0.2))
+    unstable = np.concatenate([r.lines.offset > 0 for r in reached if r.lines])
+    unstable[:3] = True
+    proof = four_leaves(rng, unstable)
+    certificate.check_image(network, image, 0, 0.2, {1: proof})
+    return network, image, proof
+
+
+def changed(name, at, value):
+    def change(proof):
+        proof[name] = proof[name].copy()
+        proof[name][at] = value
+
+    return change
+
+
+def replaced(name, function):
+    return lambda proof: proof.update({name: function(proof[name])})
+
+
+def without_leaf(i):
+    return lambda proof: proof.update({n: np.delete(proof[n], i, 0) for n in ("alpha", "split", "beta")})
+
+
+FAULTS = {
+    "alpha above 1": (
+        changed("alpha", (1, 0), np.nextafter(np.float32(1), np.float32(2))),
+        "alpha is not in",
+    ),
+    "alpha below 0": (changed("alpha", (1, 0), -1e-7), "alpha is not in"),
+    "alpha NaN": (changed("alpha", (3, 1), np.nan), "alpha is not in"),
+    "beta negative": (changed("beta", (2, 1), -1e-30), "beta is not a number >= 0"),
+    "beta infinite": (changed("beta", (2, 1), np.inf), "beta is not a number >= 0"),
+    "beta NaN": (changed("beta", (2, 1), np.nan), "beta is not a number >= 0"),
+    "a leaf is missing": (without_leaf(2), "do not cover"),
+    "no leaves": (without_leaf([0, 1, 2, 3]), "do not cover"),
+    "a sign flipped": (lambda p: changed("split", (1, 1), -p["split"][1, 1])(p), "do not cover"),
+    "a unit changed": (lambda p: changed("split", (1, 1), 1 + (abs(p["split"][1, 1]) % 11))(p), "do not cover"),
+    "a split dropped is not in a leaf": (lambda p: changed("split", (3, 0), 12)(p), "no such ReLU"),
+    "a split below": (lambda p: changed("split", (3, 0), -(2**31))(p), "no such ReLU"),
+    "a unit out of range": (changed("units", 0, 11), "no such ReLU"),
+    "a unit below 0": (changed("units", 0, -1), "no such ReLU"),
+    "a unit too many": (replaced("units", lambda u: np.append(u, u[:1])), "shapes"),
+    "alpha of one leaf": (replaced("alpha", lambda a: a[:1]), "shapes"),
+    "beta too narrow": (replaced("beta", lambda b: b[:, :1]), "shapes"),
+    "units as floats": (replaced("units", lambda u: u.astype(float)), "must be integers"),
+    "alpha as integers": (replaced("alpha", lambda a: a.astype(int)), "must be integers"),
+    "no beta": (lambda proof: proof.pop("beta"), "must hold units, alpha, split, beta"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_proof_with_a_fault_is_refused(fault, proved):
+    network, image, proof = proved
+    change, message = FAULTS[fault]
+    change(proof)
+    with pytest.raises(CertificateError, match=message) as error:
+        certificate.check_image(network, image, 0, 0.2, {1: proof})
+    assert "\n" not in str(error.value) and str(error.value).startswith("rival 1: ")
+
+
+@pytest.mark.parametrize("rival", [0, 3, -1])
+def test_a_proof_for_no_rival_is_refused(rival, proved):
+    network, image, proof = proved
+    with pytest.raises(CertificateError, match="which is none"):
+        certificate.check_image(network, image, 0, 0.2, {rival: proof})
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_that_is_none_is_refused(label, proved):
+    with pytest.raises(CertificateError, match="no class"):
+        certificate.check_image(*proved[:2], label, 0.2)
+
+
+@pytest.mark.parametrize("eps", [-0.1, math.nan, math.inf])
+def test_an_eps_that_is_none_is_refused(eps, proved):
+    with pytest.raises(CertificateError, match="eps must be"):
+        certificate.check_image(*proved[:2], 0, eps)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x.astype(np.float64), "must be float32"),
+        (lambda x: x[:1], "must be float32"),
+        (lambda x: x + np.float32(1), "in .0, 1."),
+        (lambda x: x - np.float32(1), "in .0, 1."),
+        (lambda x: x * np.float32(np.nan), "in .0, 1."),
+    ],
+)
+def test_an_image_that_is_none_is_refused(change, message, proved):
+    with pytest.raises(CertificateError, match=message):
+        certificate.check_image(proved[0], change(proved[1]), 0, 0.2)
+
+
+def test_a_large_beta_proves_nothing(proved):
+    network, image, proof = proved
+    proof["beta"][:] = np.float32(3e38)
+    plain = certificate.check_image(network, image, 0, 0.2).bound
+    assert certificate.check_image(network, image, 0, 0.2, {1: proof}).bound == plain
+
+
+# --- networks that are refused ----------------------------------------------------------------------------------------
+
+
+def tensors_of(model):
+    return {k: np.array(v) for k, v in model.state_dict().items()}, {"architecture": model.architecture}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t, m: t["fc1.weight"].__setitem__((0, 0), np.nan), "fc1.weight: must be finite"),
+        (lambda t, m: t["fc2.bias"].__setitem__(0, np.inf), "fc2.bias: must be finite"),
+        (lambda t, m: t.update({"fc1.weight": t["fc1.weight"].astype(np.float64)}), "fc1.weight: must be .* float32"),
+        (lambda t, m: t["normalize.std"].__setitem__(0, 0), "is 0"),
+        (lambda t, m: t.update({"extra.weight": np.zeros(1, np.float32)}), "'extra.weight'.* no place"),
+        (lambda t, m: t.pop("fc2.bias"), "not the network .*fc2.bias"),
+        (lambda t, m: t.update({"fc2.weight": t["fc2.weight"][:, :-1]}), "does not fit"),
+        (lambda t, m: t.update({"fc2.bias": t["fc2.bias"][:-1]}), "does not fit"),
+        (lambda t, m: m["architecture"].update(name="preact_resnet18"), "knows small_cnn and mlp"),
+        (lambda t, m: m.clear(), "not the network .*architecture"),
+        (lambda t, m: t.__setitem__("fc1.weight", np.full_like(t["fc1.weight"], 3e38)), None),
+    ],
+)
+def test_a_network_with_a_fault_is_refused(change, message, rng, tmp_path):
+    model = tiny(rng)
+    tensors, metadata = tensors_of(model)
+    change(tensors, metadata)
+    checkpoint.save_tensors(tmp_path / "model.safetensors", tensors, metadata)
+    if message is None:  # finite weights, but float32 would overflow
+        network = certificate.read_network(tmp_path)
+        with pytest.raises(CertificateError, match="too large for float32"):
+            certificate.check_image(network, picture(model, rng), 0, 0.1)
+        return
+    with pytest.raises(CertificateError, match=message) as error:
+        certificate.read_network(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_kernel_that_the_metadata_does_not_say_is_refused(tmp_path):
+    tensors, metadata = tensors_of(models.small_cnn(kernel=4, hidden=2, classes=2))
+    metadata["architecture"] = metadata["architecture"] | {"kernel": 5}  # the padding would be another
+    checkpoint.save_tensors(tmp_path / "model.safetensors", tensors, metadata)
+    with pytest.raises(CertificateError, match="not 5x5"):
+        certificate.read_network(tmp_path)
+
+
+# --- the results of a run ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A folder of results, true ones: ``write()`` puts it on disk."""
+
+    def __init__(self, folder, draw):
+        self.folder, self.model = Path(folder), tiny(draw)
+        self.network = read(self.model, folder)
+        weights = self.folder / "model.safetensors"
+        self.config = {"weights": {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}, "eps": EPS}
+        self.images = draw.uniform(0, 1, (30, *self.model.input_shape)).astype(np.float32)
+        logits = self.model.forward(self.images)[0]
+        self.labels, self.records, self.proofs, self.adversarial = logits.argmax(1), {}, {}, {}
+        self.bounds = [
+            certificate.check_image(self.network, x, y, EPS).bound
+            for x, y in zip(self.images, self.labels, strict=True)
+        ]
+        certain = [i for i, b in enumerate(self.bounds) if min(b.values()) > 0.1]
+        broken = [i for i in range(30) if min(self.bounds[i].values()) < 0 and self._attack(i)]
+        self.crown, self.leaves, self.solver, self.wrong = certain[:4]
+        self.attacked = broken[0]
+        self.labels[self.wrong] = (self.labels[self.wrong] + 1) % 3
+        for i in (self.crown, self.leaves, self.solver):
+            self.verified(i)
+        rival = next(iter(self.bounds[self.leaves]))
+        proof = four_leaves(draw, np.ones(11, bool))
+        checked = certificate.check_image(
+            self.network, self.images[self.leaves], self.labels[self.leaves], EPS, {rival: proof}
+        )
+        self.records[self.leaves]["how"][str(rival)] = "bab"
+        self.records[self.leaves]["bound"][str(rival)] = checked.bound[rival]
+        self.proofs[self.leaves] = {f"{rival}/{name}": value for name, value in proof.items()}
+        for t in self.records[self.solver]["how"]:
+            self.records[self.solver]["how"][t] = "milp"
+        self.record(self.wrong, "misclassified")
+        self.record(self.attacked, "attacked")
+        self.late = next(i for i in range(30) if i not in self.records)
+        self.record(self.late, "timeout")
+
+    def _attack(self, i):
+        """Try the corners nearest to the other classes; keep one that is misclassified, well inside of the box."""
+        x, chain = self.images[i], Chain(self.model, np.float64)
+        step = np.float32(EPS * (1 - 1e-5))
+        for t in range(3):
+            inputs = chain.forward(x[None].astype(float))[1]
+            rows = np.eye(3)[[t]] - np.eye(3)[[self.labels[i]]]
+            sign = np.sign(chain.input_gradient(rows, inputs)[0]).astype(np.float32)
+            y = np.clip(x + step * sign, 0, 1)
+            if self.model.forward(y[None])[0].argmax() != self.labels[i]:
+                self.adversarial[i] = y
+                return True
+        return False
+
+    def record(self, i, verdict, **more):
+        self.records[i] = {"id": int(i), "label": int(self.labels[i]), "verdict": verdict, **more}
+
+    def verified(self, i):
+        bound = {str(t): b for t, b in self.bounds[i].items()}
+        self.record(i, "verified", bound=bound, how=dict.fromkeys(bound, "crown"), verified_float32=True)
+
+    def write(self):
+        checkpoint.write_json(self.folder / "config.json", self.config)
+        for name in ("proofs", "counterexamples"):
+            (self.folder / name).mkdir()
+        for i, proof in self.proofs.items():
+            checkpoint.save_tensors(self.folder / "proofs" / f"{i:05d}.safetensors", proof, {})
+        for i in {self.attacked} & self.adversarial.keys():
+            np.savez(self.counterexample(i), adversarial=self.adversarial[i])
+        checkpoint.write_jsonl(self.folder / "results.jsonl", list(self.records.values()))
+
+    def counterexample(self, i):
+        return self.folder / "counterexamples" / f"{i:05d}.npz"
+
+    def predict(self, images):
+        return self.model.forward(images)[0].argmax(1)
+
+    def check(self, **more):
+        more = {"predict": self.predict} | more
+        return certificate.check_results(self.folder, self.folder, self.images, self.labels, **more)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path, np.random.default_rng(SEED))
+
+
+def test_true_results_are_confirmed(run):
+    run.write()
+    calls = []
+    report = run.check(progress=lambda *a: calls.append(a))
+    assert report == {
+        "images": 6, "confirmed": 2, "float32": 2, "solver_only": 1, "counterexamples": 1, "refused": [],
+        "verdicts": {"verified": 3, "misclassified": 1, "attacked": 1, "timeout": 1}, "contradictions": [],
+    }  # fmt: skip
+    assert calls == [(i, 6) for i in range(1, 7)]
+    json.dumps(report)
+
+
+def test_the_end_of_a_killed_run_is_left_out(run):
+    run.write()
+    with open(run.folder / "results.jsonl", "a") as file:
+        file.write('{"id": 3, "verd')
+    assert run.check()["images"] == 6
+
+
+def test_results_of_several_runs_are_one(run):
+    """A verdict of one run counts, whichever file a time-out of another run is in."""
+    run.write()
+    lines = [dict(r) for r in run.records.values() if r["verdict"] != "timeout"]
+    checkpoint.write_jsonl(run.folder / "results-1-of-2.jsonl", [{**r, "verdict": "timeout"} for r in lines])
+    checkpoint.write_jsonl(run.folder / "results-2-of-2.jsonl", [{**r, "verdict": "unknown"} for r in lines])
+    report = run.check()
+    assert report["verdicts"] == {"verified": 3, "misclassified": 1, "attacked": 1, "timeout": 1}
+    assert not report["refused"] and not report["contradictions"]
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def edited(i, **more):
+    return lambda run: run.records[getattr(run, i)].update(more)
+
+
+def raised(run):
+    bound = run.records[run.crown]["bound"]
+    bound[next(iter(bound))] += 1e-3
+
+
+def nullified(run):
+    run.records[run.crown]["bound"][next(iter(run.records[run.crown]["bound"]))] = None
+
+
+def claim_the_attacked(run):
+    """It has a true counterexample, but nobody saved it."""
+    run.verified(run.attacked)
+    run.records[run.attacked]["bound"] = dict.fromkeys(run.records[run.attacked]["bound"], 0.5)
+    run.adversarial.pop(run.attacked)
+
+
+def one_ulp_outside(run):
+    """At one pixel, the first float32 number beyond eps."""
+    y, x = run.adversarial[run.attacked].ravel(), run.images[run.attacked].ravel()
+    at = int(np.argmin(abs(x - 0.5)))
+    value = np.float32(float(x[at]) + EPS)
+    while Fraction(float(value)) - Fraction(float(x[at])) <= Fraction(EPS):
+        value = np.nextafter(value, np.float32(2))
+    y[at] = value
+
+
+def flat_proof(run):
+    return run.proofs[run.leaves]
+
+
+def first(run, name):
+    return next(v for k, v in flat_proof(run).items() if k.endswith(name))
+
+
+def file_of(run):
+    return run.folder / "proofs" / f"{run.leaves:05d}.safetensors"
+
+
+BEFORE = {  # what is done to the true results, and what the checker says of which image
+    "a bound raised": (raised, "crown", r"the bound .* is claimed"),
+    "a bound that is no number": (nullified, "crown", "the bound None is claimed"),
+    "no bounds": (edited("crown", bound={}), "crown", "the bound None is claimed"),
+    "bounds that are a list": (edited("crown", bound=[1]), "crown", "an entry for each rival"),
+    "a verdict that is not true": (claim_the_attacked, "attacked", "only proved to be above -"),
+    "another label": (edited("crown", label=7), "crown", "not 7"),
+    "another verdict": (edited("crown", verdict="proved"), "crown", "unknown verdict 'proved'"),
+    "not misclassified": (edited("crown", verdict="misclassified"), "crown", "not misclassified"),
+    "a slope": (lambda run: first(run, "alpha").__setitem__((0, 0), 1.5), "leaves", "alpha is not in"),
+    "a proof of a class that is none": (
+        lambda run: flat_proof(run).update({"x/alpha": first(run, "alpha")}), "leaves", "belongs to no rival"
+    ),
+    "outside by one ulp": (one_ulp_outside, "attacked", "outside of the box"),
+    "a counterexample that is the image": (
+        lambda run: run.adversarial.update({run.attacked: run.images[run.attacked]}), "attacked", "not misclassified"
+    ),
+    "a counterexample of another shape": (
+        lambda run: run.adversarial.update({run.attacked: run.images[run.attacked][:1]}), "attacked", "must be float32"
+    ),
+    "no counterexample": (lambda run: run.adversarial.clear(), "attacked", "no counterexample can be read"),
+}  # fmt: skip
+AFTER = {
+    "a proof cut short": (lambda run: truncated(file_of(run)), "leaves", "damaged or cut short"),
+    "a counterexample cut short": (
+        lambda run: truncated(run.counterexample(run.attacked)), "attacked", "no counterexample can be read"
+    ),
+    "a pickle": (
+        lambda run: np.savez(run.counterexample(run.attacked), adversarial=np.array([{}], object)), "attacked",
+        "no counterexample can be read",
+    ),
+    "an empty counterexample": (
+        lambda run: run.counterexample(run.attacked).write_bytes(b""), "attacked", "no counterexample can be read"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [*BEFORE, *AFTER])
+def test_results_with_a_fault_are_refused(fault, run):
+    change, image, message = (BEFORE | AFTER)[fault]
+    if fault in BEFORE:
+        change(run)
+    run.write()
+    if fault in AFTER:
+        change(run)
+    report = run.check()
+    assert [r["id"] for r in report["refused"]] == [getattr(run, image)]
+    reason = report["refused"][0]["reason"]
+    assert re.search(message, reason) and "\n" not in reason
+    assert not report["contradictions"]
+
+
+def test_a_lost_proof_is_not_missed(run):
+    """A rival that plain CROWN does not exclude: without its file, the claim is refused."""
+    for i in range(30):
+        bound = run.bounds[i]
+        if -0.05 < min(bound.values()) <= 0 and i not in run.records:
+            break
+    run.verified(i)
+    run.write()
+    assert [r["id"] for r in run.check()["refused"]] == [i]
+
+
+def test_a_claim_for_float32_needs_more(run, monkeypatch):
+    monkeypatch.setattr(certificate, "U32", 0.01)  # a float that is worse than its bounds are good
+    run.write()
+    report = run.check()
+    assert {r["id"] for r in report["refused"]} == {run.crown, run.leaves}  # the solver's bounds are not checked
+    assert report["confirmed"] == 0 and "claimed for float32" in report["refused"][0]["reason"]
+
+
+def test_float32_must_be_fooled_as_well(run):
+    run.write()
+    report = run.check(predict=lambda images: np.array([run.labels[run.attacked]]))
+    assert [r["id"] for r in report["refused"]] == [run.attacked] or run.labels[run.attacked] == run.labels[run.wrong]
+    assert "float32 classifies it" in report["refused"][0]["reason"]
+    assert not run.check(predict=None)["refused"]
+
+
+def test_verified_and_attacked_is_a_contradiction(run):
+    run.write()
+    np.savez(run.counterexample(run.crown), adversarial=run.images[run.crown])
+    attacked = run.records[run.attacked]
+    checkpoint.append_jsonl(run.folder / "results.jsonl", attacked | {"verdict": "verified"})
+    report = run.check()
+    assert [c["id"] for c in report["contradictions"]] == [run.attacked, run.crown, run.attacked]
+
+
+def test_other_weights_are_refused(run):
+    run.write()
+    run.model.children["fc2"].params["bias"][0] += 1
+    run.model.save(run.folder / "model.safetensors")
+    with pytest.raises(CertificateError, match="is not the file that was verified"):
+        run.check()
+
+
+@pytest.mark.parametrize("config", [{}, [], {"weights": {"sha256": "x"}}, {"weights": "x", "eps": 1}])
+def test_a_config_that_says_nothing_is_refused(config, run):
+    run.config = config
+    run.write()
+    with pytest.raises(CertificateError, match="does not name"):
+        run.check()
+
+
+@pytest.mark.parametrize("i", [30, -1, "3", None, True])
+def test_a_result_about_no_image_is_refused(i, run):
+    run.records[run.crown]["id"] = i
+    run.write()
+    with pytest.raises(CertificateError, match="which is none"):
+        run.check()
+
+
+def test_a_folder_without_results_is_refused(run):
+    run.write()
+    (run.folder / "results.jsonl").unlink()
+    with pytest.raises(CertificateError, match=r"no results\.jsonl"):
+        run.check()
+
+
+def test_the_counterexample_may_touch_the_box(tmp_path):
+    """|x - x0| = eps, exactly, is inside; beyond by any fraction is not, though float64 rounds it to eps."""
+    model = models.mlp((1, 2), input_shape=(1, 1, 1))
+    model.children["fc1"].params["weight"][...] = [[1, -1]]
+    model.children["fc1"].params["bias"][...] = 0  # the first class, but for 0
+    network = read(model, tmp_path)
+
+    def check(adversarial, image, eps):
+        pair = (np.full((1, 1, 1), v, np.float32) for v in (adversarial, image))
+        certificate._check_counterexample(network, *pair, 1, eps)
+
+    check(0.75, 0.5, 0.25)
+    tiny_number = np.float32(2.0**-100)  # 0.75 - 2^-100 rounds to 0.75 in float64
+    check(0.75, tiny_number, 0.75)
+    with pytest.raises(CertificateError, match="outside"):
+        check(0.75, 0.5, np.nextafter(0.25, 0))
+    with pytest.raises(CertificateError, match="outside"):  # 2^-100 .. 0.75 is 0.75 - 2^-100 apart, more than this:
+        check(0.75, tiny_number, np.nextafter(0.75, 0))
+
+
+def test_the_checker_shares_nothing_with_the_verifier():
+    tree = ast.parse(Path(certificate.__file__).read_text(encoding="utf-8"))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert names == {"checkpoint", "errors"}
+    plain = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    plain |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not any(name.startswith("nanomr") for name in plain)

@@ -1,0 +1,244 @@
+"""Every stage together, on tiny networks: the verdict is the truth, whatever stages are left out."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import fewer, seeds
+
+pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
+from test_milp import Network, networks
+
+from nanomr.attacks.common import Linf
+from nanomr.attacks.pgd import pgd
+from nanomr.verify import milp, pipeline
+from nanomr.verify.bab import Tree
+from nanomr.verify.crown import Bound, image_box
+from nanomr.verify.pipeline import Settings, Verifier
+
+BAND = 1e-3  # of the margin around 0, where float32, tolerances and attacks may see it either way
+eps_values = st.sampled_from([0.01, 0.05, 0.2])
+
+
+class InProcess:
+    """The solver without its process."""
+
+    decide = staticmethod(milp.decide)
+
+
+class Case:
+    """A tiny network that gets an image right, and its least margin in the image's box, by brute force."""
+
+    def __init__(self, network, eps, **settings):
+        model, self.draw = network
+        self.model, self.eps = model.astype(np.float32), eps
+        self.x = self.draw.random((3, *model.input_shape)).astype(np.float32)
+        self.labels = self.model.forward(self.x)[0].argmax(1)
+        self.verifier = Verifier(self.model, Settings(eps, time_limit=1e6, **settings), InProcess())
+
+    def verdicts(self):
+        found = self.verifier.screen(self.x, self.labels, np.arange(3))
+        return [o if o.record["verdict"] else self.verifier.decide(x, o) for o, x in zip(found, self.x, strict=True)]
+
+    def least(self, i):
+        """The smallest margin to any rival in image i's box."""
+        exact = Network.__new__(Network)
+        exact.chain, exact.label = self.verifier.chain, self.labels[i]
+        exact.low, exact.high = image_box(self.x[i : i + 1], self.eps)
+        rivals = (k for k in range(exact.chain.classes) if k != exact.label)
+        return min(exact_to(exact, rival) for rival in rivals)
+
+
+def exact_to(exact, rival):
+    exact.rival = rival
+    return exact.exact()
+
+
+def audit(case, outcomes):
+    """Is every verdict true?"""
+    for i, (record, proof, adversarial) in enumerate(outcomes):
+        assert record["id"] == i and record["label"] == record["prediction"] == case.labels[i]
+        least = case.least(i)
+        if abs(least) < BAND:
+            continue
+        assert record["verdict"] in (("verified",) if least > 0 else ("attacked", "falsified")), (least, record)
+        if record["verdict"] == "verified":
+            assert adversarial is None and min(record["bound"].values()) <= least + 1e-6
+            errors = record["float32_error"]
+            assert record["verified_float32"] == all(b > errors[t] for t, b in record["bound"].items())
+            assert {t for t, how in record["how"].items() if how in ("alpha-crown", "bab")} == {
+                name.split("/")[0] for name in proof
+            }
+        else:
+            assert not record["verified_float32"]
+            assert Linf(case.eps).inside(case.x[i : i + 1].astype(float), adversarial[None].astype(float))[0]
+            assert case.model.forward(adversarial[None])[0].argmax() != case.labels[i]
+        json.dumps(record, allow_nan=False)
+
+
+@fewer(0.6)
+@given(network=networks(), eps=eps_values)
+def test_verdicts_are_the_truth(network, eps):
+    case = Case(network, eps)
+    audit(case, case.verdicts())
+
+
+def gives_up(*_, **__):
+    return Tree("timeout", None, -np.inf, None, 1, 0.0)
+
+
+WITHOUT = {
+    "attacks": {"paper_pgd", "targeted_pgd"},
+    "attacks and slopes": {"paper_pgd", "targeted_pgd", "alpha_crown"},
+    "attacks and trees": {"paper_pgd", "targeted_pgd", "branch_and_bound"},
+    "all but the MILP": {"paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"},
+}
+
+
+@pytest.mark.parametrize("left_out", WITHOUT)
+@fewer(0.3)
+@given(network=networks(), eps=eps_values)
+def test_any_stages_that_are_left_come_to_the_same(left_out, network, eps):
+    with pytest.MonkeyPatch.context() as patch:
+        blind(patch, WITHOUT[left_out])
+        case = Case(network, eps)
+        audit(case, case.verdicts())
+
+
+def blind(patch, stages):
+    """Let these stages find nothing."""
+    crown = pipeline.alpha_crown
+
+    def no_attack(model, chain, x, labels, *_, **__):
+        x = x[0] if isinstance(x, tuple) else x
+        return x, np.zeros(len(x), bool)
+
+    def no_slopes(*arguments, steps, **options):
+        return crown(*arguments, steps=0, **options)
+
+    for stage in stages:
+        fake = {"alpha_crown": no_slopes, "branch_and_bound": gives_up}.get(stage, no_attack)
+        patch.setattr(pipeline, stage, fake)
+
+
+@pytest.mark.parametrize("left_out", [*WITHOUT, None])
+def test_the_tests_above_see_images_of_both_kinds(left_out, monkeypatch):
+    blind(monkeypatch, WITHOUT.get(left_out, ()))
+    seen = set()
+    for seed in range(12):
+        for eps in (0.05, 0.2):
+            for outcome in Case(network_of(seed), eps).verdicts():
+                seen.add((outcome.record["verdict"], outcome.record["stage"]))
+    assert {"verified", "attacked" if left_out is None else "falsified"} <= {verdict for verdict, _ in seen}
+    stages = {stage for _, stage in seen}
+    assert {None: "pgd", "attacks": "bab", "attacks and slopes": "bab"}.get(left_out, "milp") in stages
+    assert "crown" in stages
+
+
+def network_of(seed):
+    from nanomr.models import mlp
+
+    model, draw = mlp((3, 4, 4, 3), seed, (1, 1, 3), (0.5,) * 3, (0.3,) * 3), np.random.default_rng(seed)
+    model.weights *= 3
+    return model, draw
+
+
+def test_nothing_is_verified_when_every_method_gives_up(monkeypatch):
+    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    monkeypatch.setattr(InProcess, "decide", lambda *_, **__: milp.Answer("timeout", None, np.nan, 0, 0.0, "no"))
+    verdicts = {o.record["verdict"] for seed in range(10) for o in Case(network_of(seed), 0.2).verdicts()}
+    assert "unknown" in verdicts and "falsified" not in verdicts
+
+
+@pytest.mark.parametrize("status", ["error", "timeout", "candidate"])
+def test_only_infeasible_is_a_proof_and_a_candidate_must_err(status, monkeypatch):
+    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+
+    def answer(chain, low, high, *_, **__):  # a candidate that does not err: the middle of the box
+        return milp.Answer(status, 0.5 * (low + high)[0], 0.0, 0, 0.0, "said so")
+
+    monkeypatch.setattr(InProcess, "decide", staticmethod(answer))
+    for seed in range(10):
+        for outcome in Case(network_of(seed), 0.2).verdicts():
+            if outcome.record["stage"] == "milp":
+                assert outcome.record["verdict"] == "unknown" and not outcome.record["verified_float32"]
+
+
+def test_bounds_that_are_not_numbers_verify_nothing(monkeypatch):
+    real = pipeline.lower
+
+    def broken(*arguments, **options):
+        bound = real(*arguments, **options)
+        return Bound(np.full_like(bound.value, np.nan), bound.image, bound.relus)
+
+    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    monkeypatch.setattr(InProcess, "decide", lambda *_, **__: milp.Answer("timeout", None, np.nan, 0, 0.0, "no"))
+    monkeypatch.setattr(pipeline, "lower", broken)
+    verdicts = {o.record["verdict"] for seed in range(5) for o in Case(network_of(seed), 0.01).verdicts()}
+    assert verdicts == {"unknown"}
+
+
+def test_the_time_limit_is_kept_and_said(monkeypatch):
+    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    case = Case(network_of(1), 0.2)
+    case.verifier.settings = case.verifier.settings._replace(time_limit=1e-9)
+    verdicts = {o.record["verdict"] for o in case.verdicts()}
+    assert "timeout" in verdicts and verdicts <= {"timeout", "verified"}
+
+
+@fewer(0.3)
+@given(seed=seeds, eps=eps_values)
+def test_no_attack_ever_breaks_a_verified_image(seed, eps):
+    """Random networks, larger than brute force allows, and an attack with other starts than the verifier's own."""
+    draw = np.random.default_rng(seed)
+    case = Case(network_of(seed % 1000), eps)
+    x = draw.random((8, *case.model.input_shape)).astype(np.float32)
+    labels = case.model.forward(x)[0].argmax(1)
+    found = case.verifier.screen(x, labels, np.arange(8))
+    found = [o if o.record["verdict"] else case.verifier.decide(image, o) for o, image in zip(found, x, strict=True)]
+    verified = [i for i, o in enumerate(found) if o.record["verdict"] == "verified"]
+    _, fooled = pgd(case.model, x, labels, eps, steps=30, restarts=5, seed=seed + 1)
+    assert not fooled[verified].any()
+
+
+def test_a_batch_is_its_images_one_by_one_and_ids_name_them():
+    case = Case(network_of(4), 0.1)
+    ids = np.array([7, 900, 31])
+    together = case.verifier.screen(case.x, case.labels, ids)
+    for i, outcome in enumerate(together):
+        (alone,) = case.verifier.screen(case.x[i : i + 1], case.labels[i : i + 1], ids[i : i + 1])
+        for key in ("id", "verdict", "stage", "prediction", "unstable", "switching", "how"):
+            assert alone.record.get(key) == outcome.record.get(key)
+        for t, bound in outcome.record.get("bound", {}).items():
+            assert abs(alone.record["bound"][t] - bound) < 1e-5
+
+
+def test_a_wrong_prediction_costs_nothing_more():
+    case = Case(network_of(4), 0.1)
+    found = case.verifier.screen(case.x, (case.labels + 1) % 3, np.arange(3))
+    assert [o.record["verdict"] for o in found] == ["misclassified"] * 3
+    assert all("bound" not in o.record and o.adversarial is None for o in found)
+
+
+def test_boxes_may_be_given_instead_of_balls():
+    """A box of any shape: of one point it is verified, around the whole image space it is broken."""
+    case = Case(network_of(0), 0.0)
+    point = case.x.astype(np.float64)
+    found = case.verifier.screen(case.x, case.labels, np.arange(3), (point, point))
+    assert [o.record["verdict"] for o in found] == ["verified"] * 3
+    low, high = np.zeros_like(point), np.ones_like(point)
+    found = case.verifier.screen(case.x, case.labels, np.arange(3), (low, high))
+    found = [o if o.record["verdict"] else case.verifier.decide(case.x[i], o, (low[i], high[i]))
+             for i, o in enumerate(found)]  # fmt: skip
+    assert len(set(case.labels.tolist())) > 1  # so every image's box holds an image of another class
+    assert {o.record["verdict"] for o in found} <= {"attacked", "falsified"}
+    for outcome, label in zip(found, case.labels, strict=True):
+        assert case.model.forward(outcome.adversarial[None])[0].argmax() != label
+
+
+def test_seconds_are_the_stages():
+    case = Case(network_of(5), 0.2)
+    for outcome in case.verdicts():
+        assert abs(sum(outcome.record["stages"].values()) - outcome.record["seconds"]) < 1e-3

@@ -1,0 +1,422 @@
+"""The program: its files, its exit codes, that a kill loses no finished image, and that --check trusts nothing."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanomr import checkpoint, cli, models, plots, shapes10
+from nanomr.attacks import pgd
+from nanomr.errors import UserError
+from nanomr.verify import pipeline, results
+
+pytest.importorskip("highspy", reason="verify_small.py needs highspy (pip install 'nanomr[verify]')")
+pytest.importorskip("scipy", reason="verify_small.py needs scipy (pip install 'nanomr[verify]')")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import verify_small  # noqa: E402
+
+N = 40  # test images
+FLAGS = "--data shapes10 --n 40 --eps 1/255 --jobs 1 --weights model.safetensors --out v".split()
+
+
+def images():
+    drawn, labels = shapes10.generate(N, shapes10.SEED + 1)
+    return drawn * np.float32(1 / 255), labels
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network that knows the test images by heart, with margins of all sizes: least squares on random features."""
+    model = models.mlp((3072, 48, 10), seed=1)
+    x, labels = images()
+    hidden = x
+    for name in ("normalize", "flatten", "fc1", "relu1"):
+        hidden, _ = model.children[name].forward(hidden)
+    last = model.children["fc2"].params
+    last["weight"][...] = np.linalg.lstsq(hidden.astype(float), np.eye(10)[labels] - 0.1, rcond=0.02)[0]
+    last["bias"][...] = 0
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path, weights):
+    """shapes10 is small, the working folder holds nothing but the network, no CIFAR-10 of this machine is found."""
+    monkeypatch.setattr(shapes10, "TRAIN", 10)
+    monkeypatch.setattr(shapes10, "TEST", N)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NANOMR_DATA", raising=False)
+    shutil.copy(weights, "model.safetensors")
+
+
+class Here:
+    """An executor whose worker is this process."""
+
+    def __init__(self, settings):
+        pipeline._verifier = pipeline.Verifier(models.load("model.safetensors"), settings, pipeline.Solver())
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pipeline._verifier.solver.close()
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(*arguments) -> (exit code, stdout, stderr), all in this process."""
+
+    def executor(args, eps, *_):
+        return Here(pipeline.Settings(eps, args.seed, args.time_limit))
+
+    monkeypatch.setattr(verify_small, "make_executor", executor)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["verify_small.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(verify_small.main)
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+def assert_one_error_line(result, *words):
+    code, _, err = result
+    assert code == 2, result
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in err
+    return err
+
+
+def records(folder="v"):
+    return results.read(Path(folder))[1]
+
+
+def verdicts(folder="v"):
+    return {i: record["verdict"] for i, record in records(folder).items()}
+
+
+def test_a_run_decides_every_image_and_check_agrees(program):
+    code, out, err = program(*FLAGS)
+    assert code == 0, err
+    found = records()
+    assert list(found) == list(range(N))
+    kinds = {record["verdict"] for record in found.values()}
+    assert {"verified", "attacked"} <= kinds and not kinds & set(pipeline.UNFINISHED), kinds
+    assert {"crown", "pgd"} <= {record["stage"] for record in found.values()}
+    report = json.loads(Path("v/report.json").read_text())
+    count = sum(record["verdict"] == "verified" for record in found.values())
+    assert report["verified"] == count / N and report["images"] == N and report["warnings"] == []
+    assert report["verified_float32"] <= report["verified"] <= report["upper"] <= report["pgd_strong"] <= report["pgd"]
+    assert f"{count / N:.2%}" in out and "verified by crown" in out
+    for i, record in found.items():
+        assert (Path("v/counterexamples") / f"{i:05d}.npz").exists() == (record["verdict"] in ("attacked", "falsified"))
+
+    code, out, err = program("--weights", "model.safetensors", "--check", "v")
+    assert code == 0, err
+    assert f"{count} proved again" in out
+    assert json.loads(Path("v/check.json").read_text())["confirmed"] == count
+    code, again, _ = program("--report", "v")
+    assert code == 0 and f"{count / N:.2%}" in again
+    if plots._pyplot():
+        assert Path("v/unstable.png").exists()
+
+    x, labels = images()
+    _, fooled = pgd(models.load("model.safetensors"), x, labels, 1 / 255, steps=30, restarts=3, seed=7)
+    assert not any(fooled[i] and record["verdict"] == "verified" for i, record in found.items())
+
+
+def test_check_refuses_what_does_not_hold(program):
+    program(*FLAGS)
+    lines = Path("v/results.jsonl").read_text().splitlines()
+    attacked = next(i for i, verdict in verdicts().items() if verdict == "attacked")
+    check = ("--weights", "model.safetensors", "--check", "v")
+
+    record = records()[attacked]
+    proven = next(r for r in records().values() if r["verdict"] == "verified")
+    claim = {**record, "verdict": "verified", "stage": "crown", "verified_float32": False}
+    claim |= {key: proven[key] for key in ("bound", "how", "float32_error")}
+    changed = [json.dumps(claim) if json.loads(line)["id"] == attacked else line for line in lines]
+    Path("v/results.jsonl").write_text("\n".join(changed) + "\n")
+    assert_one_error_line(program(*check), f"image {attacked}")
+    Path("v/results.jsonl").write_text("\n".join(lines) + "\n")
+    assert program(*check)[0] == 0
+
+    example = Path(f"v/counterexamples/{attacked:05d}.npz")
+    saved = np.load(example)["adversarial"]
+    np.savez(example, adversarial=np.clip(saved + np.float32(1e-3), 0, 1))
+    assert_one_error_line(program(*check), f"image {attacked}")
+    np.savez(example, adversarial=saved)
+
+    models.mlp((3072, 48, 10), seed=2).save("model.safetensors")
+    assert_one_error_line(program(*check), "model.safetensors")
+
+
+def test_the_same_flags_give_the_same_verdicts_and_shards_merge(program):
+    program(*FLAGS)
+    whole = records()
+    for i in range(3):
+        code, _, err = program(*FLAGS[:-1], "parts", "--shard", f"{i}/3", "--resume")
+        assert code == 0, err
+    assert len(list(Path("parts").glob("results-*-of-3.jsonl"))) == 3
+    merged = records("parts")
+    assert list(merged) == list(whole)
+    for i, record in whole.items():
+        assert merged[i]["verdict"] == record["verdict"] and merged[i]["stage"] == record["stage"]
+        for t, bound in record.get("bound", {}).items():
+            assert abs(merged[i]["bound"][t] - bound) < 1e-4
+    assert program("--weights", "model.safetensors", "--check", "parts")[0] == 0
+
+
+def test_finished_images_are_not_done_again(program, monkeypatch):
+    program(*FLAGS)
+    before = Path("v/results.jsonl").read_text()
+    assert_one_error_line(program(*FLAGS), "--resume")
+    monkeypatch.setattr(pipeline, "screen", lambda *_: pytest.fail("an image was decided twice"))
+    code, _, err = program(*FLAGS, "--resume")
+    assert code == 0, err
+    assert Path("v/results.jsonl").read_text() == before
+    assert_one_error_line(program(*FLAGS, "--resume", "--eps", "2/255"), "eps")
+    assert_one_error_line(program(*FLAGS, "--resume", "--seed", "2"), "seed")
+    models.mlp((3072, 48, 10), seed=2).save("model.safetensors")
+    assert_one_error_line(program(*FLAGS, "--resume"), "weights")
+
+
+def test_time_outs_are_told_and_tried_again(program, monkeypatch):
+    blind(monkeypatch)
+    code, out, err = program(*FLAGS, "--time-limit", "1e-9")
+    assert code == 0, err
+    late = [i for i, verdict in verdicts().items() if verdict == "timeout"]
+    assert late and "undecided" in out and "--retry" in out
+
+
+def blind(monkeypatch):
+    """No attack finds anything, so that images are left for the exact solvers."""
+
+    def nothing(model, chain, x, *_, **__):
+        x = x[0] if isinstance(x, tuple) else x
+        return x, np.zeros(len(x), bool)
+
+    for name in ("paper_pgd", "targeted_pgd"):
+        monkeypatch.setattr(pipeline, name, nothing)
+
+
+def test_a_retry_decides_what_was_late(program, monkeypatch):
+    with monkeypatch.context() as patch:
+        blind(patch)
+        program(*FLAGS, "--time-limit", "1e-9")
+    late = {i for i, verdict in verdicts().items() if verdict == "timeout"}
+    before = Path("v/results.jsonl").read_text().splitlines()
+    code, _, err = program(*FLAGS, "--resume")
+    assert code == 0 and set(before) == set(Path("v/results.jsonl").read_text().splitlines()), err
+    code, _, err = program(*FLAGS, "--retry", "timeout")
+    assert code == 0, err
+    after = verdicts()
+    assert late and not set(after.values()) & set(pipeline.UNFINISHED)
+    assert len(Path("v/results.jsonl").read_text().splitlines()) == N + len(late)  # these again, and no others
+    assert program("--weights", "model.safetensors", "--check", "v")[0] == 0
+
+
+def test_an_error_of_one_image_is_told_and_the_others_go_on(program, monkeypatch):
+    def fails(image, outcome):
+        raise RuntimeError("out of cheese")
+
+    blind(monkeypatch)
+    monkeypatch.setattr(pipeline, "decide", fails)
+    code, out, err = program(*FLAGS)
+    assert code == 0, err
+    errors = [record for record in records().values() if record["verdict"] == "error"]
+    assert errors and all("out of cheese" in record["error"] for record in errors) and "error" in out
+    assert len(records()) == N
+
+
+def test_several_eps_make_a_curve_and_more_of_it_is_less(program):
+    code, _, err = program(*FLAGS[:3], "16", *FLAGS[6:], "--eps", "1/1000", "1/255", "4/255")
+    assert code == 0, err
+    reports = [json.loads(f.read_text()) for f in sorted(Path("v").glob("eps-*/report.json"))]
+    reports.sort(key=lambda r: r["eps"])
+    assert len(reports) == 3
+    for key in ("verified", "pgd_strong"):
+        assert reports[0][key] >= reports[1][key] >= reports[2][key]
+    assert reports[0]["verified"] > reports[2]["verified"]
+    assert program("--report", "v")[0] == 0
+    if plots._pyplot():
+        assert Path("v/accuracy.png").exists()
+
+
+def test_an_estimate_is_of_images_all_over_the_set_and_counts(program):
+    code, out, err = program(*FLAGS, "--estimate")
+    assert code == 0, err
+    assert "about" in out and "minutes" in out
+    assert program(*FLAGS, "--resume")[0] == 0 and len(records()) == N
+
+
+BAD = [
+    (("--eps", "-1/255"), "eps"),
+    (("--eps", "2"), "eps"),
+    (("--time-limit", "0"), "time-limit"),
+    (("--shard", "3/3"), "shard"),
+    (("--shard", "x"), "shard"),
+    (("--jobs", "0"), "jobs"),
+    (("--n", "-1"), "n"),
+]
+
+
+@pytest.mark.parametrize(("flags", "word"), BAD, ids=lambda x: "-".join(x) if type(x) is tuple else x)
+def test_a_flag_out_of_range_is_refused(program, flags, word):
+    code, _, err = program(*FLAGS, *flags)
+    assert code == 2 and word in err.splitlines()[-1] and "Traceback" not in err
+    assert not Path("v").exists()
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(program, monkeypatch):
+    assert program("--n", "1")[0] == 2  # no --weights
+    assert_one_error_line(program(*FLAGS, "--weights", "nowhere"), "nowhere")
+    Path("cut.safetensors").write_bytes(Path("model.safetensors").read_bytes()[:500])
+    assert_one_error_line(program(*FLAGS, "--weights", "cut.safetensors"), "cut.safetensors")
+    models.preact_resnet18(width=2).save("resnet.safetensors")
+    assert_one_error_line(program(*FLAGS, "--weights", "resnet.safetensors"), "layer1", "PreActBlock")
+    model = models.load("model.safetensors")
+    model.weights[7] = np.nan
+    model.save("nan.safetensors")
+    assert_one_error_line(program(*FLAGS, "--weights", "nan.safetensors"), "finite")
+    assert_one_error_line(program("--report", "nowhere"), "nowhere")
+    Path("empty").mkdir()
+    assert_one_error_line(program("--weights", "model.safetensors", "--check", "empty"), "empty")
+    assert not Path("v").exists()
+    Path("v").write_text("a file")
+    assert_one_error_line(program(*FLAGS), "v")
+
+
+def test_contradicting_results_are_a_bug_that_is_shouted(program):
+    program(*FLAGS)
+    i, record = next((i, r) for i, r in records().items() if r["verdict"] == "verified")
+    checkpoint.append_jsonl(Path("v/results-0-of-2.jsonl"), {**record, "verdict": "attacked", "stage": "pgd"})
+    with pytest.raises(UserError, match=f"image {i} is both"):
+        results.read(Path("v"))
+
+
+def test_a_finished_verdict_beats_an_unfinished_one_wherever_it_stands(program):
+    program(*FLAGS)
+    i, record = next((i, r) for i, r in records().items() if r["verdict"] == "verified")
+    checkpoint.append_jsonl(Path("v/results-0-of-2.jsonl"), {**record, "verdict": "timeout"})
+    checkpoint.append_jsonl(Path("v/results.jsonl"), {**record, "verdict": "timeout"})
+    assert verdicts()[i] == "verified"
+
+
+def test_a_linear_network_and_an_unstable_one_are_pointed_out(program, monkeypatch):
+    program(*FLAGS)
+    config, found = results.read(Path("v"))
+    for record in found.values():
+        if "switching" in record:
+            record["switching"], record["unstable"] = [0], [0]
+    assert any("linear" in line for line in results.summarise(config, found)["warnings"])
+    for record in found.values():
+        if "switching" in record:
+            record["switching"], record["unstable"] = [1], [results.MANY + 1]
+    assert any("unstable" in line for line in results.summarise(config, found)["warnings"])
+
+
+def test_the_papers_rows_stand_beside_cifar10_at_8_255_only(program):
+    program(*FLAGS)
+    config, found = results.read(Path("v"))
+    assert "21.04" not in "\n".join(results.lines(results.summarise(config, found)))
+    config |= {"data": {"name": "cifar10"}, "eps": 8 / 255}
+    assert "21.04" in "\n".join(results.lines(results.summarise(config, found)))
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(place, *arguments, before="", launcher=()):
+    """The program in a process of its own, on the small shapes10, with real workers."""
+    script = Path(place) / "run.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from nanomr import cli, shapes10\n"
+        f"shapes10.TRAIN, shapes10.TEST = 10, {N}\n"
+        "import verify_small\n"
+        f"if __name__ == '__main__':\n    {before or 'pass'}\n    cli.run(verify_small.main)\n"
+    )
+    return subprocess.Popen(
+        [*launcher, sys.executable, *(("-m", "mpi4py.futures") if launcher else ()), str(script), *map(str, arguments)],
+        cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
+    run = start(tmp_path, *FLAGS, before="verify_small.CHUNK = 2")
+    log = tmp_path / "v" / "results.jsonl"
+    give_up = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 4) and run.poll() is None:
+        assert time.monotonic() < give_up, "no result within two minutes"
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    kept = records()
+    assert 4 <= len(kept) <= N
+    with open(log, "a") as file:
+        file.write('{"id": 39, "verd')  # and half a line
+    code, _, err = program(*FLAGS, "--resume")
+    assert code == 0, err
+    after = records()
+    assert len(after) == N and all(after[i] == record for i, record in kept.items())
+    assert program("--weights", "model.safetensors", "--check", "v")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="Ctrl-C is sent as a signal")
+def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path):
+    run = start(tmp_path, *FLAGS, "--n", "0", before="verify_small.CHUNK = 1")
+    log = tmp_path / "v" / "results.jsonl"
+    give_up = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and run.poll() is None:
+        assert time.monotonic() < give_up, "no result within two minutes"
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    out, err = run.communicate(timeout=60)
+    if run.returncode == 0:
+        pytest.skip("it had finished before the signal came")
+    assert run.returncode == 130 and "Traceback" not in err and "--resume" in out, err
+    assert len(records()) >= 2
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # a killed process may take a moment to go
+            os.killpg(run.pid, 0)
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed (nanomr[mpi])")
+def test_mpi_ranks_come_to_the_same(tmp_path, program):
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if mpiexec is None:
+        pytest.skip("no mpiexec (pip install mpich)")
+    run = start(tmp_path, *FLAGS, "--executor", "mpi", launcher=(mpiexec, "-n", "2"))
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    ranks = records()
+    shutil.rmtree("v")
+    assert program(*FLAGS)[0] == 0
+    assert verdicts() == {i: record["verdict"] for i, record in ranks.items()}
