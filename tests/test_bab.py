@@ -115,7 +115,7 @@ TOLERANCE = 1e-6
 BAND = 1e-3
 
 
-def audit(problem, tree, minima, threshold):
+def audit(problem, tree, minima, threshold, restricted=False):
     """Everything that must be true of an answer."""
     least = min(minima.values())
     assert tree.status != "timeout"
@@ -127,6 +127,9 @@ def audit(problem, tree, minima, threshold):
         assert tree.bound <= least + TOLERANCE
         return
     assert tree.image is None
+    if restricted and tree.leaves is None:
+        assert threshold <= tree.bound <= max(least, threshold) + TOLERANCE
+        return
     units, alpha, split, beta = (tree.leaves[name] for name in ("units", "alpha", "split", "beta"))
     assert units.dtype == split.dtype == np.int32 and alpha.dtype == beta.dtype == np.float32
     assert alpha.shape == (len(split), len(units)) and beta.shape == split.shape
@@ -142,6 +145,86 @@ def audit(problem, tree, minima, threshold):
         for pattern in inside:
             covered[pattern] += 1
     assert set(covered.values()) == {1}  # every case is in a leaf, and in one only
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@fewer(0.4)
+@given(seed=seeds, gap=st.sampled_from([-2, -0.3, -0.03, -BAND, BAND, 0.03, 0.3]), after=st.sampled_from([0, 4]))
+def test_restricted_trees_come_to_the_same(network, seed, gap, after):
+    problem = Problem(network, seed)
+    minima = problem.minima()
+    threshold = min(minima.values()) + gap
+    tree = problem.solve(threshold=threshold, restrict_after=after, batch=2)
+    audit(problem, tree, minima, threshold, restricted=True)
+
+
+def test_restricted_trees_are_smaller_and_say_that_they_leave_no_proof():
+    plain = restricted = without = 0
+    for seed in range(40):
+        problem = Problem("norm", seed, eps=0.2)
+        least = problem.solve(threshold=-1e3).bound
+        threshold = least + 0.7 * (problem.margins(0.5 * (problem.low + problem.high))[0] - least)
+        trees = [problem.solve(threshold=threshold, restrict_after=n, max_domains=2000) for n in (np.inf, 0)]
+        if any(tree.status != "proved" for tree in trees) or trees[0].domains == 1:
+            continue
+        plain, restricted = plain + trees[0].domains, restricted + trees[1].domains
+        without += trees[1].leaves is None
+        assert trees[0].leaves is not None
+    assert without > 3 and restricted < 0.7 * plain
+
+
+@every_network
+@fewer(0.5)
+@given(seed=seeds, share=st.floats(-0.2, 1.2))
+def test_restricted_bounds_hold_for_every_image_with_a_small_margin(network, seed, share):
+    problem = Problem(network, seed, eps=0.2)
+    net, draw = problem.collapsed(), problem.draw
+    x = problem.low + draw.choice([0, draw.random(), 1], (200, *problem.low.shape[1:])) * (problem.high - problem.low)
+    logits, inputs = problem.chain.forward(x)
+    z = np.concatenate([np.zeros((len(x), 0)), *(z.reshape(len(x), -1) for z in inputs)], axis=1)[:, net.units]
+    margins = logits @ problem.row
+    limit = margins.min() + share * (margins.max() - margins.min())
+    sign = (np.sign(z[0]) * (draw.random(z.shape[1]) < 0.2)).astype(float)
+    value = np.where(sign == 0, draw.random(len(sign)), draw.exponential(0.1, len(sign)))
+    low, high = (np.concatenate([np.zeros(0), *(side.ravel() for side in sides)])[net.units]
+                 for sides in (zip(*problem.relus, strict=True) if problem.relus else ((), ())))  # fmt: skip
+    kept = low.copy(), high.copy(), sign.copy(), value.copy()
+    inside = (margins <= limit - 1e-9 * (1 + abs(limit))) & (sign * z >= 0).all(1)
+    found = bab.restrict(net, sign, value, low, high, limit)
+    assert all(np.array_equal(a, b) for a, b in zip(kept, (low, high, sign, value), strict=True))
+    if found is None:
+        assert not inside.any()
+        return
+    slack = 1e-9 * (1 + abs(z[inside]))
+    assert (z[inside] >= found[0] - slack).all() and (z[inside] <= found[1] + slack).all()
+    assert (found[0] >= low).all() and (found[1] <= high).all()
+
+
+@given(seed=seeds, cut=st.floats(-0.9, 0.9))
+def test_the_least_over_box_and_half_space_is_a_linear_programs(seed, cut):
+    highspy = pytest.importorskip("highspy", reason="highspy is not installed (pip install highspy)")
+    draw = np.random.default_rng(seed)
+    w, c = draw.normal(size=(5, 7)), draw.normal(size=7) * (draw.random(7) < 0.8)
+    k = cut * abs(c).sum()
+    for row, bound in zip(w, bab.least(w, c, k, 40), strict=True):
+        exact = linear_program(highspy, row, -np.ones(7), np.ones(7), [(-c[None], np.array([-k]))])
+        assert bound <= exact + 1e-7
+        assert bound >= exact - 1e-6 or not np.isfinite(exact)
+    assert (bab.least(w, c, k, 2) >= -abs(w).sum(1) - 1e-12).all()
+
+
+def test_no_number_restricts_nothing():
+    problem = Problem("mlp", 0)
+    net = problem.collapsed()
+    low, high = (
+        np.concatenate([side.ravel() for side in sides])[net.units] for sides in zip(*problem.relus, strict=True)
+    )
+    sign, value = np.zeros(len(low)), np.full(len(low), 0.5)
+    assert bab.restrict(net, sign, value, low, high, np.inf) is not None
+    for broken in ("image", "bias", "row_image", "row_bias"):
+        wrong = net._replace(**{broken: np.asarray(getattr(net, broken)) * np.nan})
+        assert bab.restrict(wrong, sign, value, low, high, -1e3) is not None
+    assert bab.restrict(net, sign, value * np.nan, low, high, -1e3) is not None
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -385,6 +468,16 @@ BUGS = {
     "NaN counts as proved": ("fine = bounds > threshold", "fine = ~(bounds <= threshold)"),
     "float64 is not asked": ("fine = bounds > threshold", "fine = bounds == bounds"),
     "a candidate that nobody checked": ("<= threshold else None", "<= np.inf else None"),
+    "a half-space too small": ("abs(c).sum() - limit", "abs(c).sum() - limit + 0.5"),
+    "upper bounds from lower ones": ("np.minimum(high[units], -bound[n:])", "np.minimum(high[units], bound[:n])"),
+    "a chord of other bounds": (
+        "Lines.around(low[before], high[before])",
+        "Lines.around(0.3 * low[before], high[before])",
+    ),
+    "an empty domain that is not": (
+        "if (low > high).any():\n            return None\n    return",
+        "if (low < high).any():\n            return None\n    return",
+    ),
     "duals of the wrong sign": ("np.maximum(found.row_dual, 0)", "np.maximum(-np.array(found.row_dual), 0)"),
     "an empty case is not closed": ("return dual * max(0,", "return 0 * dual * max(0,"),
 }
@@ -411,6 +504,8 @@ def trial(module):
             TRUTH[seed] = problem.minima()
         threshold = min(TRUTH[seed].values()) + gap
         audit(problem, problem.solve(module, threshold=threshold, steps=steps), TRUTH[seed], threshold)
+        tree = problem.solve(module, threshold=threshold, steps=steps, restrict_after=0)
+        audit(problem, tree, TRUTH[seed], threshold, restricted=True)
     net = problem.collapsed()
     signs, values = problem.domains(net)
     part = module.backward(net, signs, values)

@@ -507,7 +507,7 @@ def test_forms_of_the_property(form, tmp_path):
 
 def test_a_single_rival_and_the_tightest_of_several_bounds(tmp_path):
     path = tmp_path / "a.vnnlib"
-    path.write_text(BOX + "(assert (>= 0.625 X_0)) (assert (<= 0.1 X_0)) (assert (>= Y_1 Y_0))")
+    path.write_text(BOX + "(assert (>= 0.625 X_0)) (assert (<= X_0 0.875)) (assert (<= 0.1 X_0)) (assert (>= Y_1 Y_0))")
     low, high, label, rivals, classes = read_vnnlib(path)
     assert (low.tolist(), high.tolist(), label, rivals, classes) == ([0.25], [0.625], 0, [1], 3)
 
@@ -540,6 +540,7 @@ REFUSED_TEXTS = {
     "found (vnnlib-version <2.0>), neither": "(vnnlib-version <2.0>)",
     "found (declare-const X_0 Int), neither": "(declare-const X_0 Int)",
     "found word, neither": "word",
+    "found (word word": f"({'word ' * 100})",
     "ends within a parenthesis": BOX + "(assert (or",
     "closes a parenthesis": ROBUST + ")",
     "nested too deeply": "(" * 100_000,
@@ -566,6 +567,7 @@ def test_missing_files_and_boxes_that_are_none(tmp_path):
         (one, 0 * one, 0),
         (one, np.nan * one, 0),
         (-np.inf * one, one, 0),
+        (one, np.inf * one, 0),
         (one, one, 2),
         (one, one, -1),
     ):

@@ -15,9 +15,12 @@ import numpy as np
 
 from .chain import Chain
 from .crown import Box, Found, Lines, inner, lower, margin_rows
+from .halfspace import least
 
 RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
 CHILDREN = 8  # units whose two children are bounded, not yet optimised, before one is chosen
+ROUNDS, AGE = 3, 1  # of drawing in a domain's bounds; splits after which it is done again
+SLACK_64 = 1e-9  # every bound that is drawn in is this much (relatively) looser: rounding stays inside
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
 
 
@@ -119,11 +122,15 @@ class Part(NamedTuple):
     offset: np.ndarray
 
 
-def backward(net: Collapsed, signs, values) -> Part:
-    """beta-CROWN bounds: the coefficient of a split ReLU's input is that on its output, or 0, minus sign beta."""
+def backward(net: Collapsed, signs, values, chords=None) -> Part:
+    """beta-CROWN bounds: the coefficient of a split ReLU's input is that on its output, or 0, minus sign beta.
+
+    ``chords``: (upper, offset) of each domain, (S, U), where they are not the network's.
+    """
     free, on = signs == 0, (signs > 0).astype(values.dtype)
-    below, above = np.where(free, values, on), np.where(free, net.upper, on)
-    offset, force = np.where(free, net.offset, 0 * on), np.where(free, 0 * on, -signs * values)
+    upper, offset = (net.upper, net.offset) if chords is None else chords
+    below, above = np.where(free, values, on), np.where(free, upper, on)
+    offset, force = np.where(free, offset, 0 * on), np.where(free, 0 * on, -signs * values)
     relus, inputs = np.empty_like(values), np.empty_like(values)
     for at in reversed(net.layers):
         a = net.row_units[at] + inputs[:, at.stop :] @ net.between[at.stop :, at]
@@ -167,13 +174,13 @@ class Climb(NamedTuple):
     y: np.ndarray
 
 
-def climb(net: Collapsed, signs, values, scale, steps: int, target: float) -> Climb:
+def climb(net: Collapsed, signs, values, scale, steps: int, target: float, chords=None) -> Climb:
     """Adam on alpha and beta together, projected; the best of ``steps`` + 1 points. A bound > target is left alone."""
     best, kept = np.full(len(values), -np.inf, values.dtype), values.copy()
     margin, where, left = np.inf, np.zeros_like(net.row_image), np.arange(len(values))
     first, second = np.zeros_like(values), np.zeros_like(values)
     for step in range(steps + 1):
-        part = backward(net, signs, values)
+        part = backward(net, signs, values, chords)
         better = part.bound > best[left]
         best[left[better]], kept[left[better]] = part.bound[better], values[better]
         z, _, margins, y = forward(net, part)
@@ -186,6 +193,8 @@ def climb(net: Collapsed, signs, values, scale, steps: int, target: float) -> Cl
         left, signs, values, first, second, slope = (
             v if on.all() else v[on] for v in (left, signs, values, first, second, slope)
         )
+        if chords is not None and not on.all():
+            chords = chords[0][on], chords[1][on]
         first = 0.9 * first + 0.1 * slope
         second = 0.999 * second + 0.001 * slope * slope
         move = first / (1 - 0.9 ** (step + 1)) / (np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8)
@@ -212,20 +221,24 @@ def children(signs, values, relus, unit):
     return signs, values
 
 
-def branch(net: Collapsed, signs, values, target: float):
+def branch(net: Collapsed, signs, values, target: float, chords=None):
     """(children's signs, values), two for each domain, which must have a unit left to split.
 
     The CHILDREN units at which the relaxation errs most at the minimiser are tried: the product of what the two
     bounds gain decides, as in mixed-integer solvers' strong branching; a gain beyond the target counts no more.
     """
-    part = backward(net, signs, values)
+    part = backward(net, signs, values, chords)
     z, out, _, _ = forward(net, part)
     error = np.where(signs == 0, abs(part.relus * (out - np.maximum(z, 0))), -1)
     tried = min(CHILDREN, error.shape[1])
     units = np.argpartition(-error, tried - 1, axis=1)[:, :tried]
     domain = np.repeat(np.arange(len(signs)), tried)
     tries = children(signs[domain], values[domain], part.relus[domain], units.ravel())
-    gain = np.minimum(backward(net, *tries).bound.reshape(len(signs), tried, 2), target) - part.bound[:, None, None]
+    theirs = None if chords is None else [np.repeat(c[domain], 2, 0) for c in chords]
+    gain = (
+        np.minimum(backward(net, *tries, theirs).bound.reshape(len(signs), tried, 2), target)
+        - part.bound[:, None, None]
+    )
     gain = np.maximum(gain, 1e-6).prod(2)
     gain[signs[np.arange(len(signs))[:, None], units] != 0] = -1  # fewer units left than are tried
     unit = units[np.arange(len(signs)), np.nan_to_num(gain, nan=-1).argmax(1)]
@@ -328,84 +341,222 @@ def _solve_leaf(net: Collapsed, sign, threshold: float, seconds: float):
     return dual * max(0, (1 + threshold - least) / point[-1]), None
 
 
+# --- what is known where the margin is small --------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """Bounds (U,), float64, of the units' inputs at the images of a domain with margin <= threshold; their chords,
+    (upper, offset) float32."""
+
+    low: np.ndarray
+    high: np.ndarray
+    upper: np.ndarray
+    offset: np.ndarray
+
+    @classmethod
+    def of(cls, low, high) -> "Frame":
+        lines = Lines.around(low, high)
+        return cls(low, high, lines.upper.astype(np.float32), lines.offset.astype(np.float32))
+
+
+def restrict(net: Collapsed, sign, value, low, high, limit: float):
+    """(low, high) (U,) that hold at the images of one domain with margin <= ``limit``; None if there are none.
+
+    ``low``, ``high``: what is known already; all in float64. The domain's bound is a linear function c . y + k below
+    the margin, so that these images lie in the half-space c . y + k <= limit; over it and the box, each unit's linear
+    bounds are :func:`least` (the output-constrained bounds of Kotha et al., *Provably Bounding Neural Network
+    Preimages*, 2023, with bisection in the place of their gradient search). ``docs/derivations/beta_crown.md``.
+    """
+    low, high = np.where(sign > 0, np.maximum(low, 0), low), np.where(sign < 0, np.minimum(high, 0), high)
+    if (low > high).any():  # NaN, which is not >, goes on, and proves nothing
+        return None
+    lines = Lines.around(low, high)
+    part = backward(net, sign[None], value[None], (lines.upper[None], lines.offset[None]))
+    if part.bound[0] > limit:
+        return None
+    c = part.image[0]
+    k = part.bound[0] + abs(c).sum() - limit
+    for at in net.layers:
+        units = at.start + np.flatnonzero((low[at] < 0) & (high[at] > 0))
+        if len(units) == 0:
+            continue
+        n, before = len(units), slice(0, at.start)
+        rows = np.concatenate([net.between[units, before], -net.between[units, before]])
+        constant = np.concatenate([net.bias[units], -net.bias[units]])
+        image = np.concatenate([net.image[units], -net.image[units]])
+        inputs, lines = np.empty_like(rows), Lines.around(low[before], high[before])
+        for e in reversed(net.layers[: net.layers.index(at)]):
+            a = rows[:, e] + inputs[:, e.stop :] @ net.between[e.stop : at.start, e]
+            negative = np.minimum(a, 0)
+            constant += negative @ lines.offset[e]
+            inputs[:, e] = (a - negative) * lines.lower[e] + negative * lines.upper[e]
+        image += inputs @ net.image[before]
+        bound = constant + inputs @ net.bias[before] + least(image, c, k)
+        bound -= SLACK_64 * (1 + abs(bound))
+        low[units], high[units] = np.maximum(low[units], bound[:n]), np.minimum(high[units], -bound[n:])
+        if (low > high).any():
+            return None
+    return low, high
+
+
 # --- the tree ---------------------------------------------------------------------------------------------------------
+
+
+class Domain(NamedTuple):
+    """A node of the tree: its ``signs`` and ``values`` (U,), the frame it is in (None: the root's bounds), and how
+    many splits ago that was made."""
+
+    signs: np.ndarray
+    values: np.ndarray
+    frame: Frame | None = None
+    age: int = 0
+
+
+def _stack(domains: list[Domain], net: Collapsed):
+    """(signs, values, chords) of domains, (S, U) each."""
+    signs, values = np.stack([d.signs for d in domains]), np.stack([d.values for d in domains])
+    if all(d.frame is None for d in domains):
+        return signs, values, None
+    frames = [d.frame or net for d in domains]
+    return signs, values, (np.stack([f.upper for f in frames]), np.stack([f.offset for f in frames]))
 
 
 def branch_and_bound(
     chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, start: Found | None = None,
     cpu_limit: float = 60.0, batch: int = 64, steps: int = 8, max_domains: int = 200_000,
+    restrict_after: float = np.inf,
 ) -> Tree:  # fmt: skip
     """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
 
     chain: float64. relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.crown.crown` gives them. ``start``: slopes
     to begin with, (1, ...) each, as from :func:`~nanomr.verify.crown.alpha_crown`. The ``batch`` worst domains are
-    split at once, and their children climb for ``steps`` steps. Gives up after ``cpu_limit`` seconds of CPU time (of
-    the whole process; looked at after each batch), after ``max_domains`` domains (5 bytes of memory each for every
-    unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU is split if `highspy`, which
-    would decide it, is not installed or its answer lies within rounding of the threshold.
+    split at once, and their children climb for ``steps`` steps. After ``restrict_after`` domains the ReLUs' bounds in
+    a domain are drawn in to its images with margin <= threshold (:func:`restrict`): far smaller trees, but their
+    proofs no longer fit the proof file; ``leaves`` is None.
+
+    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains (5 bytes of
+    memory each for every unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU is split
+    if `highspy`, which would decide it, is not installed or its answer lies within rounding of the threshold.
     """
     begin = time.process_time()
     if not all(np.isfinite(side).all() for r in relus for side in r):
         return Tree("timeout", None, np.nan, None, 0, time.process_time() - begin)
     row = margin_rows([label], [rival], chain.classes)
     exact = collapse(chain, low, high, relus, row[0])
-    net, box, target, domains = exact.single(), Box.between(low, high), threshold + SLACK, 1
+    net, box, target, visited = exact.single(), Box.between(low, high), threshold + SLACK, 1
     closed: list[tuple] = []  # (bounds, signs, values) of leaves that float64 has confirmed
+    framed = False  # was one of them proved in a frame?
+    ends = [_flat(side)[net.units] for side in zip(*relus, strict=True)] if relus else [np.zeros(0)] * 2
+    tie, heap = count(), []
 
     def end(status, bound, image=None):
         leaves = None
-        if status == "proved":
+        if status == "proved" and not framed:
             leaves = _proof(net, *(np.concatenate(v) for v in list(zip(*closed, strict=True))[1:]))
-        return Tree(status, image, float(bound), leaves, domains, time.process_time() - begin)
+        return Tree(status, image, float(bound), leaves, visited, time.process_time() - begin)
 
     def counterexample(y):
         """The image at ``y`` if float64 agrees that its margin is <= threshold, else None."""
         x = np.clip(box.centre + y.reshape(low.shape) * box.radius, low, high)
         return x[0] if inner(row, chain.forward(x)[0])[0] <= threshold else None
 
-    def confirm(signs, values):
+    def confirm(domains: list[Domain]):
         """Close what float64 says is proved: which ones (S,), and every float64 bound."""
-        bounds = leaf_bounds(chain, low, high, relus, label, rival, _proof(net, signs, values))
+        nonlocal framed
+        signs, values, _ = _stack(domains, net)
+        bounds, plain = np.empty(len(domains)), np.array([d.frame is None for d in domains])
+        if plain.any():
+            proof = _proof(net, signs[plain], values[plain])
+            bounds[plain] = leaf_bounds(chain, low, high, relus, label, rival, proof)
+        for i in np.flatnonzero(~plain):
+            lines, value = Lines.around(domains[i].frame.low, domains[i].frame.high), values[i].astype(np.float64)
+            bound = backward(exact, signs[i][None], value[None], (lines.upper[None], lines.offset[None])).bound[0]
+            bounds[i] = bound - SLACK_64 * (1 + abs(bound))
         fine = bounds > threshold
+        framed |= bool((fine & ~plain).any())
         if fine.any():
             closed.append((bounds[fine], signs[fine], values[fine]))
         return fine, bounds
 
-    signs, values = np.zeros((1, len(net.units)), np.int8), net.lower[None]
+    def narrow(domain: Domain) -> Domain | Climb | None:
+        """``domain`` in a frame of its own; None if that proves it; a Climb that came upon a low margin."""
+        nonlocal framed
+        sign, value, frame, _ = domain
+        known = ends if frame is None else (frame.low, frame.high)
+        limit, gap = threshold + SLACK_64 * (1 + abs(threshold)), np.inf
+        for _ in range(ROUNDS):
+            known = restrict(exact, sign.astype(np.float64), value.astype(np.float64), *known, limit)
+            if known is None:
+                framed = True
+                closed.append((np.array([threshold]), sign[None], value[None]))
+                return None
+            frame = Frame.of(*known)
+            stable = (sign == 0) & ~((frame.low < 0) & (frame.high > 0))
+            sign = np.where(stable, np.where(frame.low >= 0, 1, -1), sign).astype(np.int8)
+            value = np.where(stable, 0, value).astype(np.float32)
+            chords = frame.upper[None], frame.offset[None]
+            found = climb(net, sign[None], value[None], scale, steps, target, chords)
+            value = found.values[0]
+            if found.margin <= target and counterexample(found.y) is not None:
+                return found
+            domain = Domain(sign, value, frame)
+            if (found.bound[0] > target and confirm([domain])[0][0]) or not found.bound[0] > -np.inf:
+                return None if found.bound[0] > target else domain
+            if not threshold - found.bound[0] < 0.8 * gap:
+                break
+            gap = threshold - found.bound[0]
+        return domain
+
+    root = Domain(np.zeros(len(net.units), np.int8), net.lower)
     if start is not None:
-        values = _flat(start.slopes)[None, net.units].astype(np.float32)
-    relus_at_start = abs(backward(net, signs, values).relus)
+        root = root._replace(values=_flat(start.slopes)[net.units].astype(np.float32))
+    relus_at_start = abs(backward(net, root.signs[None], root.values[None]).relus)
     scale = relus_at_start + 0.1 * relus_at_start.mean() if relus_at_start.size else relus_at_start
-    found = climb(net, signs, values, scale, 5 * steps, target)
-    tie, heap = count(), []
+    domains = [root]
+    found = climb(net, *_stack(domains, net)[:2], scale, 5 * steps, target)
     while True:
-        values = found.values
+        domains = [d._replace(values=value.copy()) for d, value in zip(domains, found.values, strict=True)]
         if found.margin <= target and (image := counterexample(found.y)) is not None:
             return end("candidate", min(found.bound.min(), heap[0][0] if heap else np.inf), image)
-        fine, bound = np.zeros(len(values), bool), found.bound.astype(np.float64)
+        fine, bound = np.zeros(len(domains), bool), found.bound.astype(np.float64)
         if (ready := np.flatnonzero(bound > target)).size:
-            fine[ready], bound[ready] = confirm(signs[ready], values[ready])
+            fine[ready], bound[ready] = confirm([domains[i] for i in ready])
         bound[np.isnan(bound)] = -np.inf
         for i in np.flatnonzero(~fine):
-            heapq.heappush(heap, (float(bound[i]), next(tie), signs[i].copy(), values[i].copy()))
+            heapq.heappush(heap, (float(bound[i]), next(tie), domains[i]))
         if not heap:
             return end("proved", min(b.min() for b, _, _ in closed))
         worst = heap[0][0]
-        if not worst > -np.inf or domains >= max_domains or time.process_time() - begin > cpu_limit:
+        if not worst > -np.inf or visited >= max_domains or time.process_time() - begin > cpu_limit:
             return end("timeout", worst)
-        signs, values = (np.stack(v) for v in list(zip(*(heapq.heappop(heap) for _ in heap[:batch]), strict=True))[2:])
-        split = (signs != 0).all(1)
-        for sign in signs[split]:
+        domains, left = [heapq.heappop(heap)[2] for _ in heap[:batch]], []
+        for domain in domains:
             seconds = cpu_limit - (time.process_time() - begin)
-            beta, y = _solve_leaf(exact, sign.astype(np.float64), threshold, seconds)
-            if y is not None and (image := counterexample(y)) is not None:
-                return end("candidate", worst, image)
-            if beta is None or not confirm(sign[None], beta[None].astype(np.float32))[0].all():
-                return end("timeout", worst)
-        if split.all():
-            signs, values = signs[:0], values[:0]
-            found = Climb(np.zeros(0, np.float32), values, np.inf, net.row_image)
-            continue
-        signs, values = branch(net, signs[~split], values[~split], target)
-        domains += len(signs)
-        found = climb(net, signs, values, scale, steps, target)
+            if (domain.signs != 0).all():
+                beta, y = _solve_leaf(exact, domain.signs.astype(np.float64), threshold, seconds)
+                if y is not None and (image := counterexample(y)) is not None:
+                    return end("candidate", worst, image)
+                if beta is None or not confirm([domain._replace(values=beta.astype(np.float32))])[0].all():
+                    return end("timeout", worst)
+            elif visited > restrict_after and (domain.frame is None or domain.age >= AGE) and seconds > 0:
+                domain = narrow(domain)
+                if isinstance(domain, Climb):
+                    return end("candidate", worst, counterexample(domain.y))
+                if domain is not None:
+                    left.append(domain)
+            else:
+                left.append(domain)
+        if any((d.signs != 0).all() for d in left):  # nothing to branch on: they come again, as linear programs
+            for d in [d for d in left if (d.signs != 0).all()]:
+                heapq.heappush(heap, (worst, next(tie), d))
+            left = [d for d in left if not (d.signs != 0).all()]
+        domains = []
+        found = Climb(np.zeros(0, np.float32), np.zeros((0, len(net.units)), np.float32), np.inf, net.row_image)
+        if left:
+            signs, values, chords = _stack(left, net)
+            signs, values = branch(net, signs, values, target, chords)
+            chords = None if chords is None else [np.repeat(c, 2, 0) for c in chords]
+            domains = [Domain(s.copy(), v, left[i // 2].frame, left[i // 2].age + 1)
+                       for i, (s, v) in enumerate(zip(signs, values, strict=True))]  # fmt: skip
+            visited += len(domains)
+            found = climb(net, signs, values, scale, steps, target, chords)

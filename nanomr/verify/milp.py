@@ -249,7 +249,7 @@ def restrict(chain: Chain, low, high, relus, label: int, rival: int, *, threshol
                 value -= SLACK * (1 + abs(value))
                 flat_low[part] = np.maximum(flat_low[part], value[: len(part)])
                 flat_high[part] = np.minimum(flat_high[part], -value[len(part) :])
-            if not (flat_low <= flat_high).all():
+            if (flat_low > flat_high).any():  # NaN, which is not >, goes on, and proves nothing
                 return None
             lines[layer] = crown.Lines.around(z_low, z_high)
     return relus

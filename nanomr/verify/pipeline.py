@@ -19,6 +19,7 @@ from .rounding import float32_error
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
+RESTRICT_AFTER = 500  # domains: half a second, in which most trees are finished, and have a proof that can be checked
 
 
 class Settings(NamedTuple):
@@ -182,12 +183,14 @@ class Verifier:
                 effort = f"{answer.message}, {answer.nodes} nodes"
             else:
                 answer = branch_and_bound(
-                    self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget
-                )
+                    self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget,
+                    restrict_after=RESTRICT_AFTER,
+                )  # fmt: skip
                 proved, leaves, bound = answer.status == "proved", answer.leaves or {}, answer.bound
                 effort = f"{answer.status}, {answer.domains} domains"
             notes.append(f"{stage}, margin > {threshold:.2g}: {effort}, {answer.seconds:.2f} s")
             if proved:
+                stage = "restricted bab" if stage == "bab" and not leaves else stage
                 return _Answer("proved", stage, bound, leaves, None, notes, solved)
             if answer.status == "candidate":
                 adversarial = self._confirm(tried, answer.image, label, rival)

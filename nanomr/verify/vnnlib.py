@@ -69,7 +69,7 @@ def write_vnnlib(path, low: np.ndarray, high: np.ndarray, label: int, classes: i
 
 def _decimal(value, context):
     """Without an exponent, which SMT-LIB does not know, and always with a point."""
-    text = format(context.create_decimal_from_float(value + 0.0), "f")  # + 0.0: no "-0"
+    text = format(context.create_decimal_from_float(value), "f")
     return text if "." in text else f"{text}.0"
 
 
