@@ -7,6 +7,7 @@ python verify_small.py --weights runs/x --n 0 --out v/x --resume     # go on aft
 python verify_small.py --weights runs/x --n 200 --eps 2/255 4/255 8/255   # a curve
 python verify_small.py --weights runs/x --check v/x                  # re-evaluate every proof, with rounding errors
 python verify_small.py --report v/x                                  # the table and the pictures again
+python verify_small.py --weights runs/x --n 50 --export v/onnx       # instances for other verifiers
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from nanomr import __version__, checkpoint, cli, data, metrics, plots
 from nanomr.errors import UserError
-from nanomr.verify import certificate, pipeline, results, vnnlib
+from nanomr.verify import attack, certificate, milp, onnx_io, pipeline, results, vnnlib
 from nanomr.verify.chain import Chain
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches
@@ -42,11 +43,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--report", type=Path, nargs="+", metavar="RESULTS", help=text)
     text = "write ONNX, VNN-LIB and instances.csv for other verifiers, and stop"
     g.add_argument("--export", type=Path, metavar="DIR", help=text)
+    text = "decide the instances (ONNX, VNN-LIB, seconds) of a VNN-COMP instances.csv: sat, unsat, timeout or unknown"
+    g.add_argument("--instances", type=Path, metavar="CSV", help=text)
     g.add_argument("--estimate", action="store_true", help="50 images spread over the test set; what all would take")
 
     g = p.add_argument_group("network and images")
-    text = "the network: a .safetensors file, a run folder, or an .onnx file"
-    g.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    g.add_argument("--weights", type=Path, metavar="FILE", help="the network: a .safetensors file, or a run folder")
     text = "whose test images; default: of what the network was trained on, by its file, else shapes10"
     g.add_argument("--data", choices=("shapes10", "cifar10"), help=text)
     g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
@@ -292,6 +294,37 @@ def export(args, dataset, model, ids) -> int:
     return 0
 
 
+def run_instances(file: Path) -> int:
+    """A line for each instance of a VNN-COMP list: its name, verdict and CPU seconds.
+
+    "unsat": no X in the box has a Y_t >= Y_label, by a proof; "sat": there is one, and it was evaluated.
+    """
+    try:
+        rows = [line.split(",") for line in file.read_text().split()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not all(len(row) == 3 for row in rows):
+        raise UserError(f"{file}: a line must be network.onnx,property.vnnlib,seconds")
+    words = {"verified": "unsat", "attacked": "sat", "falsified": "sat", "timeout": "timeout"}
+    with milp.Solver() as solver:
+        for network, prop, seconds in rows:
+            model = onnx_io.import_onnx(file.parent / network)
+            instance = vnnlib.read_vnnlib(file.parent / prop, model.input_shape)
+            if sorted([*instance.rivals, instance.label]) != list(range(instance.classes)):
+                raise UserError(f"{prop}: only properties with every class but one as rivals can be decided")
+            box = instance.low[None], instance.high[None]
+            image = attack.inside(*box)[0]  # any image of the box, to be classified first
+            settings = pipeline.Settings(0.0, time_limit=cli.number(float, above=0)(seconds))
+            verifier = pipeline.Verifier(model, settings, solver)
+            (outcome,) = verifier.screen(image, [instance.label], [0], box)
+            if outcome.record["verdict"] is None:
+                outcome = verifier.decide(image[0], outcome, (box[0][0], box[1][0]))
+            record = outcome.record
+            verdict = "sat" if record["verdict"] == "misclassified" else words.get(record["verdict"], "unknown")
+            print(f"{network},{prop},{verdict},{record['seconds']:.2f}", flush=True)
+    return 0
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +333,8 @@ def main() -> int:
     args = p.parse_args()
     if args.report:
         return show(args.report)
+    if args.instances:
+        return run_instances(args.instances)
     if not args.weights:
         p.error("--weights FILE is needed: the network")
     if args.retry:

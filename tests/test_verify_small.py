@@ -270,6 +270,22 @@ def test_an_estimate_is_of_images_all_over_the_set_and_counts(program):
     assert program(*FLAGS, "--resume")[0] == 0 and len(records()) == N
 
 
+def test_instances_for_other_verifiers_come_back_to_ours(program):
+    pytest.importorskip("onnx", reason="onnx is not installed (pip install 'nanomr[onnx]')")
+    code, out, err = program(*FLAGS, "--export", "ex", "--n", "12", "--time-limit", "50")
+    assert code == 0 and "12 VNN-LIB files" in out, err
+    assert Path("ex/instances.csv").read_text().splitlines()[3] == "model.onnx,vnnlib/img_3.vnnlib,50"
+    assert program(*FLAGS, "--n", "12")[0] == 0
+    code, out, err = program("--instances", "ex/instances.csv")
+    assert code == 0, err
+    words = {"verified": "unsat"}
+    ours = [words.get(verdict, "sat") for _, verdict in sorted(verdicts().items())]
+    assert [line.split(",")[2] for line in out.splitlines()] == ours and set(ours) == {"sat", "unsat"}
+    Path("ex/instances.csv").write_text("one,two\n")
+    assert_one_error_line(program("--instances", "ex/instances.csv"), "instances.csv")
+    assert_one_error_line(program("--instances", "nowhere.csv"), "nowhere.csv")
+
+
 BAD = [
     (("--eps", "-1/255"), "eps"),
     (("--eps", "2"), "eps"),
