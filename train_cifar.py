@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
+    text = "of the activations; weights are float32. Default: bf16 on a GPU; a CPU has fp32 alone"
+    g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help=text)
     g.add_argument("--out", type=Path, default=None, help="run folder; default: runs/MODEL-DATA-METHOD-SEED")
     g.add_argument(
         "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
@@ -110,7 +112,8 @@ def configure(args, device: str, classes: int) -> Config:
         hold_out=HOLD_OUT[args.data] if args.hold_out is None else args.hold_out,
         batch_size=args.batch_size, train_images=args.train_images, seed=args.seed, momentum=args.momentum,
         weight_decay=args.weight_decay, eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor,
-        alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not args.no_augment, **chosen,
+        alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not args.no_augment,
+        precision=args.precision or ("bf16" if device == "gpu" else "fp32"), **chosen,
     )  # fmt: skip
 
 

@@ -133,6 +133,8 @@ def main():
     dataset = data.load(args.data, args.data_dir, download=False)
     n = min(args.images, len(dataset.test_labels))
     x, labels = metrics.as_float(dataset.test_images[:n]), dataset.test_labels[:n]
+    if not args.weights:  # a random network is right about nothing: its own words are the labels
+        labels = model.forward(x)[0].argmax(1)
     done: list[Outcome] = []
     with Solver() as solver:
         verifier = Verifier(model, Settings(args.eps / 255, time_limit=args.time_limit), solver)
@@ -158,7 +160,7 @@ def main():
             f"{'':34}{stage:14} {len(seconds):7} {np.mean(seconds):8.4f} {np.median(seconds):8.4f} {max(seconds):8.2f}"
         )
     proofs = [r for r in records if "bound" in r and r["verdict"] != "attacked"]
-    seconds = np.array([r["seconds"] for r in proofs] or [np.nan])
+    seconds = np.array([r["seconds"] for r in proofs] or [0.0])
     compared = proofs[:: max(1, len(proofs) // max(args.plain, 1))][: args.plain]
     ours, plain, finished = 0.0, 0.0, 0
     for record in compared:
@@ -185,8 +187,8 @@ def main():
             "p95_s": round(float(np.quantile(seconds, 0.95)), 3), "largest_s": round(float(seconds.max()), 2),
             "proofs": len(proofs), "verified": sum(r["verdict"] == "verified" for r in records),
             "timeouts": sum(r["verdict"] in UNFINISHED for r in records),
-            "vs_plain": round(plain / ours, 1) if compared else None, "plain_finished": f"{finished} of {len(compared)}",
-            "load": round(load, 2), "quick": args.quick,
+            "vs_plain": round(plain / ours, 1) if compared else None,
+            "plain_finished": f"{finished} of {len(compared)}", "load": round(load, 2), "quick": args.quick,
         }
     )  # fmt: skip
     if args.json:

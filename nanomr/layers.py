@@ -39,6 +39,30 @@ class PairBatch(NamedTuple):
         return PairBatch(*ops_for(d_full).contract_pair(d_full))
 
 
+class Normalized(NamedTuple):
+    """gamma (x - mean) inv_std + beta, not computed yet: the ReLU behind it does both in one pass, where ``ops`` can.
+
+    Going back, ReLU hands its dy over as :class:`BehindReLU`, and batch normalisation does both again.
+    """
+
+    x: object
+    gamma: object
+    beta: object
+    mean: object
+    inv_std: object
+
+    def full(self):
+        return ops_for(self.x).batchnorm(*self)
+
+
+class BehindReLU(NamedTuple):
+    """The gradient behind a ReLU, and what the Hamming regulariser adds in front of it (None without)."""
+
+    dy: object
+    alpha: float | None = None
+    weight: object = None
+
+
 class Layer:
     """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays."""
 
@@ -129,9 +153,13 @@ class Conv2d(Affine):
         return ops_for(dy).conv2d_input_gradient(dy, self.params["weight"], self.stride, self.padding, x.shape)
 
     def accumulate_from(self, x, dy, bias=True):
-        shape = self.params["weight"].shape
-        dw, db = ops_for(dy).conv2d_weight_gradient(x, dy, shape, self.stride, self.padding)
-        self.accumulate(weight=dw, **({"bias": db} if bias and "bias" in self.params else {}))
+        ops, window = ops_for(dy), (self.params["weight"].shape, self.stride, self.padding)
+        if bias and "bias" in self.params:
+            dw, db = ops.conv2d_weight_gradient(x, dy, *window)
+            return self.accumulate(weight=dw, bias=db)
+        if hasattr(ops, "conv2d_dw"):
+            return self.accumulate(weight=ops.conv2d_dw(x, dy, *window))
+        self.accumulate(weight=ops.conv2d_weight_gradient(x, dy, *window)[0])
 
     def to_torch(self, name, value):
         return value.transpose(3, 2, 0, 1) if name == "weight" else value  # HWIO -> OIHW
@@ -234,6 +262,10 @@ class ReLU(Layer):
     takes_pairs = True
 
     def forward(self, z, train=False, tap=None):
+        if isinstance(z, Normalized):
+            if tap is None:
+                return ops_for(z.x).batchnorm_relu(*z), (z, None, None)
+            z = z if getattr(tap, "takes_normalized", False) else z.full()
         if tap is not None:
             y, record = tap.forward(z)
             return y, (z, tap, record)
@@ -248,6 +280,8 @@ class ReLU(Layer):
         z, tap, record = cache
         if tap is not None:
             return tap.backward(dy, z, record)
+        if isinstance(z, Normalized):
+            return BehindReLU(dy)
         if isinstance(z, PairBatch):
             return PairBatch.gradient(ops_for(dy).relu_backward(dy, z.full()))
         return ops_for(dy).relu_backward(dy, z)
@@ -258,11 +292,12 @@ class BatchNorm2d(Layer):
 
     Training mode uses the batch's own statistics and updates the running ones (momentum 0.1, unbiased variance, as
     PyTorch); evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
+    ``before_relu`` says that a ReLU comes next, so that training may leave the work to it (:class:`Normalized`).
     """
 
-    def __init__(self, channels, eps=1e-5, momentum=0.1):
+    def __init__(self, channels, eps=1e-5, momentum=0.1, before_relu=False):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.before_relu = eps, momentum, before_relu
         self.params.update(weight=np.ones(channels, np.float32), bias=np.zeros(channels, np.float32))
         self.buffers.update(running_mean=np.zeros(channels, np.float32), running_var=np.ones(channels, np.float32))
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
@@ -279,12 +314,21 @@ class BatchNorm2d(Layer):
             # a copy: a training pass may move the buffer while this cache is alive
             mean, var = self.buffers["running_mean"].copy(), self.buffers["running_var"]
         inv_std = 1 / (var + self.eps) ** 0.5
-        y = ops.batchnorm(x, self.params["weight"], self.params["bias"], mean, inv_std)
+        y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
+        if not (train and self.before_relu and hasattr(ops, "batchnorm_relu")):
+            y = y.full()
         return y, (x, mean, inv_std, train)
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         x, mean, inv_std, train = cache
-        ops, gamma = ops_for(dy), self.params["weight"]
+        ops, gamma = ops_for(x), self.params["weight"]
+        if isinstance(dy, BehindReLU):
+            dx, dgamma, dbeta = ops.batchnorm_relu_backward(
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight
+            )
+            if param_grads:
+                self.accumulate(weight=dgamma, bias=dbeta)
+            return dx
         if param_grads or (train and input_grad):
             dgamma, dbeta = ops.batchnorm_parameter_gradient(dy, x, mean, inv_std)
         if param_grads:
@@ -329,6 +373,12 @@ class Sequential(Layer):
         return dy
 
 
+def _add(a, b):
+    """a + b, by a kernel where there is one."""
+    ops = ops_for(a)
+    return ops.add(a, b) if hasattr(ops, "add") else a + b
+
+
 class PreActBlock(Layer):
     """Pre-activation residual block (He et al. 2016): y = conv2(relu(bn2(conv1(h)))) + shortcut, h = relu(bn1(x)).
 
@@ -340,10 +390,10 @@ class PreActBlock(Layer):
     def __init__(self, in_channels, channels, stride=1, out_shortcut=True, activated_identity=False):
         super().__init__()
         self.children = {
-            "bn1": BatchNorm2d(in_channels),
+            "bn1": BatchNorm2d(in_channels, before_relu=True),
             "relu1": ReLU(),
             "conv1": Conv2d(in_channels, channels, 3, stride, 1, bias=False),
-            "bn2": BatchNorm2d(channels),
+            "bn2": BatchNorm2d(channels, before_relu=True),
             "relu2": ReLU(),
             "conv2": Conv2d(channels, channels, 3, 1, 1, bias=False),
         }
@@ -360,7 +410,7 @@ class PreActBlock(Layer):
                 shortcut = h if self.shortcut_reads_h else x
         if self.projects:
             shortcut, caches["shortcut"] = self.children["shortcut"].forward(shortcut)
-        return h + shortcut, caches
+        return _add(h, shortcut), caches
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         d_shortcut = dy
@@ -369,8 +419,8 @@ class PreActBlock(Layer):
         dh = dy
         for name in ("conv2", "relu2", "bn2", "conv1", "relu1", "bn1"):
             if name == "relu1" and self.shortcut_reads_h:
-                dh = dh + d_shortcut
+                dh = _add(dh, d_shortcut)
             dh = self.children[name].backward(dh, cache[name], param_grads, input_grad or name != "bn1")
         if not input_grad:
             return None
-        return dh if self.shortcut_reads_h else dh + d_shortcut
+        return dh if self.shortcut_reads_h else _add(dh, d_shortcut)

@@ -4,7 +4,7 @@ Values are means over the batch. On a GPU they are 0-d arrays: reading one (``fl
 """
 
 from .backend import array_module
-from .layers import PairBatch
+from .layers import BehindReLU, Normalized, PairBatch
 from .ops import ops_for
 
 
@@ -59,6 +59,8 @@ class Hamming:
     the norms: one number a layer, or N with ``per_sample``.
     """
 
+    takes_normalized = True
+
     def __init__(self, alpha: float = 8.0, weight: float = 1.0, per_sample: bool = False):
         self.alpha, self.weight, self.per_sample = alpha, weight, per_sample
         self.layers, self.total = 0, 0.0
@@ -71,6 +73,8 @@ class Hamming:
         """(relu(z), norms); called by ReLU."""
         if isinstance(z, PairBatch):
             y, squares = ops_for(z.x).relu_hamming_pair(z.x, z.rho, self.alpha)
+        elif isinstance(z, Normalized):
+            y, squares = ops_for(z.x).batchnorm_relu_hamming(*z, self.alpha)
         else:
             y, squares = ops_for(z).relu_hamming(z, self.alpha)
         norms = squares**0.5 if self.per_sample else squares.sum(keepdims=True) ** 0.5
@@ -85,4 +89,6 @@ class Hamming:
         weight = xp.broadcast_to(scale / xp.maximum(norms, 1e-12), (n,))
         if isinstance(z, PairBatch):
             return PairBatch(*ops.relu_hamming_pair_backward(dy, z.x, z.rho, self.alpha, weight))
+        if isinstance(z, Normalized):
+            return BehindReLU(dy, self.alpha, weight)
         return ops.relu_hamming_backward(dy, z, self.alpha, weight)

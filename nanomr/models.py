@@ -97,6 +97,7 @@ class Model(Sequential):
     def forward(self, x, train=False, tap=None):
         """(logits (N, K), cache). ``x`` (N, H, W, C) in [0, 1], of the model's dtype; or a PairBatch of it.
 
+        A float32 model takes bfloat16 images too: activations are then bfloat16, weights and logits float32 (on a GPU).
         Evaluation mode unless ``train=True``. Raises ValueError for another shape or dtype.
         """
         pair = isinstance(x, PairBatch)
@@ -104,7 +105,7 @@ class Model(Sequential):
             if tuple(images.shape[1:]) != self.input_shape:
                 wanted = ", ".join(map(str, ("N", *self.input_shape)))
                 raise ValueError(f"the model takes images ({wanted}), not {images.shape}")
-            if images.dtype != self.dtype:
+            if images.dtype != self.dtype and (images.dtype.name, self.dtype.name) != ("bfloat16", "float32"):
                 raise ValueError(f"the model is {self.dtype}, the images are {images.dtype}: convert one of them")
         if pair and len(x.x) != len(x.rho):
             raise ValueError(f"{len(x.x)} images and {len(x.rho)} perturbations: there must be one for each")
@@ -225,7 +226,7 @@ def preact_resnet18(
         bn_before_fc, out_shortcut = False, True
     children: dict[str, Layer] = {**_input(mean, std, width, classes), "conv1": Conv2d(3, width, 3, 1, 1, bias=False)}
     if jin_v1:
-        children.update(bn1=BatchNorm2d(width), relu1=ReLU())
+        children.update(bn1=BatchNorm2d(width, before_relu=True), relu1=ReLU())
     channels = width
     for i, stride in enumerate((1, 2, 2, 2)):
         out = width * 2**i
@@ -237,7 +238,7 @@ def preact_resnet18(
         )
         channels = out
     if bn_before_fc:
-        children.update(bn=BatchNorm2d(channels), relu=ReLU())
+        children.update(bn=BatchNorm2d(channels, before_relu=True), relu=ReLU())
     children.update(pool=AveragePool2d(), flatten=Flatten(), linear=Linear(channels, classes))
     config = dict(name="preact_resnet18", bn_before_fc=bn_before_fc, out_shortcut=out_shortcut, jin_v1=jin_v1)
     config |= {"width": width, "classes": classes, "mean": list(mean), "std": list(std)}

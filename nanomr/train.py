@@ -22,7 +22,7 @@ from .data import Dataset
 from .errors import UserError
 from .manifold import corner_pairs
 from .methods import manifold_step, standard_step
-from .ops import ops_for
+from .ops import gpu, ops_for
 
 SAVE_EVERY = 120  # seconds between checkpoints within an epoch
 CHECK_EVERY = 50  # steps between looks at the loss (on a GPU a look waits for the device)
@@ -52,6 +52,7 @@ class Config:
     alpha: float = 8.0
     hamming_norm: str = "batch"  # or "sample"
     augment: bool = True
+    precision: str = "fp32"  # on a GPU also "tf32" and "bf16", of what a step multiplies; weights are float32
 
     def schedule(self, epoch: float) -> dict:
         """lr, eps, gamma_i, gamma_h at a fractional epoch (appendix B, scaled to this run's length)."""
@@ -73,6 +74,10 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu"):
         self.config, self.dataset, self.folder, self.device = config, dataset, Path(folder), device
+        if device == "cpu" and config.precision != "fp32":
+            raise UserError(f"--precision {config.precision} needs a GPU: use --precision fp32")
+        if device == "gpu":
+            gpu.set_tf32(config.precision == "tf32")
         images, labels, held, held_labels = dataset.hold_out(config.hold_out)
         if config.train_images:
             images, labels = images[: config.train_images], labels[: config.train_images]
@@ -114,10 +119,11 @@ class Trainer:
         config, now = self.config, self.config.schedule(self.step / self.steps_per_epoch)
         x, labels = self.batch(self.step)
         if config.method == "standard":
-            parts = standard_step(self.model, x, labels)
+            parts = standard_step(self.model, self._cast(x), labels)
         else:
             rho = corner_pairs(x, now["eps"], config.seed, self.step)
             per_sample = config.hamming_norm == "sample"
+            x, rho = self._cast(x), self._cast(rho)
             parts = manifold_step(self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], config.alpha, per_sample)
         norm = self.optimizer.step(now["lr"])
         self.step += 1
@@ -127,6 +133,10 @@ class Trainer:
         ratios = values[2:4] * xp.asarray([now["gamma_i"], now["gamma_h"]]) / values[1]
         self.peaks = xp.where(self.peaks.max() > 10, self.peaks, xp.fmax(self.peaks, ratios))  # the first one did it
         return values
+
+    def _cast(self, images):
+        """float32 images in what the network computes in."""
+        return gpu.cast(images, gpu.bfloat16()) if self.config.precision == "bf16" else images
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -252,7 +262,8 @@ class Trainer:
         """Continue from the folder's ``last.safetensors``."""
         path, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
         tensors, metadata = checkpoint.load_tensors(path)
-        if metadata.get("config") != asdict(self.config):
+        earlier = {"precision": "fp32"} | (metadata.get("config") or {})  # runs of before there was a choice
+        if earlier != asdict(self.config):
             raise UserError(f"{path} belongs to another configuration than config.json: restore one of the two")
         records = checkpoint.read_jsonl(log) if log.exists() else []
         if not all("epoch" in record for record in records):

@@ -40,3 +40,14 @@ def test_the_profile_is_a_table():
     lines = run("--profile")
     assert any(line.startswith("conv2d_weight_gradient") for line in lines)
     assert lines[-1].startswith("the whole step") and lines[-1].endswith("100.0%")
+
+
+def test_the_verifiers_last_line_is_json(tmp_path):
+    pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
+    script = TRAIN_STEP.parent / "verify.py"
+    flags = ["--quick", "--eps", "1", "--json", str(tmp_path / "result.json")]
+    result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+    assert found["proofs"] > 0 and found["crown_s"] > 0 and found["median_s"] > 0

@@ -380,6 +380,14 @@ def start(place, *arguments, before="", launcher=()):
     )  # fmt: skip
 
 
+def assert_gone(run):
+    """Nothing of its process group is left."""
+    with pytest.raises(ProcessLookupError):
+        for _ in range(200):  # a process may take a moment to go
+            os.killpg(run.pid, 0)
+            time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
@@ -389,8 +397,9 @@ def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
     while not (log.exists() and log.read_text().count("\n") >= 4) and run.poll() is None:
         assert time.monotonic() < give_up, "no result within two minutes"
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
+    run.kill()  # the parent alone: its workers must notice, and end
     run.communicate()
+    assert_gone(run)
     kept = records()
     assert 4 <= len(kept) <= N
     with open(log, "a") as file:
@@ -417,10 +426,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path):
         pytest.skip("it had finished before the signal came")
     assert run.returncode == 130 and "Traceback" not in err and "--resume" in out, err
     assert len(records()) >= 2
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # a killed process may take a moment to go
-            os.killpg(run.pid, 0)
-            time.sleep(0.05)
+    assert_gone(run)
 
 
 @pytest.mark.slow

@@ -8,7 +8,10 @@ Before the solver starts, :func:`restrict` draws the ReLUs' bounds in: only imag
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import time
 from typing import NamedTuple
 
@@ -149,8 +152,21 @@ class Solver:
         self.close()
 
 
+def end_with_parent():
+    """Let this process end when the one that started it does, even if that one was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch():
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(connection):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    end_with_parent()
     while True:
         try:
             task = connection.recv()

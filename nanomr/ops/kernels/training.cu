@@ -1,0 +1,152 @@
+// What a training step needs beside the network: random draws, augmentation, losses, the last layer, the optimiser.
+// float32 throughout. Scalars that change from step to step are read from memory: a captured CUDA graph replays the
+// same arguments.
+
+#define FOR_EACH(i, count) for (int i = blockIdx.x * 256 + threadIdx.x; i < (count); i += 256 * gridDim.x)
+
+// --- random numbers: NumPy's Philox (4 x 64 bits, 10 rounds), bit by bit; see nanomr/rng.py --------------------------
+
+struct Block { uint64_t word[4]; };
+
+// The `number`-th block of four words of the stream (seed, stream, step).
+__device__ __forceinline__ Block philox(uint64_t seed, uint64_t stream, uint64_t step, uint64_t number) {
+  Block b = {{number + 1, step, 0, 0}};  // NumPy counts up before it draws
+  uint64_t k0 = seed, k1 = stream;
+  for (int round = 0; round < 10; round++) {
+    const uint64_t a = 0xD2E7470EE14C6C93ull, c = 0xCA5A826395121157ull;
+    const Block old = b;
+    b.word[0] = multiply_high(c, old.word[2]) ^ old.word[1] ^ k0;
+    b.word[1] = c * old.word[2];
+    b.word[2] = multiply_high(a, old.word[0]) ^ old.word[3] ^ k1;
+    b.word[3] = a * old.word[0];
+    k0 += 0x9E3779B97F4A7C15ull, k1 += 0xBB67AE8584CAA73Bull;
+  }
+  return b;
+}
+
+// rho = +eps or -eps for each bit, the least significant first; a set bit is -eps. As manifold.corner_pairs.
+extern "C" __global__ void __launch_bounds__(256) draw_corners(float* __restrict__ rho, int count, uint64_t seed,
+    uint64_t stream, const uint64_t* __restrict__ step, const float* __restrict__ eps) {
+  FOR_EACH(b, (count + 255) / 256) {
+    const Block block = philox(seed, stream, *step, b);
+#pragma unroll
+    for (int w = 0; w < 4; w++)
+      for (int i = 0; i < 64 && 256 * b + 64 * w + i < count; i++)
+        rho[256 * b + 64 * w + i] = block.word[w] >> i & 1 ? -*eps : *eps;
+  }
+}
+
+// The words themselves, given: as ops.reference.corners.
+extern "C" __global__ void __launch_bounds__(256) corners(const uint64_t* __restrict__ words, float* __restrict__ rho,
+                                                          int count, float eps) {
+  FOR_EACH(i, count) rho[i] = words[i / 64] >> i % 64 & 1 ? -eps : eps;
+}
+
+// One thread draws as NumPy's Generator does, one number after another: integers(0, 9, n) twice, then random(n) < 0.5.
+extern "C" __global__ void draw_augmentation(int* __restrict__ top, int* __restrict__ left, int* __restrict__ flip,
+    int n, uint64_t seed, uint64_t stream, const uint64_t* __restrict__ step) {
+  Block block;
+  int used = 0;  // 64-bit words so far
+  const auto next = [&] {
+    if (used % 4 == 0) block = philox(seed, stream, *step, used / 4);
+    const int w = used++ % 4;
+    return w < 2 ? (w ? block.word[1] : block.word[0]) : (w == 2 ? block.word[2] : block.word[3]);
+  };
+  uint64_t word = 0;
+  bool half_left = false;  // 32-bit draws take the lower half of a word first
+  for (int i = 0; i < 2 * n; i++) {
+    uint64_t product;
+    do {  // Lemire's method: the upper half of 9 * draw, unless the lower one is among the 4 (2^32 mod 9) too many
+      if (!half_left) word = next();
+      product = (half_left ? word >> 32 : word & 0xffffffffu) * 9;
+      half_left = !half_left;
+    } while ((product & 0xffffffffu) < 4);
+    int* const to = i < n ? top + i : left + (i - n);
+    *to = (int)(product >> 32);
+  }
+  for (int i = 0; i < n; i++) flip[i] = next() >> 63 == 0;  // (word >> 11) / 2^53 < 1/2
+}
+
+// --- data ------------------------------------------------------------------------------------------------------------
+
+// out (n, rows, columns, C) in [0, 1]: images[index] moved by (top, left) - pad, black outside, mirrored where flip.
+extern "C" __global__ void __launch_bounds__(256) crop_flip(const unsigned char* __restrict__ images,
+    const int* __restrict__ index, const int* __restrict__ top, const int* __restrict__ left,
+    const int* __restrict__ flip, float* __restrict__ out, int n, int rows, int columns, int channels, int pad) {
+  FOR_EACH(i, n * rows * columns * channels) {
+    const int c = i % channels, q = i / channels % columns, p = i / channels / columns % rows;
+    const int image = i / channels / columns / rows;
+    const int row = p + top[image] - pad, column = (flip[image] ? columns - 1 - q : q) + left[image] - pad;
+    const bool inside = (unsigned)row < rows && (unsigned)column < columns;
+    const long long pixel = ((long long)index[image] * rows + row) * columns + column;
+    out[i] = inside ? images[pixel * channels + c] * (1.f / 255.f) : 0.f;
+  }
+}
+
+// --- losses ----------------------------------------------------------------------------------------------------------
+
+// One block. logits (branches n, K), branches 1 or 3; labels (n). gradient, as logits: of cross-entropy(branch 0) +
+// gamma intrinsic(branches 1 and 2). values: [cross-entropy, intrinsic], means over the batch, without gamma.
+extern "C" __global__ void __launch_bounds__(256) losses(const float* __restrict__ logits,
+    const int* __restrict__ labels, const float* __restrict__ gamma, float* __restrict__ gradient,
+    float* __restrict__ values, int n, int classes, int branches) {
+  __shared__ float sums[2][256];
+  float entropy = 0.f, pair = 0.f;
+  for (int i = threadIdx.x; i < n; i += 256) {
+    const float* row = logits + i * classes;
+    float top = row[0], total = 0.f;
+    for (int k = 1; k < classes; k++) top = row[k] > top ? row[k] : top;
+    for (int k = 0; k < classes; k++) total += expf(row[k] - top);
+    entropy += logf(total) - (row[labels[i]] - top);
+    for (int k = 0; k < classes; k++)
+      gradient[i * classes + k] = (expf(row[k] - top) / total - (k == labels[i])) / n;
+    if (branches < 3) continue;
+    for (int k = 0; k < classes; k++) {
+      const int plus = (n + i) * classes + k, minus = (2 * n + i) * classes + k;
+      const float d = logits[plus] - logits[minus];
+      pair += d * d;
+      gradient[plus] = *gamma * d * (2.f / n);
+      gradient[minus] = -gradient[plus];
+    }
+  }
+  sums[0][threadIdx.x] = entropy, sums[1][threadIdx.x] = pair;
+  for (int half = 128; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half)
+      for (int t = 0; t < 2; t++) sums[t][threadIdx.x] += sums[t][threadIdx.x + half];
+  }
+  if (threadIdx.x < 2) values[threadIdx.x] = sums[threadIdx.x][0] / n;
+}
+
+// --- the last layer --------------------------------------------------------------------------------------------------
+
+// c (rows, columns) = a b + bias, where a[i, k] = a[i a_row + k a_column], b likewise: any of them may be transposed.
+// 16 x 16 threads and tiles: for the small products of fully connected layers, which cuBLAS would keep out of a graph.
+extern "C" __global__ void __launch_bounds__(256) matrix_product(const float* __restrict__ a, int a_row, int a_column,
+    const float* __restrict__ b, int b_row, int b_column, const float* __restrict__ bias, float* __restrict__ c,
+    int rows, int columns, int terms) {
+  __shared__ float from_a[16][17], from_b[16][17];
+  const int x = threadIdx.x % 16, y = threadIdx.x / 16, i = blockIdx.y * 16 + y, j = blockIdx.x * 16 + x;
+  float sum = 0.f;
+  for (int k0 = 0; k0 < terms; k0 += 16) {
+    from_a[y][x] = i < rows && k0 + x < terms ? a[(long long)i * a_row + (long long)(k0 + x) * a_column] : 0.f;
+    from_b[y][x] = j < columns && k0 + y < terms ? b[(long long)(k0 + y) * b_row + (long long)j * b_column] : 0.f;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 16; k++) sum += from_a[y][k] * from_b[k][x];
+    __syncthreads();
+  }
+  if (i < rows && j < columns) c[(long long)i * columns + j] = sum + (bias ? bias[j] : 0.f);
+}
+
+// --- the optimiser ---------------------------------------------------------------------------------------------------
+
+// v <- momentum v + (g + weight_decay w); w <- w - lr v.
+extern "C" __global__ void __launch_bounds__(256) sgd_update(float* __restrict__ w, const float* __restrict__ g,
+    float* __restrict__ velocity, int count, const float* __restrict__ lr, float momentum, float weight_decay) {
+  FOR_EACH(i, count) {
+    const float v = momentum * velocity[i] + (g[i] + weight_decay * w[i]);
+    velocity[i] = v;
+    w[i] -= *lr * v;
+  }
+}

@@ -1,0 +1,316 @@
+// Runs CUDA C kernels on the CPU, one block after another, to find the mistakes that a GPU would hide or turn into rare
+// wrong numbers. It stands in for nanomr/ops/kernels/device.cuh: the kernel file itself is compiled unchanged, by g++.
+//
+// One fiber per CUDA thread. It runs until it reaches a barrier or a warp-wide instruction, then hands over. What makes
+// a run an honest test:
+// - between two block barriers each warp runs alone, in random order, and so do the lanes between two warp-wide
+//   instructions: results that need a missing barrier are wrong;
+// - a target of an asynchronous copy holds NaN until the copy is waited for; so does dynamic shared memory at the start
+//   of a block, and what lies behind it is checked at the end;
+// - a barrier that only some threads reach ends the launch with an error that names both places.
+//
+// Not seen: bank conflicts, speed, the memory model between blocks, mistakes in device.cuh's inline PTX.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define __global__ static
+#define __device__
+#define __align__(n) __attribute__((aligned(n)))
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+#define DYNAMIC_SHARED(name) unsigned char* const name = emu::shared
+
+inline int min(int a, int b) { return a < b ? a : b; }
+struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+struct Dim3 { unsigned x = 1, y = 1, z = 1; };
+static Dim3 blockIdx, blockDim, gridDim, threadIdx;
+
+namespace emu {
+
+enum State { RUNNING, AT_BARRIER, AT_COLLECTIVE, RETURNED };
+
+using Action = void (*)(int first);  // does a warp-wide instruction for the threads first .. first + 31
+
+struct Copy { void* to; const void* from; bool inside; };
+
+struct Thread {
+  ucontext_t start;
+  jmp_buf at;
+  bool begun;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  Dim3 index;
+  State state;
+  const char* what;  // the instruction it waits at, and where
+  int line;
+  Action action;
+  const void* in[4];  // operands of a warp-wide instruction; they live on the threads' stacks
+  void* out;
+  std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> open;                 // copies not committed yet
+  static constexpr size_t STACK = 1 << 16;
+};
+
+static std::vector<Thread> threads;
+static Thread* self;
+static ucontext_t entry_context;
+static jmp_buf scheduler;
+using Kernel = void (*)(void** arguments);
+static Kernel kernel;
+static void** arguments;
+static unsigned char* shared;
+static size_t shared_size;
+static std::string failure;  // of a thread; ends the launch
+
+// ucontext only makes the fibers; setjmp and longjmp switch between them, without its system calls.
+static void run_fiber() {
+  kernel(arguments);
+  self->state = RETURNED;
+  longjmp(scheduler, 1);
+}
+
+inline void resume(Thread& t) {
+  self = &t;
+  threadIdx = t.index;
+  t.state = RUNNING;
+  if (setjmp(scheduler)) return;
+  if (t.begun) longjmp(t.at, 1);
+  t.begun = true;
+  setcontext(&t.start);
+}
+
+inline void hand_over(State state, const char* what, int line) {
+  self->state = state;
+  self->what = what;
+  self->line = line;
+  if (!setjmp(self->at)) longjmp(scheduler, 1);
+}
+
+inline void collective(const char* what, int line, Action action) {
+  self->action = action;
+  hand_over(AT_COLLECTIVE, what, line);
+}
+
+inline void fail(const char* what) {
+  failure = what;
+  hand_over(RETURNED, what, 0);
+}
+
+static std::string place(int i) {
+  const Thread& t = threads[i];
+  std::string where = t.state == RETURNED ? "has returned" : "waits at " + std::string(t.what);
+  if (t.state != RETURNED && t.line) where += " of line " + std::to_string(t.line);
+  return "thread " + std::to_string(i) + " " + where;
+}
+
+inline bool together(int i, int j) {
+  const Thread &a = threads[i], &b = threads[j];
+  return a.state == b.state && (a.state == RETURNED || (a.line == b.line && !strcmp(a.what, b.what)));
+}
+
+static uint64_t random_state;
+inline unsigned random_below(unsigned n) {  // good enough to mix an order up
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return (random_state >> 33) % n;
+}
+inline void shuffle(std::vector<int>& v) {
+  for (size_t i = v.size(); i > 1; i--) std::swap(v[i - 1], v[random_below(i)]);
+}
+
+// An empty string, or what went wrong.
+static std::string run_block(int count) {
+  std::vector<int> warps((count + 31) / 32);
+  for (size_t w = 0; w < warps.size(); w++) warps[w] = 32 * w;
+  while (true) {
+    shuffle(warps);
+    for (int first : warps) {
+      const int last = min(count, first + 32), lanes = last - first;
+      do {
+        const int turn = random_below(lanes);
+        for (int i = 0; i < lanes; i++) {
+          Thread& t = threads[first + (i + turn) % lanes];
+          if (t.state != RETURNED) resume(t);
+          if (!failure.empty()) return failure;
+        }
+        for (int i = first; i < last; i++)
+          if (!together(first, i)) return "divergent warp: " + place(first) + ", " + place(i);
+        if (threads[first].state == AT_COLLECTIVE && threads[first].action) {
+          if (lanes < 32) return "a warp-wide instruction in a warp of " + std::to_string(lanes) + " threads";
+          threads[first].action(first);
+        }
+      } while (threads[first].state == AT_COLLECTIVE);
+    }
+    for (int i = 0; i < count; i++)
+      if (!together(0, i)) return "divergent barrier: " + place(0) + ", " + place(i);
+    if (threads[0].state == RETURNED) return "";
+  }
+}
+
+static std::string launch(Dim3 grid, Dim3 block, size_t shared_bytes) {
+  gridDim = grid, blockDim = block, shared_size = shared_bytes;
+  failure.clear();
+  const int count = block.x * block.y * block.z;
+  if (count > 1024) return "a block has at most 1024 threads";
+  if ((int)threads.size() < count) threads.resize(count);
+  constexpr int GUARD = 16384;  // behind the dynamic shared memory
+  std::unique_ptr<unsigned char[]> storage(new unsigned char[shared_bytes + 2 * GUARD]);
+  shared = (unsigned char*)(((uintptr_t)storage.get() + 1023) & ~(uintptr_t)1023);
+  std::vector<int> blocks(grid.x * grid.y * grid.z);
+  for (size_t i = 0; i < blocks.size(); i++) blocks[i] = i;
+  shuffle(blocks);
+  for (int b : blocks) {
+    blockIdx.x = b % grid.x, blockIdx.y = b / grid.x % grid.y, blockIdx.z = b / grid.x / grid.y;
+    memset(shared, 0xff, shared_bytes + GUARD);
+    for (int i = 0; i < count; i++) {
+      Thread& t = threads[i];
+      t.index.x = i % block.x, t.index.y = i / block.x % block.y, t.index.z = i / block.x / block.y;
+      t.begun = false, t.state = RUNNING, t.groups.clear(), t.open.clear();
+      getcontext(&t.start);
+      t.start.uc_stack.ss_sp = t.stack.get(), t.start.uc_stack.ss_size = Thread::STACK, t.start.uc_link = nullptr;
+      makecontext(&t.start, run_fiber, 0);
+    }
+    const std::string problem = run_block(count);
+    if (!problem.empty()) return problem;
+    for (int i = 0; i < GUARD; i++)
+      if (shared[shared_bytes + i] != 0xff) return "a write behind the dynamic shared memory";
+  }
+  return "";
+}
+
+// The driver's calling convention: an array of pointers to the arguments.
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*(std::remove_reference_t<A>*)arguments[I]...);
+}
+template <class... A>
+void call(void (*kernel)(A...), void** arguments) {
+  call(kernel, arguments, std::index_sequence_for<A...>());
+}
+
+static int run(const int* geometry, unsigned seed, char* message, void** given, Kernel function) {
+  const unsigned* g = (const unsigned*)geometry;
+  random_state = seed, kernel = function, arguments = given;
+  const std::string problem = launch({g[0], g[1], g[2]}, {g[3], g[4], g[5]}, g[6]);
+  snprintf(message, 500, "%s", problem.c_str());
+  return !problem.empty();
+}
+
+}  // namespace emu
+
+#define __syncthreads() emu::hand_over(emu::AT_BARRIER, "__syncthreads", __LINE__)
+#define __syncwarp() emu::collective("__syncwarp", __LINE__, nullptr)
+
+template <class T>
+T shuffle_xor_(T value, int mask, int line) {
+  T result;
+  emu::self->in[0] = &value, emu::self->in[1] = &mask, emu::self->out = &result;
+  emu::collective("__shfl_xor_sync", line, [](int first) {
+    for (int i = 0; i < 32; i++) {
+      emu::Thread& t = emu::threads[first + i];
+      *(T*)t.out = *(const T*)emu::threads[first + (i ^ *(const int*)t.in[1])].in[0];
+    }
+  });
+  return result;
+}
+#define __shfl_xor_sync(all, value, mask) shuffle_xor_(value, mask, __LINE__)
+
+// --- what device.cuh offers, with the same names ---------------------------------------------------------------------
+
+struct bf16 { uint16_t bits; };
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bf16& to, float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  to.bits = std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float quotient(float a, float b) { return a / b; }
+
+inline uint64_t multiply_high(uint64_t a, uint64_t b) { return (unsigned __int128)a * b >> 64; }
+
+inline void copy16_async(void* to, const void* from, bool inside) {
+  if (((uintptr_t)to | (uintptr_t)from) % 16) emu::fail("an asynchronous copy that is not aligned to 16 bytes");
+  if ((uint8_t*)to < emu::shared || (uint8_t*)to + 16 > emu::shared + emu::shared_size)
+    emu::fail("an asynchronous copy that does not go to shared memory");
+  memset(to, 0xff, 16);
+  emu::self->open.push_back({to, from, inside});
+}
+
+inline void copy_commit() {
+  emu::self->groups.push_back(std::move(emu::self->open));
+  emu::self->open.clear();
+}
+
+// Wait until at most `pending` of this thread's groups are under way.
+template <int pending>
+inline void copy_wait() {
+  auto& groups = emu::self->groups;
+  while ((int)groups.size() > pending) {
+    for (const emu::Copy& c : groups.front()) c.inside ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8. Each lane gets two
+// neighbours of row lane / 4 of every matrix, or, transposed, of its column lane / 4.
+template <bool transposed>
+inline void load_matrices(uint32_t (&registers)[4], const void* row) {
+  emu::self->in[0] = row, emu::self->out = registers;
+  emu::collective(transposed ? "ldmatrix.trans" : "ldmatrix", 0, [](int first) {
+    for (int lane = 0; lane < 32; lane++)
+      for (int m = 0; m < 4; m++) {
+        uint16_t pair[2];
+        for (int k = 0; k < 2; k++) {
+          const int i = transposed ? 2 * (lane % 4) + k : lane / 4, j = transposed ? lane / 4 : 2 * (lane % 4) + k;
+          pair[k] = ((const uint16_t*)emu::threads[first + 8 * m + i].in[0])[j];
+        }
+        memcpy((uint32_t*)emu::threads[first + lane].out + m, pair, 4);
+      }
+  });
+}
+
+// d (16x8, float) += a (16x16) b (16x8), bf16, distributed over the lanes as mma.sync.m16n8k16 does.
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  emu::self->in[0] = a, emu::self->in[1] = b, emu::self->out = d;
+  emu::collective("mma", 0, [](int first) {
+    float a[16][16], b[16][8], d[16][8] = {};
+    for (int lane = 0; lane < 32; lane++) {
+      const bf16* from_a = (const bf16*)emu::threads[first + lane].in[0];
+      const bf16* from_b = (const bf16*)emu::threads[first + lane].in[1];
+      const int row = lane / 4, pair = 2 * (lane % 4);
+      for (int k = 0; k < 2; k++) {
+        for (int r = 0; r < 4; r++) a[row + 8 * (r % 2)][pair + 8 * (r / 2) + k] = to_float(from_a[2 * r + k]);
+        for (int r = 0; r < 2; r++) b[pair + 8 * r + k][row] = to_float(from_b[2 * r + k]);
+      }
+    }
+    for (int i = 0; i < 16; i++)
+      for (int k = 0; k < 16; k++)
+        for (int j = 0; j < 8; j++) d[i][j] += a[i][k] * b[k][j];
+    for (int lane = 0; lane < 32; lane++)
+      for (int e = 0; e < 4; e++)
+        ((float*)emu::threads[first + lane].out)[e] += d[lane / 4 + 8 * (e / 2)][2 * (lane % 4) + e % 2];
+  });
+}

@@ -1,0 +1,908 @@
+"""The GPU's kernels without a GPU: run on the CPU (``shim.py``) against ``reference``, and compiled (``nvrtc.py``).
+
+With one (``-m gpu``) the same tests run on the device. A bfloat16 number has 8 significant bits: whatever is stored as
+one may be off by 2^-8 of itself, besides float32's 1e-5 of the terms of a sum (see ``test_ops.py``).
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import nvrtc
+import pytest
+import shim
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from strategies import convolutions, layouts, seeds
+from test_ops import OPERATIONS, TOLERANCE, as_tuple, compare, feature_maps, place
+
+from nanomr import data, layers, losses, manifold, methods, models, optim, train
+from nanomr import rng as streams
+from nanomr.backend import gpu_available, to_numpy
+from nanomr.errors import UserError
+from nanomr.ops import gpu, reference
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
+BF16 = np.dtype(ml_dtypes.bfloat16)
+ROUNDING = 2.0**-8
+DEVICES = ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
+needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=str(shim.missing()))
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The array module of the device: CuPy, or NumPy with kernels that run on the CPU."""
+    if request.param == "gpu":
+        return importlib.import_module("cupy")
+    if shim.missing():
+        pytest.skip(shim.missing())
+    monkeypatch.setattr(gpu, "launcher", shim.Launcher())
+    return np
+
+
+on_device = pytest.mark.parametrize("device", DEVICES, indirect=True)
+
+
+def examples(share):
+    """Settings: this share of the profile's examples. The fixture lives through all of them, and only counts."""
+    suppress = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=max(3, int(settings().max_examples * share)), suppress_health_check=suppress)
+
+
+def exact(a):
+    return a.astype(np.float64) if getattr(a, "dtype", None) in (np.float32, BF16) else a
+
+
+def rounded(a):
+    """To the nearest bfloat16, kept as float32."""
+    return np.asarray(a, np.float32).astype(BF16).astype(np.float32)
+
+
+def check(found, expected, bound, what, dtype=None):
+    """``found`` is within ``bound`` of ``expected``, plus bfloat16's rounding where it is one."""
+    for k, (f, e, b) in enumerate(zip(as_tuple(found), as_tuple(expected), as_tuple(bound), strict=True)):
+        assert dtype is None or f.dtype == dtype, f"{what}[{k}] is {f.dtype}"
+        f = to_numpy(f)
+        assert f.shape == e.shape, f"{what}[{k}] is {f.shape}, not {e.shape}"
+        excess = np.abs(exact(f) - e) - b - (ROUNDING * np.abs(e) if f.dtype == BF16 else 0)
+        assert not np.isnan(excess).any(), f"{what}[{k}] has NaN"
+        worst = np.unravel_index(excess.argmax(), excess.shape) if excess.ndim else ()
+        assert excess[worst] <= 1e-30, f"{what}[{k}] at {worst}: {f[worst]}, not {e[worst]} (bound {b[worst]})"
+
+
+# --- float32: everything that test_ops compares -----------------------------------------------------------------------
+
+# Those that differ from the reference; float32 convolutions are im2col, in test_ops.
+FLOAT_KERNELS = [
+    name for name in OPERATIONS if getattr(gpu, name) is not getattr(reference, name) and not name.startswith("conv2d")
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("operation", FLOAT_KERNELS)
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+@given(data=st.data())
+@examples(0.4)
+def test_float32_kernels_agree_with_the_reference(device, operation, data):
+    args = data.draw(OPERATIONS[operation].draw)
+    placed = [place(a, data.draw(layouts), device) for a in args]
+    before, numbers = gpu.launcher.launches, [exact(a) for a in args]
+    found = getattr(gpu, operation)(*placed)
+    assert gpu.launcher.launches > before, "no kernel ran"
+    compare(found, getattr(reference, operation)(*numbers), OPERATIONS[operation].magnitude(*numbers), operation)
+
+
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+@given(offset=st.sampled_from([0.0, 300.0, -300.0]), size=st.integers(2, 400), c=st.integers(1, 33), seed=seeds)
+@examples(0.4)
+def test_variance_survives_a_large_mean(device, offset, size, c, seed):
+    x = (np.random.default_rng(seed).standard_normal((size, 1, 1, c)) * 0.1 + offset).astype(np.float32)
+    _, var = gpu.batchnorm_statistics(x)
+    np.testing.assert_allclose(var, x.astype(np.float64).var((0, 1, 2)), rtol=1e-4, atol=1e-13 * offset**2)
+
+
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_passes_through(device, dtype, rng):
+    z = rng.standard_normal((6, 8)).astype(dtype)
+    z[2, 3] = np.nan
+    np.testing.assert_array_equal(np.isnan(gpu.relu(z)), np.isnan(z))
+    y, squares = gpu.relu_hamming(z, 8.0)
+    assert np.isnan(y).sum() == 1 and np.isnan(squares).tolist() == [True, False]
+    dz = gpu.relu_hamming_backward(np.ones_like(z), z, 8.0, np.ones(2, np.float32))
+    assert np.isnan(dz[2, 3]) and not np.isnan(dz[1::2]).any()
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+PICTURES = {  # which arguments are stored as bfloat16; the others stay float32
+    "linear": (0,),
+    "linear_weight_gradient": (0,),
+    "relu": (0,),
+    "relu_backward": (0, 1),
+    "relu_hamming": (0,),
+    "relu_hamming_backward": (0, 1),
+    "expand_pair": (0, 1),
+    "contract_pair": (0,),
+    "normalize": (0,),
+    "batchnorm_statistics": (0,),
+    "batchnorm": (0,),
+    "batchnorm_parameter_gradient": (0, 1),
+    "batchnorm_backward": (0, 1),
+    "average_pool": (0,),
+    "average_pool_backward": (0,),
+}
+
+
+@on_device
+@pytest.mark.parametrize("operation", PICTURES)
+@given(data=st.data())
+@examples(0.4)
+def test_bfloat16_kernels_agree_with_the_reference(device, operation, data):
+    """The inputs are bfloat16 to begin with, so that only what is stored is rounded."""
+    args = [
+        rounded(a).astype(BF16) if i in PICTURES[operation] else a
+        for i, a in enumerate(data.draw(OPERATIONS[operation].draw))
+    ]
+    numbers = [exact(a) for a in args]
+    found = getattr(gpu, operation)(*[device.asarray(a) if isinstance(a, np.ndarray) else a for a in args])
+    bound = [TOLERANCE * b for b in as_tuple(OPERATIONS[operation].magnitude(*numbers))]
+    check(found, getattr(reference, operation)(*numbers), tuple(bound), operation)
+    first = as_tuple(found)[0]
+    small = operation in ("linear", "linear_weight_gradient", "batchnorm_statistics", "batchnorm_parameter_gradient")
+    assert first.dtype == (np.float32 if small else BF16)
+
+
+@on_device
+@given(shape=feature_maps, seed=seeds)
+@examples(0.4)
+def test_bfloat16_pairs(device, shape, seed):
+    """The 3N batch is rounded, then everything is that of relu_hamming; contracting rounds once more."""
+    g, alpha = np.random.default_rng(seed), 8.0
+    u, v = (rounded(g.standard_normal(shape)).astype(BF16) for _ in range(2))
+    dy = rounded(g.standard_normal((3 * shape[0], *shape[1:]))).astype(BF16)
+    weight = g.standard_normal(shape[0]).astype(np.float32)
+    z = exact(rounded(reference.expand_pair(u.astype(np.float32), v.astype(np.float32))))
+    y, squares = gpu.relu_hamming_pair(device.asarray(u), device.asarray(v), alpha)
+    expected_y, expected_squares = reference.relu_hamming(z, alpha)
+    check((y, squares), (expected_y, expected_squares), (0 * expected_y, TOLERANCE * 4 * z[0].size + 0 * squares), "y")
+    found = gpu.relu_hamming_pair_backward(*(device.asarray(a) for a in (dy, u, v)), alpha, device.asarray(weight))
+    dz = reference.relu_hamming_backward(exact(dy), z, alpha, exact(weight))
+    tanh_error = TOLERANCE * 4 * np.abs(exact(weight)).reshape(-1, *[1] * (z.ndim - 1))
+    size = ROUNDING * np.abs(reference.contract_pair(np.abs(dz))[0]) + tanh_error
+    check(found, reference.contract_pair(dz), (size, size), "du, dv", BF16)
+
+
+def conv_arguments(g, case):
+    x, w = rounded(g.standard_normal(case[0])), rounded(g.standard_normal(case[1]))
+    b = g.standard_normal(case[1][3]).astype(np.float32)
+    dy = rounded(g.standard_normal(reference.conv2d_shape(*case)))
+    return x, w, b, dy
+
+
+def check_convolutions(device, g, x_shape, w_shape, stride, padding):
+    """y, dx, dw and db of one convolution, in bfloat16, against the reference."""
+    x, w, b, dy = conv_arguments(g, (x_shape, w_shape, stride, padding))
+    x_, dy_ = device.asarray(x.astype(BF16)), device.asarray(dy.astype(BF16))
+    w_, b_ = device.asarray(w), device.asarray(b)
+    window, numbers = (stride, padding), [a.astype(np.float64) for a in (x, w, b, dy)]
+
+    def expected(function, *args):
+        sizes = function(*[np.abs(a) if isinstance(a, np.ndarray) else a for a in args])
+        return function(*args), tuple(TOLERANCE * s for s in as_tuple(sizes))
+
+    x64, w64, b64, dy64 = numbers
+    check(gpu.conv2d(x_, w_, b_, *window), *expected(reference.conv2d, x64, w64, b64, *window), "y", BF16)
+    found = gpu.conv2d_input_gradient(dy_, w_, *window, x_shape)
+    check(found, *expected(reference.conv2d_input_gradient, dy64, w64, *window, x_shape), "dx", BF16)
+    found = gpu.conv2d_weight_gradient(x_, dy_, w_shape, *window)
+    check(found, *expected(reference.conv2d_weight_gradient, x64, dy64, w_shape, *window), "dw, db", np.float32)
+    again = gpu.conv2d_weight_gradient(x_, dy_, w_shape, *window)
+    np.testing.assert_array_equal(to_numpy(found[0]), to_numpy(again[0]), err_msg="the same call gives other bits")
+
+
+@on_device
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_casts(device, size, rng):
+    """To bfloat16 and back: to nearest, ties to even; NaN and infinity stay."""
+    x = rng.standard_normal(size).astype(np.float32) * 10.0 ** rng.integers(-30, 30, size)
+    x = np.concatenate([x, [0, -0.0, np.nan, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 3e38]]).astype(np.float32)
+    narrow = gpu.cast(device.asarray(x), BF16)
+    assert narrow.dtype == BF16
+    np.testing.assert_array_equal(to_numpy(narrow).astype(np.float32), rounded(x))
+    wide = gpu.cast(narrow, np.float32)
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(to_numpy(wide), rounded(x))
+
+
+ALL_ROUND = (1, 1, 1, 1)
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "stride", "padding"),
+    [
+        ((2, 9, 8, 3), (3, 3, 3, 64), 1, ALL_ROUND),  # the first layer: 3 channels become 8
+        ((3, 8, 8, 64), (3, 3, 64, 64), 1, ALL_ROUND),  # TALL weight gradient, two blocks of pixels
+        ((2, 9, 7, 64), (3, 3, 64, 128), 2, ALL_ROUND),  # stride 2, odd sizes: phases of unequal size
+        ((2, 8, 8, 64), (1, 1, 64, 128), 2, (0, 0, 0, 0)),  # a shortcut: three phases of dx are zero
+        ((1, 4, 4, 136), (3, 3, 136, 136), 1, ALL_ROUND),  # two tiles of channels, the second nearly empty
+        ((2, 8, 8, 16), (5, 5, 16, 32), 2, (1, 2, 1, 2)),  # small_cnn's
+    ],
+)
+def test_convolutions_of_the_networks(device, x_shape, w_shape, stride, padding, rng):
+    check_convolutions(device, rng, x_shape, w_shape, stride, padding)
+
+
+@on_device
+@given(
+    case=convolutions(batch=(1, 3), channels=(1, 3, 8, 17, 40), kernel=4, stride=3, size=7, square=False), seed=seeds
+)
+@examples(0.6)
+def test_convolutions_of_any_shape(device, case, seed):
+    check_convolutions(device, np.random.default_rng(seed), case.x_shape, case.w_shape, case.stride, case.padding)
+
+
+@on_device
+def test_a_convolution_split_over_many_blocks(device, rng):
+    """More pixels than a split takes, and a last split that is not full."""
+    x_shape, w_shape = (5, 16, 15, 8), (3, 3, 8, 8)
+    plan = gpu.conv_plan(gpu.WEIGHT, x_shape, w_shape, 1, ALL_ROUND)
+    assert plan.splits > 2 and (5 * 16 * 15) % plan.sizes[-1]
+    check_convolutions(device, rng, x_shape, w_shape, 1, ALL_ROUND)
+
+
+# --- fused passes -----------------------------------------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize("hamming", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(6, 4, 5, 16), (3, 3, 2, 5), (3, 1, 2, 512), (3, 2, 2, 264), (3, 1, 1, 2056)])
+def test_batchnorm_relu_in_one_pass(device, hamming, dtype, shape, rng):
+    """Equal to the steps one after another; 264 and 2056 channels are beyond what the kernels take in some dtypes."""
+    x, c, alpha = rounded(rng.standard_normal(shape) * 2 + 1).astype(dtype), shape[-1], 8.0
+    gamma, beta = (rng.standard_normal(c).astype(np.float32) for _ in range(2))
+    mean, var = (a.astype(np.float32) for a in reference.batchnorm_statistics(exact(x)))
+    inv_std = ((var + 1e-5) ** -0.5).astype(np.float32)
+    dy, weight = rounded(rng.standard_normal(shape)).astype(dtype), rng.standard_normal(shape[0] // 3).astype("f4")
+    normal = (x, gamma, beta, mean, inv_std)
+    on = [device.asarray(a) for a in normal]
+    x64, *normal64 = (exact(a) for a in normal)
+    z = reference.batchnorm(x64, *normal64)
+    if dtype == "bfloat16" and gpu.pass_plan(shape, dtype, gpu.HAMMING, c) is None:
+        z = exact(rounded(z))  # the formulas store z
+    size = np.abs(x64 - mean) * np.abs(inv_std * gamma) + np.abs(beta)
+    # tanh's argument is off by TOLERANCE alpha |z|, and x (1 - tanh(x)^2) < 1/2: that is half of TOLERANCE in tanh.
+    slack = np.abs(exact(weight)).reshape(-1, 1, 1, 1) * 12 * TOLERANCE * alpha if hamming else 0
+    slack = np.concatenate([0 * slack, slack, slack]) if hamming else 0
+    if hamming:
+        y, squares = gpu.batchnorm_relu_hamming(*on, alpha)
+        expected, expected_squares = reference.relu_hamming(z, alpha)
+        bound = 8 * TOLERANCE * (1 + 0 * squares) * x[0].size
+        check((y, squares), (expected, expected_squares), (TOLERANCE * size, to_numpy(bound)), "y, squares")
+        dz = reference.relu_hamming_backward(exact(dy), z, alpha, exact(weight))
+    else:
+        y = gpu.batchnorm_relu(*on)
+        check(y, reference.relu(z), TOLERANCE * size, "y")
+        dz = reference.relu_backward(exact(dy), z)
+    assert y.dtype == x.dtype
+    extra = (alpha, device.asarray(weight)) if hamming else ()
+    found = gpu.batchnorm_relu_backward(device.asarray(dy), *on, *extra)
+    if dtype == "bfloat16" and gpu.pass_plan(shape, dtype, gpu.HAMMING, c) is None:
+        slack = slack + ROUNDING * np.abs(dz)  # ... and dz
+    d_slack = TOLERANCE * np.abs(dz) + slack
+    x_hat = np.abs(x64 - mean) * inv_std
+    dgamma, dbeta = reference.batchnorm_parameter_gradient(dz, x64, normal64[2], normal64[3])
+    of_gamma, of_beta = (d_slack * x_hat).sum((0, 1, 2)), (d_slack + 0 * x_hat).sum((0, 1, 2))
+    of_gamma = of_gamma + TOLERANCE * (np.abs(dz) * np.abs(inv_std) * (np.abs(x64) + np.abs(mean))).sum((0, 1, 2))
+    check(found[1:], (dgamma, dbeta), (of_gamma, of_beta), "dgamma, dbeta", np.float32)
+    dx = reference.batchnorm_backward(dz, x64, normal64[0], normal64[2], normal64[3], dgamma, dbeta)
+    m = x64.size / c
+    of_dx = d_slack + (x_hat * of_gamma + of_beta) / m + TOLERANCE * (x_hat * np.abs(dgamma) + np.abs(dbeta)) / m
+    check(found[0], dx, of_dx * np.abs(gamma * inv_std), "dx")
+
+
+# --- losses, optimiser, randomness ------------------------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize(("n", "classes"), [(1, 2), (7, 10), (300, 10)])
+def test_losses_in_one_launch(device, n, classes, rng):
+    logits = (rng.standard_normal((3 * n, classes)) * 3).astype(np.float32)
+    labels = rng.integers(0, classes, n)
+    d_clean, d_plus, d_minus = np.split(logits.astype(np.float64), 3)
+    entropy, d_clean = losses.cross_entropy(d_clean, labels)
+    pair, d_plus, d_minus = losses.intrinsic(d_plus, d_minus)
+    values, gradient = gpu.losses(device.asarray(logits), device.asarray(labels), 0.4)
+    np.testing.assert_allclose(to_numpy(values), [entropy, pair], rtol=1e-5)
+    expected = np.concatenate([d_clean, 0.4 * d_plus, 0.4 * d_minus])
+    np.testing.assert_allclose(to_numpy(gradient), expected, rtol=1e-5, atol=1e-6 / n)
+    values, gradient = gpu.losses(device.asarray(logits[:n]), device.asarray(labels))
+    np.testing.assert_allclose(to_numpy(values), [entropy, 0], rtol=1e-5)
+    np.testing.assert_allclose(to_numpy(gradient), d_clean, rtol=1e-5, atol=1e-6 / n)
+
+
+@on_device
+def test_a_nan_among_the_logits_shows_in_the_loss(device):
+    logits = np.zeros((3, 4), np.float32)
+    logits[1, 2] = np.nan
+    assert np.isnan(to_numpy(gpu.losses(device.asarray(logits), device.zeros(3, int))[0])[0])
+
+
+@on_device
+def test_sgd_update_reads_the_rate_from_memory(device, rng):
+    w, g, v = (rng.standard_normal(1000).astype(np.float32) for _ in range(3))
+    on = [device.asarray(a.copy()) for a in (w, g, v)]
+    gpu.sgd_update(*on, device.asarray(0.1, np.float32), 0.9, 5e-4)
+    velocity = 0.9 * v.astype(np.float64) + g + 5e-4 * w
+    np.testing.assert_allclose(to_numpy(on[2]), velocity, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(on[0]), w - 0.1 * velocity, rtol=1e-5, atol=1e-6)
+
+
+STEPS = st.one_of(st.integers(0, 5), st.integers(0, 2**64 - 1))
+
+
+@on_device
+@examples(1)
+@given(count=st.integers(1, 70), seed=STEPS, step=STEPS)
+@example(count=490_000, seed=0, step=2479)  # the 977,049th draw is one of the four in 2^32 that NumPy rejects
+def test_augmentation_is_drawn_as_by_numpy(device, count, seed, step):
+    """To the bit: NumPy's Philox, its bounded integers and its doubles."""
+    draw = streams.generator(seed, streams.AUGMENT, step)
+    expected = draw.integers(0, 9, count), draw.integers(0, 9, count), draw.random(count) < 0.5
+    found = gpu.draw_augmentation(count, seed, device.asarray(np.array([step], np.uint64)))
+    for f, e, what in zip(found, expected, ("top", "left", "flip"), strict=True):
+        np.testing.assert_array_equal(to_numpy(f), e, err_msg=what)
+
+
+@on_device
+@examples(1)
+@given(shape=st.tuples(*[st.integers(1, 12)] * 3), seed=STEPS, step=STEPS, eps=st.sampled_from([2 / 255, 8 / 255]))
+def test_corners_are_drawn_as_by_numpy(device, shape, seed, step, eps):
+    words = streams.words(seed, streams.CORNERS, step, -(-int(np.prod(shape)) // 64))
+    expected = reference.corners(words, shape, eps)
+    found = gpu.draw_corners(shape, eps, seed, device.asarray(np.array([step], np.uint64)))
+    np.testing.assert_array_equal(to_numpy(found), expected)
+    np.testing.assert_array_equal(to_numpy(gpu.corners(device.asarray(words), shape, eps)), expected)
+
+
+# --- a whole network --------------------------------------------------------------------------------------------------
+
+
+def tiny_resnet():
+    """PreActResNet18's parts, once each."""
+    blocks = {"0": layers.PreActBlock(8, 8), "1": layers.PreActBlock(8, 16, 2)}
+    return layers.Sequential(
+        {
+            "normalize": layers.Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
+            "conv1": layers.Conv2d(3, 8, 3, 1, 1, bias=False),
+            **blocks,
+            "bn": layers.BatchNorm2d(16, before_relu=True),
+            "relu": layers.ReLU(),
+            "pool": layers.AveragePool2d(),
+            "flatten": layers.Flatten(),
+            "linear": layers.Linear(16, 10),
+        }
+    )
+
+
+def step_of(net, x, rho, labels, gamma_h=500.0):
+    """({name: value}, {name: gradient}) of one manifold step, in the dtype of x."""
+    for _, layer in net.walk():
+        layer.grads = {}
+    values = methods.manifold_step(net, x, labels, rho, gamma_i=0.4, gamma_h=gamma_h)
+    found = {f"{path}.{name}": to_numpy(g) for path, layer in net.walk() for name, g in layer.grads.items()}
+    return {name: float(v) for name, v in values.items()}, found
+
+
+def compute_with(monkeypatch, ops):
+    """Let everything that a training step consists of use these functions, whatever the arrays are."""
+    for module in (layers, losses, manifold, optim, train):
+        monkeypatch.setattr(module, "ops_for", lambda _: ops)
+
+
+class Rounded:
+    """The reference, with every picture rounded to bfloat16 as it is stored: how near bfloat16 can come."""
+
+    def __getattr__(self, name):
+        function = getattr(reference, name)
+
+        def run(*args):
+            results = tuple(rounded(r) if r.ndim == 4 else r for r in as_tuple(function(*args)))
+            return results if len(results) > 1 else results[0]
+
+        return function if name == "conv2d_weight_gradient" else run
+
+
+@on_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_manifold_step(device, dtype, rng, monkeypatch):
+    """float32: the reference's values and gradients, to 1e-4. bfloat16: the gradient is as far from the float64 step's
+    as that of the reference with rounded pictures, give or take half of it, and each parameter's is at most three times
+    as far: another order of summing is another draw of the noise. The control: without the Hamming term the gradient
+    is far away."""
+    net = tiny_resnet()
+    for _, layer in net.walk():
+        if "weight" in layer.params and layer.params["weight"].ndim > 1:
+            shape = layer.params["weight"].shape
+            layer.params["weight"] = rounded(rng.standard_normal(shape) / np.prod(shape[:-1]) ** 0.5)
+    x, labels = rounded(rng.random((8, 8, 8, 3))), rng.integers(0, 10, 8)
+    rho = rounded(8 / 255 * rng.choice([-1, 1], x.shape))
+
+    compute_with(monkeypatch, reference)
+    values, gradients = step_of(net, *(a.astype(np.float64) for a in (x, rho)), labels)
+    _, control = step_of(net, *(a.astype(np.float64) for a in (x, rho)), labels, gamma_h=0.0)
+    compute_with(monkeypatch, Rounded())
+    _, noisy = step_of(net, x, rho, labels)
+
+    compute_with(monkeypatch, gpu)
+    for _, layer in net.walk():
+        layer.params = {name: device.asarray(p) for name, p in layer.params.items()}
+        layer.buffers = {name: device.asarray(p) for name, p in layer.buffers.items()}
+    found_values, found = step_of(net, *(device.asarray(a.astype(dtype)) for a in (x, rho)), device.asarray(labels))
+
+    def distance(of, *names):
+        off, size = ([v[name].ravel() for name in names] for v in ({n: of[n] - gradients[n] for n in names}, gradients))
+        return np.linalg.norm(np.concatenate(off)) / np.linalg.norm(np.concatenate(size))
+
+    for name, value in values.items():
+        # The intrinsic term is a small difference of logits: its relative noise is large. Its gradient is below.
+        if dtype == "float32" or name != "intrinsic":
+            assert found_values[name] == pytest.approx(value, rel=1e-4 if dtype == "float32" else ROUNDING), name
+    for name in gradients:
+        assert found[name].dtype == np.float32, name
+        allowed = 1e-4 if dtype == "float32" else 3 * max(distance(noisy, name), ROUNDING)
+        assert distance(found, name) <= allowed, f"{name} is off by {distance(found, name):.1%} of {allowed:.1%}"
+    allowed = 1e-4 if dtype == "float32" else 1.5 * distance(noisy, *gradients)
+    assert distance(found, *gradients) <= allowed
+    assert distance(control, *gradients) > 2 * allowed, "the test would not notice a missing term"
+
+
+@on_device
+def test_a_standard_step(device, rng, monkeypatch):
+    """Batch norm and ReLU in one pass, without a tap."""
+    net, x, labels = tiny_resnet(), rounded(rng.random((4, 8, 8, 3))), rng.integers(0, 10, 4)
+    for _, layer in net.walk():
+        layer.params = {
+            k: v if k == "bias" else v + rng.standard_normal(v.shape, np.float32) / 4 for k, v in layer.params.items()
+        }
+
+    def gradients():
+        return {f"{path}.{name}": to_numpy(g) for path, layer in net.walk() for name, g in layer.grads.items()}
+
+    compute_with(monkeypatch, reference)
+    methods.standard_step(net, x.astype(np.float64), labels)
+    expected = gradients()
+    for _, layer in net.walk():
+        layer.grads = {}
+        layer.params = {name: device.asarray(p) for name, p in layer.params.items()}
+        layer.buffers = {name: device.asarray(p) for name, p in layer.buffers.items()}
+    compute_with(monkeypatch, gpu)
+    methods.standard_step(net, device.asarray(x), device.asarray(labels))
+    for name, found in gradients().items():
+        assert np.linalg.norm(found - expected[name]) <= 1e-4 * np.linalg.norm(expected[name]), name
+
+
+@on_device
+def test_a_tap_sees_what_relu_sees(device, rng, monkeypatch):
+    """... in training, too, where the normalisation is left to ReLU: a tap that knows nothing of that gets z."""
+    seen = []
+
+    class Tap:
+        def forward(self, z):
+            seen.append(z)
+            return gpu.relu(z), None
+
+    layer = layers.Sequential({"bn": layers.BatchNorm2d(8, before_relu=True), "relu": layers.ReLU()})
+    for _, below in layer.walk():
+        below.params = {name: device.asarray(p) for name, p in below.params.items()}
+        below.buffers = {name: device.asarray(p) for name, p in below.buffers.items()}
+    x = rng.standard_normal((3, 4, 4, 8)).astype(np.float32)
+    compute_with(monkeypatch, gpu)
+    y, _ = layer.forward(device.asarray(x), train=True, tap=Tap())
+    z = (x - x.mean((0, 1, 2))) / (x.var((0, 1, 2)) + 1e-5) ** 0.5
+    np.testing.assert_allclose(to_numpy(seen[0]), z, atol=1e-4)
+    np.testing.assert_allclose(to_numpy(y), np.maximum(z, 0), atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+def test_a_float32_model_takes_bfloat16_images(device, rng, monkeypatch):
+    """Logits and gradients are float32, and near those of float32 images."""
+    compute_with(monkeypatch, gpu)
+    net = models.mlp((8 * 8 * 3, 20, 5), seed=1, input_shape=(8, 8, 3))
+    x = rounded(rng.random((6, *net.input_shape)))
+    expected, _ = net.forward(x)
+    logits, cache = net.forward(x.astype(BF16))
+    assert logits.dtype == np.float32 and net.backward(logits, cache).shape == x.shape
+    np.testing.assert_allclose(logits, expected, atol=4 * ROUNDING * np.abs(expected).max())
+    with pytest.raises(ValueError, match="convert one"):
+        net.astype(np.float64).forward(x.astype(BF16))
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+def test_the_trainer_takes_steps(device, precision, tmp_path, monkeypatch):
+    """PreActResNet18, narrow, on four images: two steps of the training loop, all through the kernels."""
+    architecture = models.preact_resnet18(width=8).architecture
+    options = dict(batch_size=2, hold_out=0, train_images=4, gamma_h=300.0)
+    config = train.Config(architecture, "manifold", "shapes10", 1, **options)
+    dataset = data.load("shapes10")
+    trainer = train.Trainer(config, dataset, tmp_path)
+    expected = [trainer.train_step() for _ in range(2)]
+    trainer = train.Trainer(config, dataset, tmp_path)
+    trainer.config = dataclasses.replace(config, precision=precision)  # which a CPU is refused
+    compute_with(monkeypatch, gpu)
+    kernels = gpu.launcher.launches
+    for loss, entropy, intrinsic, hamming, norm in expected:
+        found = trainer.train_step()
+        if precision == "fp32":
+            np.testing.assert_allclose(found, [loss, entropy, intrinsic, hamming, norm], rtol=1e-4)
+        else:  # a difference of logits, and a gradient, are noisier than these (see test_a_manifold_step)
+            np.testing.assert_allclose(found[[0, 1, 3]], [loss, entropy, hamming], rtol=2 * ROUNDING)
+            assert found[2] == pytest.approx(intrinsic, rel=0.1) and found[4] == pytest.approx(norm, rel=0.3)
+    assert gpu.launcher.launches - kernels > 100
+    assert trainer.model.weights.dtype == np.float32
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_cpu_trains_in_float32_alone(precision, tmp_path):
+    config = train.Config({"name": "mlp"}, "standard", "shapes10", 1, precision=precision)
+    with pytest.raises(UserError, match=f"--precision {precision} needs a GPU: use --precision fp32"):
+        train.Trainer(config, None, tmp_path)
+
+
+# --- planted faults: what the emulation must catch --------------------------------------------------------------------
+
+
+def convolve_something(g):
+    check_convolutions(np, g, (5, 8, 8, 24), (3, 3, 24, 16), 1, ALL_ROUND)
+
+
+def normalize_something(g):
+    x = g.standard_normal((12, 5, 5, 16)).astype(np.float32)
+    check(gpu.batchnorm_statistics(x), reference.batchnorm_statistics(exact(x)), (1e-5, 1e-5), "statistics")
+    _, squares = gpu.relu_hamming(x, 8.0)
+    np.testing.assert_allclose(squares, reference.relu_hamming(exact(x), 8.0)[1], rtol=1e-4)
+
+
+def multiply_something(g):
+    x, w = g.standard_normal((40, 50)).astype(np.float32), g.standard_normal((50, 30)).astype(np.float32)
+    np.testing.assert_allclose(gpu.linear(x, w, None), x @ w, rtol=1e-4, atol=1e-4)
+    logits, labels = g.standard_normal((200, 10)).astype(np.float32), g.integers(0, 10, 200)
+    expected = losses.cross_entropy(logits.astype(np.float64), labels)[0]
+    np.testing.assert_allclose(gpu.losses(logits, labels)[0][0], expected, rtol=1e-5)
+
+
+FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must fail, words of the error or None)
+    "no barrier in the pipeline": (
+        "conv.cu",
+        "copy_wait<STAGES - 2>();\n    __syncthreads();",
+        "copy_wait<STAGES - 2>();",
+        convolve_something,
+        None,
+    ),
+    "waits for too few copies": ("conv.cu", "copy_wait<STAGES - 2>", "copy_wait<STAGES - 1>", convolve_something, None),
+    "no wait at all": ("conv.cu", "copy_wait<STAGES - 2>();", "", convolve_something, None),
+    "no commit": (
+        "conv.cu",
+        "load((step + STAGES - 1) % STAGES);\n    copy_commit();",
+        "load((step + STAGES - 1) % STAGES);",
+        convolve_something,
+        None,
+    ),
+    "a stage too early": (
+        "conv.cu",
+        "load((step + STAGES - 1) % STAGES)",
+        "load(step % STAGES)",
+        convolve_something,
+        None,
+    ),
+    "the result's tile is written too early": (
+        "conv.cu",
+        "constexpr int PITCH = BN + SKEW;\n  const int lane = threadIdx.x % 32;\n  __syncthreads();",
+        "constexpr int PITCH = BN + SKEW;\n  const int lane = threadIdx.x % 32;",
+        convolve_something,
+        None,
+    ),
+    "... and read too early": (
+        "conv.cu",
+        "  __syncthreads();\n  for (int i = threadIdx.x; i < BM",
+        "  for (int i = threadIdx.x; i < BM",
+        convolve_something,
+        None,
+    ),
+    "a stage is filled before all have left it": (
+        "conv.cu",
+        "    __syncthreads();\n    if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES);",
+        "    if (step + STAGES - 1 < steps) load((step + STAGES - 1) % STAGES);\n    __syncthreads();",
+        convolve_something,
+        None,
+    ),
+    "half the threads skip a barrier": (
+        "conv.cu",
+        "    __syncthreads();\n    if (step",
+        "    if (threadIdx.x < 64) __syncthreads();\n    if (step",
+        convolve_something,
+        "divergent barrier",
+    ),
+    "half a warp skips a product": (
+        "conv.cu",
+        "    multiply_tiles(a + step",
+        "    if (threadIdx.x % 32 < 16) multiply_tiles(a + step",
+        convolve_something,
+        "divergent warp",
+    ),
+    "a pixel too many": (
+        "conv.cu",
+        "if (m >= pixels || n0",
+        "if (m > pixels || n0",
+        convolve_something,
+        "out of bounds",
+    ),
+    "a row behind the tile": (
+        "conv.cu",
+        "b_row + i * B_TURN;\n      if (B_ROWS % B_TURN && line >= B_ROWS) break;",
+        "b_row + i * B_TURN + STAGES * B_ROWS;",
+        convolve_something,
+        "does not go to shared memory",
+    ),
+    "a slot too many": (
+        "normalize.cu",
+        "of_slot[(thread.slot * 2 + t) * channels",
+        "of_slot[(thread.slot * 2 + t + 2) * channels",
+        normalize_something,
+        "behind the dynamic shared memory",
+    ),
+    "splits overlap": (
+        "conv.cu",
+        "last = min(first + pixels_per_split,",
+        "last = min(first + pixels_per_split + BK,",
+        convolve_something,
+        None,
+    ),
+    "slots are added too early": (
+        "normalize.cu",
+        "= sums[t][k];\n  __syncthreads();",
+        "= sums[t][k];",
+        normalize_something,
+        None,
+    ),
+    "warps are added too early": (
+        "normalize.cu",
+        "of_warp[threadIdx.x / 32] = squares;\n    __syncthreads();",
+        "of_warp[threadIdx.x / 32] = squares;",
+        normalize_something,
+        None,
+    ),
+    "a tile is used too early": (
+        "training.cu",
+        "    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < 16",
+        "#pragma unroll\n    for (int k = 0; k < 16",
+        multiply_something,
+        None,
+    ),
+    "a tile is overwritten too early": (
+        "training.cu",
+        "* from_b[k][x];\n    __syncthreads();",
+        "* from_b[k][x];",
+        multiply_something,
+        None,
+    ),
+    "a sum without barriers": (
+        "training.cu",
+        "half /= 2) {\n    __syncthreads();",
+        "half /= 2) {",
+        multiply_something,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_faults_are_caught(device, fault, rng, monkeypatch):
+    if fault is None:
+        for run in (convolve_something, normalize_something, multiply_something):
+            run(rng)
+        return
+    file, right, wrong, run, words = FAULTS[fault]
+    text = gpu.source(file)
+    assert right in text, "the kernel has changed: plant this fault elsewhere"
+    true_source = gpu.source
+    monkeypatch.setattr(gpu, "source", lambda f: text.replace(right, wrong) if f == file else true_source(f))
+    with pytest.raises(shim.KernelError if words else AssertionError, match=words):
+        run(rng)
+
+
+@needs_compiler
+def test_the_emulation_runs_what_it_should():
+    """Indices, shuffles and barriers of a small kernel; arguments by value."""
+    code = """extern "C" __global__ void sums(const float* x, float* y, int n, float by) {
+      __shared__ float of_warp[2];
+      const int i = blockIdx.x * blockDim.x + threadIdx.x;
+      float v = i < n ? x[i] * by : 0.f;
+      for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+      if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+      __syncthreads();
+      if (threadIdx.x == 0) y[blockIdx.y * gridDim.x + blockIdx.x] = of_warp[0] + of_warp[1];
+    }"""
+    x, y = np.arange(150, dtype=np.float32), np.zeros((2, 3), np.float32)
+    shim.Launcher()(code, (), "sums", (3, 2, 1), (64, 1, 1), 0, [x, y, np.int32(150), np.float32(2)])
+    np.testing.assert_array_equal(y, [[2 * x[k : k + 64].sum() for k in (0, 64, 128)]] * 2)
+
+
+@needs_compiler
+def test_the_emulation_tries_other_orders():
+    """A later warp that reads what an earlier one writes, without a barrier, is right in order, and only then."""
+    code = """extern "C" __global__ void hand_over(float* y) {
+      __shared__ float box[1];
+      if (threadIdx.x == 0) box[0] = blockIdx.x;
+      if (threadIdx.x == 32) y[blockIdx.x] = box[0];
+    }"""
+    y = np.full(50, -1, np.float32)
+    shim.Launcher()(code, (), "hand_over", (50, 1, 1), (64, 1, 1), 0, [y])
+    assert 5 < (y == np.arange(50)).sum() < 45
+
+
+# --- compiled for real ------------------------------------------------------------------------------------------------
+
+REALS = {"float": 4, "bf16": 2}
+INSTANTIATIONS = {
+    **{
+        f"{name} {('y', 'dx', 'dw')[direction]}": ("conv.cu", tile.defines(direction))
+        for name, tile in (("narrow", gpu.NARROW), ("wide", gpu.WIDE), ("tall", gpu.TALL))
+        for direction in (gpu.FORWARD, gpu.INPUT, gpu.WEIGHT)
+        if name != "tall" or direction == gpu.WEIGHT
+    },
+    **{
+        f"normalize {real} {width} {activation}": (
+            "normalize.cu",
+            (f"REAL={real}", f"WIDTH={width}", f"ACTIVATION={activation}"),
+        )
+        for real, size in REALS.items()
+        for width in (16 // size, 1)
+        for activation in (gpu.IDENTITY, gpu.RELU, gpu.HAMMING)
+    },
+    **{
+        f"elementwise {real} {width}": ("elementwise.cu", (f"REAL={real}", f"WIDTH={width}"))
+        for real, size in REALS.items()
+        for width in (16 // size, 1)
+    },
+    "training": ("training.cu", ()),
+}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("instantiation", INSTANTIATIONS)
+def test_machine_code(instantiation, arch):
+    """It compiles; no register is spilled; two blocks of 256 threads fit; tensor cores and wide loads are used."""
+    file, defines = INSTANTIATIONS[instantiation]
+    kernels = nvrtc.inspect(nvrtc.compile_cubin(gpu.source("device.cuh") + gpu.source(file), arch, defines))
+    assert kernels
+    for name, code in kernels.items():
+        assert code.stack == 0 and not {"LDL", "STL"} & {i.split(".")[0] for i in code.instructions}, f"{name} spills"
+        assert code.registers <= 128, f"{name} takes {code.registers} registers: two blocks of 256 threads do not fit"
+        if name in ("convolve", "weight_gradient"):
+            assert "HMMA.16816.F32.BF16" in code.instructions, f"{name} does not use tensor cores"
+            assert {i.split(".")[0] for i in code.instructions} >= {"LDGSTS", "LDSM"}, name
+        if any(d in defines for d in ("WIDTH=8", "WIDTH=4")) and name in ("activate", "normalize_backward", "add"):
+            assert {"LDG.E.128.CONSTANT", "STG.E.128"} <= code.instructions, f"{name} does not move 16 bytes at a time"
+
+
+@needs_nvrtc
+def test_the_checks_of_machine_code_can_fail():
+    """A kernel that indexes registers dynamically lands in local memory; one with a mistake does not compile."""
+    code = 'extern "C" __global__ void f(float* x, int n) { float a[64]; for (int i = 0; i < 64; i++) a[i] = x[i]; '
+    code += "for (int i = 0; i < n; i++) a[(int)x[i] & 63] += 1; for (int i = 0; i < 64; i++) x[i] = a[i]; }"
+    found = nvrtc.inspect(nvrtc.compile_cubin(code, "sm_90"))["f"]
+    assert found.stack >= 256 and "STL" in {i.split(".")[0] for i in found.instructions}
+    with pytest.raises(nvrtc.CompileError, match="nothing_"):
+        nvrtc.compile_cubin('extern "C" __global__ void f(float* x) { x[0] = nothing_; }', "sm_90")
+
+
+# --- launch geometry --------------------------------------------------------------------------------------------------
+
+NETWORK = [  # PreActResNet18's convolutions, 3 x 128 images
+    ((384, 32, 32, 8), (3, 3, 8, 64), 1),
+    *[((384, s, s, c), (3, 3, c, c), 1) for s, c in ((32, 64), (16, 128), (8, 256), (4, 512))],
+    *[((384, s, s, c), (3, 3, c, 2 * c), 2) for s, c in ((32, 64), (16, 128), (8, 256))],
+    *[((384, s, s, c), (1, 1, c, 2 * c), 2) for s, c in ((32, 64), (16, 128), (8, 256))],
+]
+
+
+@pytest.mark.parametrize("direction", [gpu.FORWARD, gpu.INPUT, gpu.WEIGHT])
+@pytest.mark.parametrize(("x_shape", "w_shape", "stride"), NETWORK)
+def test_plans_of_the_network(direction, x_shape, w_shape, stride):
+    """The whole result is covered, no block is idle from the start, and what a block needs is there."""
+    plan = gpu.conv_plan(direction, x_shape, w_shape, stride, (w_shape[0] // 2,) * 4)
+    tile, (n, ho, wo, co) = plan.tile, reference.conv2d_shape(x_shape, w_shape, stride, (w_shape[0] // 2,) * 4)
+    rows, columns = {
+        gpu.FORWARD: (n * ho * wo, co),
+        gpu.INPUT: (n * x_shape[1] * x_shape[2] // stride**2, x_shape[3]),
+        gpu.WEIGHT: (np.prod(w_shape[:3]), co),
+    }[direction]
+    for blocks, size, all_ in ((plan.grid[0], tile.bm, rows), (plan.grid[1], tile.bn, columns)):
+        assert (blocks - 1) * size < all_ <= blocks * size
+    assert tile.threads <= 256 and tile.shared(direction) <= 99 << 10, "must fit twice into an H100's 227 KiB"
+    if direction == gpu.WEIGHT:
+        per_split = plan.sizes[-1]
+        assert (plan.splits - 1) * per_split < n * ho * wo <= plan.splits * per_split and per_split % tile.bk == 0
+        assert plan.splits == plan.grid[2] and plan.splits * plan.grid[0] * plan.grid[1] <= 2 * gpu.BLOCKS
+
+
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8), st.integers(1, 600)),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    activation=st.sampled_from([gpu.IDENTITY, gpu.RELU, gpu.HAMMING]),
+    by_channel=st.booleans(),
+)
+def test_pass_plans(shape, dtype, activation, by_channel):
+    """A pixel's channels divide into vectors of 16 bytes or single numbers, and a sample into pixels."""
+    shape = (3 * shape[0], *shape[1:]) if activation == gpu.HAMMING else shape
+    plan = gpu.pass_plan(shape, dtype, activation, shape[3] if by_channel else None)
+    width = 8 if dtype == "bfloat16" else 4
+    if plan is None:
+        assert by_channel and shape[3] > 256 and (shape[3] % width or shape[3] > 256 * width)
+        return
+    taken = int(re.search(r"WIDTH=(\d+)", " ".join(plan.defines))[1])
+    assert taken in (1, width) and plan.channels % taken == 0 and 1 <= plan.channels // taken <= 256
+    branches = 3 if activation == gpu.HAMMING else 1
+    assert plan.pixels * plan.channels * branches == np.prod(shape)
+    assert plan.pixels_per_sample * plan.channels == np.prod(shape[1:])
+    assert plan.shared <= 48 << 10 and 1 <= plan.blocks <= 2 * gpu.BLOCKS and plan.parts >= 1
+
+
+def test_a_convolution_beyond_32_bits_is_refused():
+    with pytest.raises(ValueError, match=r"beyond 2\^31"):
+        gpu.conv_plan(gpu.FORWARD, (1 << 20, 64, 64, 64), (3, 3, 64, 64), 1, ALL_ROUND)
+
+
+def test_kernels_get_aligned_arrays():
+    """A view may start anywhere; vectors of 16 bytes may not."""
+    x = np.arange(65, dtype=np.float32)
+    for view in (x[1:], x[:64].reshape(8, 8).T, x[::2]):
+        found = gpu._ready(view)
+        assert found.ctypes.data % 16 == 0 and found.flags.c_contiguous
+        np.testing.assert_array_equal(found, view)
+
+
+def test_nothing_imports_cupy():
+    """gpu.py is imported on every machine; CuPy costs half a second where it is installed."""
+    code = "import sys, nanomr, nanomr.ops.gpu; assert 'cupy' not in sys.modules and 'ml_dtypes' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+def script(name, *options):
+    path = Path(__file__).resolve().parent.parent / "bench" / name
+    return subprocess.run([sys.executable, path, *options], capture_output=True, text=True)
+
+
+def test_the_benchmark_prints_its_plan_without_a_gpu():
+    """Each convolution with its floor: together those of gpu.md's 1.28 TFLOP."""
+    result = script("gpu.py", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert sum("GFLOP" in line for line in lines) == 11 and any("torch compile" in line for line in lines)
+    found = json.loads(lines[-1])
+    assert found["dry_run"] and found["convolutions_floor_us"] == pytest.approx(1770, rel=0.01)
+
+
+@pytest.mark.skipif(gpu_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    result = script("gpu.py")
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(r"bench/gpu.py: no GPU: .*--dry-run.*\n", result.stderr)
