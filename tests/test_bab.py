@@ -128,7 +128,7 @@ def audit(problem, tree, minima, threshold, restricted=False):
         return
     assert tree.image is None
     if restricted and tree.leaves is None:
-        assert threshold <= tree.bound <= max(least, threshold) + TOLERANCE
+        assert threshold < tree.bound <= max(least, threshold) + TOLERANCE
         return
     units, alpha, split, beta = (tree.leaves[name] for name in ("units", "alpha", "split", "beta"))
     assert units.dtype == split.dtype == np.int32 and alpha.dtype == beta.dtype == np.float32

@@ -488,7 +488,7 @@ def branch_and_bound(
             known = restrict(exact, sign.astype(np.float64), value.astype(np.float64), *known, limit)
             if known is None:
                 framed = True
-                closed.append((np.array([threshold]), sign[None], value[None]))
+                closed.append((np.array([limit]), sign[None], value[None]))  # margin > limit: none is left
                 return None
             frame = Frame.of(*known)
             stable = (sign == 0) & ~((frame.low < 0) & (frame.high > 0))
