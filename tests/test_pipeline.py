@@ -11,6 +11,7 @@ from strategies import fewer, seeds
 pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_milp import Network, networks
 
+from nanomr import checkpoint
 from nanomr.attacks.common import Linf
 from nanomr.attacks.pgd import pgd
 from nanomr.verify import milp, pipeline
@@ -75,7 +76,7 @@ def audit(case, outcomes):
             assert not record["verified_float32"]
             assert Linf(case.eps).inside(case.x[i : i + 1].astype(float), adversarial[None].astype(float))[0]
             assert case.model.forward(adversarial[None])[0].argmax() != case.labels[i]
-        json.dumps(record, allow_nan=False)
+        json.loads(checkpoint._dumps(record))
 
 
 @fewer(0.6)
@@ -242,3 +243,26 @@ def test_seconds_are_the_stages():
     case = Case(network_of(5), 0.2)
     for outcome in case.verdicts():
         assert abs(sum(outcome.record["stages"].values()) - outcome.record["seconds"]) < 1e-3
+
+
+@pytest.mark.parametrize("size", [0.6, np.inf])
+def test_a_larger_float32_error_costs_claims_for_float32_but_no_proof(size, monkeypatch):
+    """What CROWN leaves open for float32 alone goes on to the trees; without a bound on the error, nothing does."""
+    real = {}
+    for seed in range(16):
+        for o in Case(network_of(seed), 0.1).verdicts():
+            real[seed, o.record["id"]] = o.record["verdict"]
+    monkeypatch.setattr(pipeline, "float32_error", lambda chain, low, *_: np.full((len(low), chain.classes), size / 2))
+    by_tree = claimed = 0
+    for seed in range(16):
+        case = Case(network_of(seed), 0.1)
+        outcomes = case.verdicts()
+        audit(case, outcomes)
+        for record, proof, _ in outcomes:
+            assert (record["verdict"] == "verified") == (real[seed, record["id"]] == "verified")
+            claimed += record["verified_float32"]
+            trees = [t for t, notes in record.get("solver", {}).items() if "for float32" in notes[0]]
+            proved = [t for t in trees if record["how"][t] == "bab"]
+            assert all(record["bound"][t] > size and f"{t}/split" in proof for t in proved)
+            by_tree += len(proved)
+    assert (claimed > 0 and by_tree > 0) if size < np.inf else (claimed == by_tree == 0)

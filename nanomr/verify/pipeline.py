@@ -126,7 +126,7 @@ class Verifier:
         return image_box(images, self.settings.eps) if boxes is None else boxes
 
     def decide(self, image, outcome: Outcome, box=None) -> Outcome:
-        """Settle the rivals that :meth:`screen` left open, the closest first.
+        """Settle the rivals that :meth:`screen` left open, the closest first; also those open for float32 only.
 
         ``image`` (H, W, C) float32; ``box``: (low, high) float64 like it, where :meth:`screen` was given boxes.
         """
@@ -142,9 +142,20 @@ class Verifier:
             return self.settings.time_limit - used - (time.process_time() - start) - solved
 
         record["solver"] = {}
-        todo = sorted((b, t) for t, b in record["bound"].items() if not b > 0)
-        verdict, stage, adversarial = "verified", "milp", None
-        for _, t in todo:
+        todo = sorted((b, t) for t, b in record["bound"].items() if not b > _target(record["float32_error"][t]))
+        verdict, adversarial = "verified", None
+        stage = "alpha-crown" if "alpha-crown" in record["how"].values() else "crown"
+        for bound, t in todo:
+            if bound > 0:  # proved already, but not for float32
+                tree = branch_and_bound(
+                    self.chain, low, high, relus, record["label"], int(t), threshold=record["float32_error"][t],
+                    cpu_limit=0.04 * left(), max_domains=RESTRICT_AFTER,
+                )  # fmt: skip
+                record["solver"][t] = [f"bab, for float32: {tree.status}, {tree.domains} domains, {tree.seconds:.2f} s"]
+                if tree.status == "proved":
+                    record["how"][t], record["bound"][t] = "bab", tree.bound
+                    proof |= {f"{t}/{name}": value for name, value in tree.leaves.items()}
+                continue
             answer = self._settle(tried, low, high, relus, record, int(t), left)
             solved += answer.solver_seconds
             record["solver"][t] = answer.notes
@@ -153,7 +164,7 @@ class Verifier:
                 verdict, adversarial = answer.verdict, answer.adversarial
                 break
             record["how"][t], record["bound"][t] = answer.stage, answer.bound
-            proof.update({f"{t}/{name}": value for name, value in answer.leaves.items()})
+            proof |= {f"{t}/{name}": value for name, value in answer.leaves.items()}
         record |= {"verdict": verdict, "stage": stage}
         spent = time.process_time() - start + solved
         record["seconds"] = round(used + spent, 4)
@@ -272,7 +283,8 @@ class _Screening:
 
     def close_verified(self, stage: str):
         for i in self.left():
-            if all(bound > 0 for bound in self.records[i]["bound"].values()):
+            record = self.records[i]
+            if all(bound > _target(record["float32_error"][t]) for t, bound in record["bound"].items()):
                 self.close([i], "verified", stage)
 
     def outcomes(self) -> list[Outcome]:
@@ -280,6 +292,11 @@ class _Screening:
             if record["verdict"] is not None:
                 _finish(record)
         return [Outcome(*parts) for parts in zip(self.records, self.proofs, self.adversarial, strict=True)]
+
+
+def _target(error: float) -> float:
+    """What a margin's bound is to exceed: the float32 error, if there is a bound on it."""
+    return error if error < np.inf else 0.0
 
 
 def _finish(record: dict):
