@@ -14,7 +14,7 @@ from nanomr.models import Model
 from nanomr.verify.attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
 from nanomr.verify.chain import Chain
 from nanomr.verify.crown import crown, image_box
-from nanomr.verify.rounding import float32_error, gamma
+from nanomr.verify.rounding import float32_errors, gamma
 
 SHAPE = (4, 4, 2)
 
@@ -136,15 +136,16 @@ def test_float32_logits_are_within_the_error_bound_in_any_order(seed, eps):
     chain = Chain(model)
     x = draw.random((2, *SHAPE)).astype(np.float32)
     low, high = image_box(x, eps)
-    error = float32_error(chain, low, high, crown(chain, low, high))
+    rows, owner = draw.normal(size=(6, 4)), np.arange(6) // 3
+    error = float32_errors(chain, low, high, crown(chain, low, high), rows, owner)
     for _ in range(10):
         inner_low, inner_high = strict_box(x, eps)
         point = np.clip(draw.choice([inner_low, inner_high]), inner_low, inner_high)
         exact = chain.forward(point.astype(np.float64))[0]
-        assert (abs(model.forward(point)[0] - exact) <= error).all()
-        # the same sums in float32 in a random order, one at a time: worse than any BLAS
-        assert (abs(_shuffled(model, point, draw) - exact) <= error).all()
-    assert (error < 1e-2).all() and (error > 0).all()
+        # also the same sums in float32 in a random order, one at a time: worse than any BLAS
+        for logits in (model.forward(point)[0], _shuffled(model, point, draw)):
+            assert (abs(((logits.astype(np.float64) - exact)[owner] * rows).sum(1)) <= error).all()
+    assert (error < 1e-2 * abs(rows).sum(1)).all() and (error > 0).all()
 
 
 def _shuffled(model, x, draw):
@@ -173,7 +174,7 @@ def test_the_error_bound_is_of_the_size_that_one_dot_product_has():
     model.children["fc1"].params["weight"][...] = 1
     model.children["fc1"].params["bias"][...] = 0
     low, high = np.zeros((1, 4, 4, 3)), np.ones((1, 4, 4, 3))
-    error = float32_error(Chain(model), low, high, [])
+    error = float32_errors(Chain(model), low, high, [], np.eye(2), [0, 0])
     # 48 ones are summed with 49 roundings; before that, the normalisation's, at most 4 for each of them
     assert (error >= gamma(48) * 48).all() and (error <= gamma(49 + 5) * 48 * 1.001).all()
 
@@ -181,7 +182,24 @@ def test_the_error_bound_is_of_the_size_that_one_dot_product_has():
 def test_a_batch_norm_has_no_float32_claim():
     chain = Chain(conv_net(1, batch_norm=True))
     low = np.zeros((2, *SHAPE))
-    assert np.isinf(float32_error(chain, low, low, crown(chain, low, low))).all()
+    assert np.isinf(float32_errors(chain, low, low, crown(chain, low, low), np.eye(4)[:2], [0, 1])).all()
+
+
+def test_a_relu_that_may_be_on_in_one_and_off_in_the_other_is_paid_for():
+    """One pixel, one ReLU, around its kink: the row cannot be carried through it, in either direction."""
+    model = models.mlp((1, 1, 2), input_shape=(1, 1, 1), mean=(0.5,), std=(0.5,))
+    for name in ("fc1", "fc2"):
+        model.children[name].params["weight"][...] = 1
+        model.children[name].params["bias"][...] = 0
+    chain, rows = Chain(model), np.array([[1.0, 0.0]])
+
+    def error(low, high):
+        low, high = np.full((1, 1, 1, 1), low), np.full((1, 1, 1, 1), high)
+        return float32_errors(chain, low, high, crown(chain, low, high), rows, [0])[0]
+
+    beside, at, off = error(0.6, 0.6), error(0.5, 0.5), error(0.3, 0.3)
+    assert off < at and off < beside  # off, it hands nothing on
+    assert at > gamma(4)  # the normalisation's rounding alone: (0.5 + 0.5) / 0.5 is 2, and passes the kink
 
 
 def test_attacks_leave_images_model_and_labels_alone(rng):

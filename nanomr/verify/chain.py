@@ -21,9 +21,9 @@ class Stage:
     def __init__(self, layers: list[Affine], in_shape: tuple, dtype):
         self.layers, self.in_shape = layers, tuple(in_shape)
         z = np.zeros((1, *in_shape), dtype)
-        self._inputs = []  # of each layer: ``transpose`` reads shapes off them
+        self.inputs = []  # an input of each layer, (1, ...): ``transpose`` reads shapes off them
         for layer in layers:
-            self._inputs.append(z)
+            self.inputs.append(z)
             z = layer.apply(z)
         self.bias, self.out_shape = z[0], z.shape[1:]
 
@@ -35,7 +35,7 @@ class Stage:
 
     def transpose(self, dz):
         """A^T dz, for dz (N, *out_shape)."""
-        for layer, x in zip(reversed(self.layers), reversed(self._inputs), strict=True):
+        for layer, x in zip(reversed(self.layers), reversed(self.inputs), strict=True):
             dz = layer.transpose(dz, np.broadcast_to(x, (len(dz), *x.shape[1:])))
         return dz
 

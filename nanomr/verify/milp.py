@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import UserError
 from . import crown
 from .chain import Chain
+from .halfspace import least
 
 SMALL = 1e-9  # HiGHS drops matrix entries up to this size
 SLACK = 1e-8  # every bound and the threshold are this much (relatively) looser than asked for: rounding stays inside
@@ -84,9 +85,9 @@ def decide(
     task = _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit)
     if isinstance(task, Answer):
         return task
-    program, centre, radius = task
+    program, low, high = task
     used = time.process_time() - begin
-    return _answer(solve(program, cpu_limit - used, options), centre, radius, threshold, used)
+    return _answer(solve(program, cpu_limit - used, options), low, high, threshold, used)
 
 
 class Solver:
@@ -110,7 +111,7 @@ class Solver:
         task = _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit)
         if isinstance(task, Answer):
             return task
-        program, centre, radius = task
+        program, low, high = task
         used = time.process_time() - begin
         if self._process is None or not self._process.is_alive():
             self.close()
@@ -127,7 +128,7 @@ class Solver:
             message = f"the solver's process died (exit code {self._process.exitcode})"
             self.close()
             return Answer("error", None, np.nan, 0, time.monotonic() - wall, message)
-        return _answer(found, centre, radius, threshold, used)
+        return _answer(found, low, high, threshold, used)
 
     def _start(self):
         context = multiprocessing.get_context("spawn")
@@ -176,7 +177,7 @@ def _serve(connection):
 
 
 def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
-    """(program, the box's centre, its radius), or the Answer where no solver is needed."""
+    """(program, low, high (H, W, C)), or the Answer where no solver is needed."""
     _highspy()
     if chain.dtype != np.float64:
         raise ValueError(f"a proof needs a chain in float64, not {chain.dtype}")
@@ -208,15 +209,14 @@ def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
     for values in (program.value, program.column_low, program.column_high, program.cost, program.row_high):
         if not (abs(values[values != np.inf]) < LARGE).all():
             return done("error", "the model's numbers are not finite, or too large")
-    return program, 0.5 * (low + high)[0], 0.5 * (high - low)[0]
+    return program, low[0], high[0]
 
 
-def _answer(found, centre, radius, threshold, used):
+def _answer(found, low, high, threshold, used):
     """The Answer to the question, from that about the program."""
     image = None
     if found.image is not None:
-        t = np.clip(found.image.reshape(centre.shape), -1, 1)
-        image = np.clip(centre + radius * t, centre - radius, centre + radius)
+        image = np.clip(0.5 * (low + high) + 0.5 * (high - low) * found.image.reshape(low.shape), low, high)
     bound = threshold if found.status == "infeasible" else min(found.bound, threshold)
     return found._replace(image=image, bound=bound, seconds=found.seconds + used)
 
@@ -225,12 +225,12 @@ def _answer(found, centre, radius, threshold, used):
 
 
 def restrict(chain: Chain, low, high, relus, label: int, rival: int, *, threshold=0.0, rounds=8, stop=None):
-    """Tighter ``relus``, that hold for the images of the box (1, H, W, C) with margin <= threshold; None if none is left.
+    """``relus`` drawn in to the images of the box (1, H, W, C) with margin <= threshold; None if there are none.
 
     A linear bound c . x + k <= margin leaves the half-space c . x + k <= threshold, and bounds of a ReLU's input over
     box and half-space are again linear bounds: w . x >= w . x + m (c . x + k - threshold) for every m >= 0. Tighter
     bounds make a better c . x + k, and so on, for as long as it pays, at most ``rounds`` times (the output-constrained
-    bounds of Kotha et al., 2023, with closed steps in the place of their gradient search).
+    bounds of Kotha et al., 2023, with bisection in the place of their gradient search).
     """
     box, owner = crown.Box.between(low, high), np.zeros(1, int)
     radius = box.radius.ravel()
@@ -261,33 +261,16 @@ def restrict(chain: Chain, low, high, relus, label: int, rival: int, *, threshol
                 sides = sides.reshape(-1, *z_low.shape[1:])
                 linear = crown.lower(chain, box, lines[:layer], sides, np.zeros(len(sides), int))
                 w = linear.image.reshape(len(sides), -1) * radius
-                value = linear.value + abs(w).sum(1) + _least(w, c, k)
+                value = linear.value + abs(w).sum(1) + least(w, c, k)
                 value -= SLACK * (1 + abs(value))
                 flat_low[part] = np.maximum(flat_low[part], value[: len(part)])
                 flat_high[part] = np.minimum(flat_high[part], -value[len(part) :])
-            if (flat_low > flat_high).any():  # NaN, which is not >, goes on, and proves nothing
+            # Units that were stable before are left out: there rounding alone may have put low above high, by an ulp
+            # (a box of one point). NaN, which is not >, goes on, and proves nothing.
+            if (flat_low[units] > flat_high[units]).any():
                 return None
             lines[layer] = crown.Lines.around(z_low, z_high)
     return relus
-
-
-def _least(w, c, k):
-    """Lower bounds of w . t, w (S, n), over the t in [-1, 1] with c . t + k <= 0: (S,).
-
-    Of the dual, max over m >= 0 of m k - |w + m c|, a concave function: every m gives a bound, bisection a good one.
-    """
-    size = abs(c).sum()
-    if size == 0:
-        return -abs(w).sum(1)
-    best = -abs(w).sum(1)
-    left, right = np.zeros(len(w)), 8 * -best / size
-    for _ in range(12):
-        m = 0.5 * (left + right)
-        sums = w + m[:, None] * c
-        best = np.maximum(best, m * k - abs(sums).sum(1))
-        rising = k - np.sign(sums) @ c > 0
-        left, right = np.where(rising, m, left), np.where(rising, right, m)
-    return best
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -296,8 +279,8 @@ def _least(w, c, k):
 def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: float = 0.0) -> Program:
     """The collapsed big-M model of "margin <= threshold", for one image's box and ReLU bounds (leading 1 each).
 
-    Variables: the pixels, as t in [-1, 1] with x = centre + radius t; of every unstable ReLU its output a in [0, u], the
-    slack s = a - z in [0, -l] and a binary d, with a <= u d and s <= -l (1 - d). One dense row a - s = z for each.
+    Variables: the pixels, as t in [-1, 1] with x = centre + radius t; of every unstable ReLU its output a in [0, up],
+    the slack s = a - z in [0, down] and a binary d, with a <= up d and s <= down (1 - d). One dense row a - s = z each.
     """
     centre, radius = 0.5 * (low + high).ravel(), 0.5 * (high - low).ravel()
     unstable = [(z_low < 0) & (z_high > 0) for z_low, z_high in relus]
@@ -321,8 +304,9 @@ def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: flo
     weight[:, :pixels] *= radius
 
     # A wider big-M, a wider bound or a looser threshold is a relaxation: rounding cannot cut off an image.
-    l, u = (np.concatenate([[], *(z[side][on] for z, on in zip(relus, unstable, strict=True))]) for side in (0, 1))
-    l, u = l - SLACK * (1 + abs(l)), u + SLACK * (1 + abs(u))
+    down = np.concatenate([[], *(-z_low[on] for (z_low, _), on in zip(relus, unstable, strict=True))])
+    up = np.concatenate([[], *(z_high[on] for (_, z_high), on in zip(relus, unstable, strict=True))])
+    down, up = down + SLACK * (1 + down), up + SLACK * (1 + up)
     threshold = threshold + SLACK * (1 + abs(threshold))
 
     # HiGHS would drop tiny entries, and with them perhaps the only counterexample. They are dropped here, and what
@@ -330,8 +314,8 @@ def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: flo
     small = np.where(abs(weight) <= SMALL, weight, 0)
     weight -= small
     by_pixels = abs(small[:, :pixels]).sum(1)
-    least = np.minimum(small[:, pixels:], 0) @ u - by_pixels
-    most = np.maximum(small[:, pixels:], 0) @ u + by_pixels
+    below = np.minimum(small[:, pixels:], 0) @ up - by_pixels
+    above = np.maximum(small[:, pixels:], 0) @ up + by_pixels
 
     sums = np.concatenate([-weight[:units], np.zeros((units, units))], axis=1)  # a - s - weight . (t, a)
     one = np.arange(units)
@@ -346,16 +330,16 @@ def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: flo
     edge = 1.0 * (radius > 0)
     return Program(
         cost=np.concatenate([margin, none]),
-        offset=float(bias[units] + least[units]),
+        offset=float(bias[units] + below[units]),
         column_low=np.concatenate([-edge, np.zeros(3 * units)]),
-        column_high=np.concatenate([edge, u, -l, ones]),
-        row_low=np.concatenate([bias[:units] + least[:units], np.full(2 * units + 1, -np.inf)]),
-        row_high=np.concatenate([bias[:units] + most[:units], np.zeros(units), -l,
-                                 [threshold - bias[units] - least[units]]]),
+        column_high=np.concatenate([edge, up, down, ones]),
+        row_low=np.concatenate([bias[:units] + below[:units], np.full(2 * units + 1, -np.inf)]),
+        row_high=np.concatenate([bias[:units] + above[:units], np.zeros(units), down,
+                                 [threshold - bias[units] - below[units]]]),
         start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         index=np.concatenate([np.nonzero(entries)[1], np.stack([a, d], 1).ravel(), np.stack([s, d], 1).ravel(),
                               margin_at]).astype(np.int32),
-        value=np.concatenate([sums[entries], np.stack([ones, -u], 1).ravel(), np.stack([ones, -l], 1).ravel(),
+        value=np.concatenate([sums[entries], np.stack([ones, -up], 1).ravel(), np.stack([ones, down], 1).ravel(),
                               margin[margin_at]]),
         binaries=units,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from .bab import branch_and_bound
 from .chain import Chain
 from .crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows, minimiser
 from .milp import Solver, end_with_parent
-from .rounding import float32_error
+from .rounding import float32_errors
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
@@ -79,8 +79,7 @@ class Verifier:
         rows = margin_rows(labels[left][owner], rivals, self.chain.classes)
         bound = lower(self.chain, box, lines, rows, owner)
         corners = minimiser(box, bound.image, owner)
-        error = float32_error(self.chain, low, high, relus)
-        error = error[owner, labels[left][owner]] + error[owner, rivals]
+        error = float32_errors(self.chain, low, high, relus, rows, owner)
         for n, i in enumerate(left):
             run.records[i]["unstable"] = [int(line.unstable[n].sum()) for line in lines]
             run.records[i]["switching"] = self._switching(x[i], box.centre[n], corners[owner == n])

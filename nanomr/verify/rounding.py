@@ -11,8 +11,9 @@ import numpy as np
 from ..layers import Affine, AveragePool2d, Conv2d, Flatten, Linear, Normalize
 from .bounds import propagate
 from .chain import Chain
+from .crown import inner
 
-TINY = 2.0**-149  # what an underflow can lose
+TINY = 2.0**-124  # what an underflow can lose, also where subnormal numbers are flushed to zero
 
 
 def gamma(n: int) -> float:
@@ -20,21 +21,43 @@ def gamma(n: int) -> float:
     return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
-def float32_error(chain: Chain, low, high, relus):
-    """(B, K): bounds on |float32 logit - real logit| over boxes of float32 images [low, high] (B, H, W, C).
+def float32_errors(chain: Chain, low, high, relus, rows, owner):
+    """(S,): bounds on |rows . float32 logits - rows . real logits| over boxes of float32 images [low, high].
 
-    ``relus``: the bounds of every ReLU's input (:func:`nanomr.verify.crown.crown`). Infinite for a network with batch
-    norms: folded, they round otherwise than as they are deployed.
+    low, high (B, H, W, C); ``relus``: the bounds of every ReLU's input (:func:`nanomr.verify.crown.crown`); rows
+    (S, K), owner (S,): which box each is about. Infinite for a network with batch norms: folded, they round otherwise
+    than as they are deployed.
+
+    The difference of the two networks is itself a network, linear through every ReLU that is surely on in both: the
+    rows go back through it, signs and all, and each layer's own rounding is charged as they come by. Where a ReLU may
+    be on in one and off in the other, the largest error of its input is charged instead.
     """
     if chain.folded:
-        return np.full((len(low), chain.classes), np.inf)
+        return np.full(len(rows), np.inf)
+    owner = np.asarray(owner)
     largest, error = np.maximum(abs(low), abs(high)), np.zeros_like(low)
+    own, inputs = [], []  # of each stage's layers, their own rounding; of each ReLU layer, the error of its input
     for k, stage in enumerate(chain.stages):
         if k:
-            largest = np.maximum(relus[k - 1][1], 0)
+            inputs.append(error)
+            largest, error = np.maximum(relus[k - 1][1], 0), np.where(relus[k - 1][1] + error < 0, 0, error)
+        own.append([])
         for layer in stage.layers:
-            largest, error = _through(layer, largest, error)
-    return error
+            largest, through, rounding = _through(layer, largest, error)
+            error = through + rounding
+            own[k].append(rounding)
+    total, a = np.zeros(len(rows)), rows
+    for k in reversed(range(len(chain.stages))):
+        stage = chain.stages[k]
+        for layer, zero, rounding in reversed(list(zip(stage.layers, stage.inputs, own[k], strict=True))):
+            total += inner(abs(a), rounding[owner])
+            a = layer.transpose(a, np.broadcast_to(zero, (len(a), *zero.shape[1:])))
+        if k:
+            (z_low, z_high), error = relus[k - 1], inputs[k - 1]
+            on, off = z_low > error, z_high < -error
+            total += inner(abs(a), np.where(on | off, 0, error)[owner])
+            a = a * on[owner]
+    return total
 
 
 def _magnitude(layer, size):
@@ -44,14 +67,13 @@ def _magnitude(layer, size):
 
 def _dot(layer, largest, error, terms):
     bias = abs(layer.params.get("bias", 0.0))
-    size = _magnitude(layer, largest)
-    wrong = _magnitude(layer, error)
-    return size + bias, wrong + gamma(terms + 1) * (size + wrong + bias) + terms * TINY
+    size, through = _magnitude(layer, largest), _magnitude(layer, error)
+    return size + bias, through, gamma(terms + 1) * (size + through + bias) + terms * TINY
 
 
 @singledispatch
 def _through(layer: Affine, largest, error):
-    """(largest |output|, its error) after ``layer``, from those of its input."""
+    """(largest |output|, the input's error at the output, the layer's own rounding) from (largest |input|, error)."""
     raise NotImplementedError(f"no rounding error for {type(layer).__name__}")
 
 
@@ -68,17 +90,17 @@ def _(layer: Linear, largest, error):
 @_through.register
 def _(layer: Normalize, largest, error):  # (x - mean) times 1 / std, which is rounded as well: three roundings
     mean, scale = abs(layer.buffers["mean"]), abs(1 / layer.buffers["std"])
-    size, wrong = (largest + mean) * scale, error * scale
-    return size, wrong + gamma(4) * (size + wrong) + TINY
+    size, through = (largest + mean) * scale, error * scale
+    return size, through, gamma(4) * (size + through) + TINY
 
 
 @_through.register
 def _(layer: AveragePool2d, largest, error):
-    size, wrong = layer.apply(largest), layer.apply(error)
+    size, through = layer.apply(largest), layer.apply(error)
     window = layer.window or largest.shape[1]
-    return size, wrong + gamma(window * window + 1) * (size + wrong) + TINY
+    return size, through, gamma(window * window + 1) * (size + through) + TINY
 
 
 @_through.register
 def _(layer: Flatten, largest, error):
-    return layer.apply(largest), layer.apply(error)
+    return layer.apply(largest), layer.apply(error), layer.apply(0 * error)
