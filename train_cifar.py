@@ -84,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
     text = "of the activations; weights are float32. Default: bf16 on a GPU; a CPU has fp32 alone"
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help=text)
+    text = "on a GPU: start every kernel of a step by itself instead of a CUDA graph of them all (bf16 alone has one)"
+    g.add_argument("--no-graph", action="store_true", help=text)
     g.add_argument("--out", type=Path, default=None, help="run folder; default: runs/MODEL-DATA-METHOD-SEED")
     g.add_argument(
         "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
@@ -160,7 +162,7 @@ def main() -> int:
             raise UserError(
                 f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
             )
-    trainer = Trainer(config, dataset, folder, device)
+    trainer = Trainer(config, dataset, folder, device, graph=not args.no_graph)
     if resume:
         trainer.resume()
     else:

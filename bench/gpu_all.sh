@@ -17,7 +17,7 @@ part 120 "$python" -m pytest -q -m gpu tests
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     part 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -m gpu tests/test_kernels.py \
-      -k "convolutions_of_the_networks or batchnorm_relu or losses"
+      -k "convolutions_of_the_networks or batchnorm_relu or losses or norm or on_the_device"
   done
 else
   status=1

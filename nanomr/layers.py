@@ -231,6 +231,8 @@ class Flatten(Affine):
         return x.reshape(len(x), -1)
 
     def transpose(self, dy, x):
+        if x.dtype.name == "bfloat16":  # logits, and gradients on their way back from them, are float32
+            dy = ops_for(dy).cast(dy, x.dtype)
         return dy.reshape(x.shape)
 
 
@@ -337,7 +339,7 @@ class BatchNorm2d(Layer):
             return None
         if train:
             return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta)
-        return dy * (gamma * inv_std)
+        return ops.scale(dy, gamma * inv_std) if hasattr(ops, "scale") else dy * (gamma * inv_std)
 
 
 class Sequential(Layer):

@@ -35,6 +35,23 @@ def intrinsic(f_plus, f_minus):
     return (difference * difference).sum() * (1.0 / n), d_plus, -d_plus
 
 
+def of_logits(logits, labels, gamma_i=None):
+    """(cross-entropy, intrinsic, gradient of cross-entropy + gamma_i intrinsic by the logits).
+
+    Logits (3 N, K) of [x; x + rho; x - rho]; or, without ``gamma_i``, (N, K) for the cross-entropy alone. labels (N,).
+    """
+    ops, n = ops_for(logits), len(labels)
+    if logits.dtype.name == "float32" and hasattr(ops, "losses"):  # one launch, which a CUDA graph can hold
+        values, gradient = ops.losses(logits, labels, gamma_i)
+        return values[0], values[1], gradient
+    value, gradient = cross_entropy(logits[:n], labels)
+    if gamma_i is None:
+        return value, 0.0, gradient
+    pair, d_plus, d_minus = intrinsic(logits[n : 2 * n], logits[2 * n :])
+    gradient = array_module(logits).concatenate([gradient, gamma_i * d_plus, gamma_i * d_minus])
+    return value, pair, gradient
+
+
 def hamming(z_plus, z_minus, alpha=8.0, per_sample=False):
     """(H, dH/dz+, dH/dz-) of one layer: the l2 norm of |tanh(alpha z+) - tanh(alpha z-)|, over twice its elements.
 

@@ -19,10 +19,11 @@ class SGD:
     def step(self, lr: float):
         """One update from ``model.gradients``, which it then clears. Returns the gradient's norm before clipping."""
         weights, gradients = self.model.weights, self.model.gradients
-        norm = (gradients @ gradients) ** 0.5
+        ops = ops_for(weights)
+        norm = ops.norm(gradients) if hasattr(ops, "norm") else (gradients @ gradients) ** 0.5
         if self.clip is not None:
             gradients *= array_module(norm).minimum(1.0, self.clip / (norm + 1e-12)).astype(gradients.dtype)
-        ops_for(weights).sgd_update(weights, gradients, self.velocity, lr, self.momentum, self.weight_decay)
+        ops.sgd_update(weights, gradients, self.velocity, lr, self.momentum, self.weight_decay)
         gradients[...] = 0
         return norm
 

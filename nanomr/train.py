@@ -20,12 +20,13 @@ from . import checkpoint, metrics, models, optim, plots, rng
 from .backend import array_module, to_device, to_numpy
 from .data import Dataset
 from .errors import UserError
+from .graph import Replayed
 from .manifold import corner_pairs
 from .methods import manifold_step, standard_step
 from .ops import gpu, ops_for
 
 SAVE_EVERY = 120  # seconds between checkpoints within an epoch
-CHECK_EVERY = 50  # steps between looks at the loss (on a GPU a look waits for the device)
+CHECK_EVERY = 50  # steps between looks at the loss on a CPU; on a GPU a look waits for the device: once an epoch
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,35 @@ class Config:
         }
 
 
+SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run is saved and can go on. The message says how."""
 
 
-class Trainer:
-    """One run. ``Trainer(config, dataset, folder, device).run()`` trains to the end and returns the model."""
+class InBfloat16:
+    """A float32 model on a GPU that computes in bfloat16, and takes and gives float32 as before: for a quick look at it
+    (forward and backward, which is all that attacks need). Figures that are reported come from the model itself."""
 
-    def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu"):
+    def __init__(self, model):
+        self.model = model
+
+    def forward(self, x, **options):
+        return self.model.forward(gpu.cast(x, gpu.bfloat16()), **options)
+
+    def backward(self, dy, cache, **options):
+        return gpu.cast(self.model.backward(dy, cache, **options), np.float32)
+
+
+class Trainer:
+    """One run. ``Trainer(config, dataset, folder, device).run()`` trains to the end and returns the model.
+
+    On a GPU a step needs nothing from the host (:meth:`device_step`); with ``graph`` it is replayed as a CUDA graph,
+    in bf16: cuBLAS, which the other precisions need, cannot be captured.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu", graph: bool = True):
         self.config, self.dataset, self.folder, self.device = config, dataset, Path(folder), device
         if device == "cpu" and config.precision != "fp32":
             raise UserError(f"--precision {config.precision} needs a GPU: use --precision fp32")
@@ -92,51 +114,93 @@ class Trainer:
         self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, config.clip or None)
         self.step, self.seconds, self.log = 0, 0.0, []
         self.totals = to_device(np.zeros(5), device)  # of what train_step returns, over the epoch so far
-        self._order = (-1, None)
-        self.peaks = to_device(
-            np.zeros(2), device
-        )  # the most that the two weighted regularisers were, as multiples of the cross-entropy
+        self._order = (-1, None)  # an epoch and its order
+        # the most that the two weighted regularisers were, as multiples of the cross-entropy
+        self.peaks = to_device(np.zeros(2), device)
+        if device == "gpu":
+            self.labels = self.labels.astype(np.int32)
+            self.counter = to_device(np.zeros(1, np.uint64), device)  # which step comes next
+            self.order = to_device(np.zeros(self.steps_per_epoch * config.batch_size, np.int32), device)
+            self.schedule = to_device(np.zeros((self.steps_per_epoch, 4), np.float32), device)
+            captured = graph and config.precision == "bf16"
+            self._on_device = Replayed(self.device_step) if captured else self.device_step
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int):
-        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped."""
-        config, xp, n = self.config, array_module(self.images), self.config.batch_size
+        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped. On a CPU."""
+        config, n = self.config, self.config.batch_size
         epoch, i = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            order = rng.generator(config.seed, rng.SHUFFLE, epoch).permutation(len(self.images))
-            self._order = (epoch, to_device(order, self.device))
+            self._order = (epoch, self._shuffled(epoch))
         index = self._order[1][i * n : (i + 1) * n]
         if not config.augment:
             return metrics.as_float(self.images[index]), self.labels[index]
         draw = rng.generator(config.seed, rng.AUGMENT, step)
         top, left, flip = draw.integers(0, 9, n), draw.integers(0, 9, n), draw.random(n) < 0.5
-        x = ops_for(self.model.weights).crop_flip(self.images, index, *(xp.asarray(v) for v in (top, left, flip)))
-        return x, self.labels[index]
+        return ops_for(self.model.weights).crop_flip(self.images, index, top, left, flip), self.labels[index]
+
+    def _shuffled(self, epoch):
+        return rng.generator(self.config.seed, rng.SHUFFLE, epoch).permutation(len(self.images))
 
     def train_step(self) -> np.ndarray:
-        """Step, update; [loss, cross-entropy, intrinsic, hamming, gradient norm] as an array on the device."""
-        config, now = self.config, self.config.schedule(self.step / self.steps_per_epoch)
+        """Step, update; [loss, cross-entropy, intrinsic, hamming, gradient norm]. On a CPU."""
+        now = self.config.schedule(self.step / self.steps_per_epoch)
         x, labels = self.batch(self.step)
-        if config.method == "standard":
-            parts = standard_step(self.model, self._cast(x), labels)
-        else:
-            rho = corner_pairs(x, now["eps"], config.seed, self.step)
-            per_sample = config.hamming_norm == "sample"
-            x, rho = self._cast(x), self._cast(rho)
-            parts = manifold_step(self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], config.alpha, per_sample)
-        norm = self.optimizer.step(now["lr"])
+        rho = corner_pairs(x, now["eps"], self.config.seed, self.step) if self.config.method != "standard" else None
+        values = np.array([0.0 if v is None else v for v in self._update(x, labels, rho, now)], dtype=float)
         self.step += 1
-        values = [parts.get(k, 0.0) for k in ("loss", "cross_entropy", "intrinsic", "hamming")] + [norm]
-        xp = array_module(x)
-        values = xp.stack([xp.asarray(v, dtype=float) for v in values])
-        ratios = values[2:4] * xp.asarray([now["gamma_i"], now["gamma_h"]]) / values[1]
-        self.peaks = xp.where(self.peaks.max() > 10, self.peaks, xp.fmax(self.peaks, ratios))  # the first one did it
+        ratios = values[2:4] * np.array([now["gamma_i"], now["gamma_h"]]) / values[1]
+        if not self.peaks.max() > 10:  # the first one did it
+            self.peaks = np.fmax(self.peaks, ratios)
         return values
 
-    def _cast(self, images):
-        """float32 images in what the network computes in."""
-        return gpu.cast(images, gpu.bfloat16()) if self.config.precision == "bf16" else images
+    def device_step(self):
+        """The same on a GPU, added to ``totals`` there. Step, images, draws and schedule come from the device."""
+        config, n = self.config, self.config.batch_size
+        index, labels, now = gpu.begin_step(self.counter, self.order, self.labels, self.schedule, n)
+        if config.augment:
+            x = gpu.crop_flip(self.images, index, *gpu.draw_augmentation(n, config.seed, self.counter))
+        else:
+            x = metrics.as_float(self.images[index])
+        scalars = {name: now[i] for i, name in enumerate(SCHEDULED)}
+        rho = None
+        if config.method != "standard":
+            rho = gpu.draw_corners(x.shape, scalars["eps"], config.seed, self.counter)
+        if config.precision == "bf16":
+            x, rho = gpu.cast(x, gpu.bfloat16()), None if rho is None else gpu.cast(rho, gpu.bfloat16())
+        gpu.end_step(self._update(x, labels, rho, scalars), now, self.totals, self.peaks, self.counter)
+
+    def _update(self, x, labels, rho, now) -> list:
+        """One step of the optimiser: [loss, cross-entropy, intrinsic or None, hamming or None, gradient norm]."""
+        if rho is None:
+            parts = standard_step(self.model, x, labels)
+        else:
+            per_sample, alpha = self.config.hamming_norm == "sample", self.config.alpha
+            parts = manifold_step(self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], alpha, per_sample)
+        norm = self.optimizer.step(now["lr"])
+        return [parts.get(name) for name in ("loss", "cross_entropy", "intrinsic", "hamming")] + [norm]
+
+    def advance(self):
+        """One step, added to ``totals``."""
+        if self.device == "cpu":
+            self.totals += self.train_step()
+            return
+        epoch = self.step // self.steps_per_epoch
+        if self._order[0] != epoch:
+            self._start_epoch(epoch)
+        self._on_device()
+        self.step += 1
+
+    def _start_epoch(self, epoch):
+        """What the host has to say of an epoch on a GPU: its order and its schedule. Nothing else is drawn there."""
+        steps = self.steps_per_epoch
+        schedules = [self.config.schedule((epoch * steps + i) / steps) for i in range(steps)]
+        table = np.array([[now[name] for name in SCHEDULED] for now in schedules], np.float32)
+        self.schedule[...] = to_device(table, self.device)
+        self.order[...] = to_device(self._shuffled(epoch)[: self.order.size].astype(np.int32), self.device)
+        self.counter[...] = self.step
+        self._order = (epoch, None)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -151,10 +215,11 @@ class Trainer:
         with bar, _interrupts() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             clock = saved = time.monotonic()
             while self.step < total:
-                self.totals += self.train_step()
+                self.advance()
                 bar.update(n)
-                epoch_ends = self.step % self.steps_per_epoch == 0
-                if not (epoch_ends or interrupted or self.step % CHECK_EVERY == 0):
+                epoch_ends, now = self.step % self.steps_per_epoch == 0, time.monotonic()
+                look = self.step % CHECK_EVERY == 0 and (self.device == "cpu" or now - saved > SAVE_EVERY)
+                if not (epoch_ends or interrupted or look):
                     continue
                 self._stop_on_nan()
                 now = time.monotonic()
@@ -196,11 +261,12 @@ class Trainer:
         loss, ce, pair, hamming, norm = (to_numpy(self.totals) / steps).tolist()
         epoch = self.step / steps
         few, few_labels = self.held[:500], self.held_labels[:500]
+        model = InBfloat16(self.model) if config.precision == "bf16" else self.model
         return {
             "epoch": round(epoch),
             **{"loss": loss, "cross_entropy": ce, "intrinsic": pair, "hamming": hamming, "gradient_norm": norm},
-            "accuracy": metrics.accuracy(self.model, self.held, self.held_labels),
-            "pgd10": metrics.robust_accuracy(self.model, few, few_labels, config.eps, steps=10, seed=config.seed),
+            "accuracy": metrics.accuracy(model, self.held, self.held_labels),
+            "pgd10": metrics.robust_accuracy(model, few, few_labels, config.eps, steps=10, seed=config.seed),
             **metrics.stability(self.model, few, config.eps, config.seed),
             **config.schedule(epoch),
             "images_per_s": steps * config.batch_size / self.seconds,

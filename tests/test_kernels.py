@@ -4,7 +4,6 @@ With one (``-m gpu``) the same tests run on the device. A bfloat16 number has 8 
 one may be off by 2^-8 of itself, besides float32's 1e-5 of the terms of a sum (see ``test_ops.py``).
 """
 
-import dataclasses
 import importlib
 import json
 import re
@@ -12,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_cupy
 import numpy as np
 import nvrtc
 import pytest
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from strategies import convolutions, layouts, seeds
 from test_ops import OPERATIONS, TOLERANCE, as_tuple, compare, feature_maps, place
 
-from nanomr import data, layers, losses, manifold, methods, models, optim, train
+from nanomr import data, graph, layers, losses, manifold, methods, models, optim, train
 from nanomr import rng as streams
 from nanomr.backend import gpu_available, to_numpy
 from nanomr.errors import UserError
@@ -346,6 +346,52 @@ def test_sgd_update_reads_the_rate_from_memory(device, rng):
     np.testing.assert_allclose(to_numpy(on[0]), w - 0.1 * velocity, rtol=1e-5, atol=1e-6)
 
 
+@on_device
+def test_losses_do_not_depend_on_the_order_of_threads(device, rng):
+    logits, labels = rng.standard_normal((6, 10)).astype(np.float32), rng.integers(0, 10, 2)
+    arguments = device.asarray(logits), device.asarray(labels), 0.4
+    first = to_numpy(gpu.losses(*arguments)[0])
+    for _ in range(30):
+        np.testing.assert_array_equal(to_numpy(gpu.losses(*arguments)[0]), first)
+
+
+@on_device
+@pytest.mark.parametrize("size", [1, 255, 256, 1000, 70_000])
+def test_norm(device, size, rng):
+    x = rng.standard_normal(size).astype(np.float32)
+    assert float(gpu.norm(device.asarray(x))) == pytest.approx(np.linalg.norm(x.astype(np.float64)), rel=1e-6)
+
+
+@on_device
+@pytest.mark.parametrize("step", [0, 2, 7, 2**40 + 1])
+@pytest.mark.parametrize("n", [2, 300])
+def test_a_step_is_looked_up_on_the_device(device, n, step, rng):
+    steps = 5
+    order, labels = rng.permutation(steps * n).astype(np.int32), rng.integers(0, 10, steps * n).astype(np.int32)
+    schedule = rng.random((steps, 4), np.float32)
+    on = [device.asarray(a) for a in (np.array([step], np.uint64), order, labels, schedule)]
+    index, chosen, now = (to_numpy(a) for a in gpu.begin_step(*on, n))
+    expected = order.reshape(steps, n)[step % steps]
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_array_equal(chosen, labels[expected])
+    np.testing.assert_array_equal(now, schedule[step % steps])
+
+
+@on_device
+def test_the_log_is_kept_on_the_device(device):
+    """Sums in double; peaks grow until one of them is beyond 10; a term that is not there counts as 0."""
+    totals, peaks, step = (device.asarray(a) for a in (np.full(5, 1e9), np.zeros(2), np.array([6], np.uint64)))
+    now = device.asarray(np.array([0, 0, 2, 3], np.float32))
+    log = [([4, 2, 0.5, 1, 8], [0.5, 1.5]), ([4, 2, 0.25, 8, 8], [0.5, 12]), ([4, 2, 9, 9, 8], [0.5, 12])]
+    for i, (values, expected) in enumerate(log):
+        gpu.end_step([device.asarray(np.array(v, np.float32)) for v in values], now, totals, peaks, step)
+        np.testing.assert_array_equal(to_numpy(peaks), expected)
+        assert to_numpy(step) == [7 + i]
+    np.testing.assert_array_equal(to_numpy(totals) - 1e9, np.sum([values for values, _ in log], 0))
+    gpu.end_step([now[2:3], now[3:4], None, 0.0, now[3:4]], now, totals, peaks, step)
+    np.testing.assert_array_equal(to_numpy(totals) - 1e9, [14, 9, 9.75, 18, 27])
+
+
 STEPS = st.one_of(st.integers(0, 5), st.integers(0, 2**64 - 1))
 
 
@@ -404,7 +450,7 @@ def step_of(net, x, rho, labels, gamma_h=500.0):
 
 def compute_with(monkeypatch, ops):
     """Let everything that a training step consists of use these functions, whatever the arrays are."""
-    for module in (layers, losses, manifold, optim, train):
+    for module in (layers, losses, manifold, optim):
         monkeypatch.setattr(module, "ops_for", lambda _: ops)
 
 
@@ -527,30 +573,180 @@ def test_a_float32_model_takes_bfloat16_images(device, rng, monkeypatch):
         net.astype(np.float64).forward(x.astype(BF16))
 
 
-@needs_compiler
+# --- the training loop on a device (a stand-in for CuPy: fake_cupy.py) ------------------------------------------------
+
+
+def tiny_model(seed=0, late_norm=True):
+    """tiny_resnet as a Model; without ``late_norm`` a residual sum is pooled, as in jin_v1."""
+    children = tiny_resnet().children
+    if not late_norm:
+        children = {name: layer for name, layer in children.items() if name not in ("bn", "relu")}
+    return models.Model(children, {"name": "tiny", "late_norm": late_norm}, (8, 8, 3), seed)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A machine with a GPU that is none."""
+    if shim.missing():
+        pytest.skip(shim.missing())
+    fake_cupy.install(monkeypatch)
+    monkeypatch.setitem(models.BUILDERS, "tiny", tiny_model)
+    yield fake_cupy
+    gpu._function.cache_clear()
+
+
+def trainer_of(folder, device="gpu", graph=True, late_norm=True, **options):
+    """Of 6 images, 3 steps of 2 an epoch."""
+    draw = np.random.default_rng(5)
+    images, labels = draw.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8), draw.integers(0, 10, 7)
+    dataset = data.Dataset("noise", tuple("0123456789"), images, labels, images, labels, {})
+    options = dict(batch_size=2, hold_out=1, gamma_h=30.0, clip=3.0, precision="bf16") | options
+    architecture = {"name": "tiny", "late_norm": late_norm}
+    config = train.Config(architecture, options.pop("method", "manifold"), "noise", 4, **options)
+    return train.Trainer(config, dataset, folder, device, graph=graph)
+
+
+def state_of(trainer):
+    """All that two equal trainers agree on."""
+    found = trainer.model.state_dict() | {"velocity": trainer.optimizer.velocity, "totals": trainer.totals}
+    found |= {"peaks": trainer.peaks, "gradients": trainer.model.gradients}
+    return {name: to_numpy(value) for name, value in found.items()}
+
+
+def assert_equal_states(found, expected):
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("method", ["manifold", "hamming", "standard"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("device", ["emulated"], indirect=True)
-def test_the_trainer_takes_steps(device, precision, tmp_path, monkeypatch):
-    """PreActResNet18, narrow, on four images: two steps of the training loop, all through the kernels."""
-    architecture = models.preact_resnet18(width=8).architecture
-    options = dict(batch_size=2, hold_out=0, train_images=4, gamma_h=300.0)
-    config = train.Config(architecture, "manifold", "shapes10", 1, **options)
-    dataset = data.load("shapes10")
-    trainer = train.Trainer(config, dataset, tmp_path)
-    expected = [trainer.train_step() for _ in range(2)]
-    trainer = train.Trainer(config, dataset, tmp_path)
-    trainer.config = dataclasses.replace(config, precision=precision)  # which a CPU is refused
-    compute_with(monkeypatch, gpu)
-    kernels = gpu.launcher.launches
-    for loss, entropy, intrinsic, hamming, norm in expected:
-        found = trainer.train_step()
-        if precision == "fp32":
-            np.testing.assert_allclose(found, [loss, entropy, intrinsic, hamming, norm], rtol=1e-4)
-        else:  # a difference of logits, and a gradient, are noisier than these (see test_a_manifold_step)
-            np.testing.assert_allclose(found[[0, 1, 3]], [loss, entropy, hamming], rtol=2 * ROUNDING)
-            assert found[2] == pytest.approx(intrinsic, rel=0.1) and found[4] == pytest.approx(norm, rel=0.3)
-    assert gpu.launcher.launches - kernels > 100
-    assert trainer.model.weights.dtype == np.float32
+def test_a_gpu_trains_as_a_cpu_does(fake, precision, method, augment, tmp_path):
+    """fp32: five steps, over the end of an epoch; the same images, corners, schedule, sums for the log. bf16: the
+    losses of two steps at the same weights (the first rate is 0); its gradient is held in test_a_manifold_step."""
+    here = trainer_of(tmp_path, "cpu", precision="fp32", method=method, augment=augment)
+    there = trainer_of(tmp_path, graph=False, precision=precision, method=method, augment=augment)
+    steps = 5 if precision == "fp32" else 2
+    for _ in range(steps):
+        here.advance()
+        there.advance()
+    expected, found = state_of(here), state_of(there)
+    if precision == "fp32":
+        change = here.model.weights - trainer_of(tmp_path, "cpu", precision="fp32").model.weights
+        off = to_numpy(there.model.weights) - here.model.weights
+        assert np.linalg.norm(off) <= 1e-3 * np.linalg.norm(change)
+        np.testing.assert_allclose(found["totals"], expected["totals"], rtol=1e-3)
+        np.testing.assert_allclose(found["peaks"], expected["peaks"], rtol=1e-3)
+    else:
+        losses_ = [0, 1, 3]  # the intrinsic term is a small difference of logits: its relative noise is large
+        np.testing.assert_allclose(found["totals"][losses_], expected["totals"][losses_], rtol=2 * ROUNDING)
+    assert (expected["totals"] > 0).tolist() == [True, True, method != "standard", method != "standard", True]
+    assert to_numpy(there.counter) == [steps] and there.step == steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(hamming_norm="sample", augment=False, clip=0.0),
+        dict(late_norm=False),
+        dict(method="standard"),
+    ],
+    ids=str,
+)
+def test_replays_are_steps(fake, options, tmp_path):
+    """Bit for bit, over the end of an epoch; and the host does nothing in them but to start them."""
+    eager, captured = trainer_of(tmp_path, graph=False, **options), trainer_of(tmp_path, **options)
+    for step in range(6):
+        if step == 4:  # the second one of an epoch, and long captured
+            fake.counts.clear()
+        captured.advance()
+        if step == 4:
+            assert fake.counts == {"replay": 1}
+        eager.advance()
+        assert_equal_states(state_of(captured), state_of(eager))
+    fake.counts.clear()
+    assert captured._on_device.graph is not None and len(captured._on_device.graph.launches) > 50
+    eager._on_device()
+    assert not fake.counts.keys() & {"sync", "upload", "cuBLAS"}, "without a graph a step needs nothing, either"
+
+
+@pytest.mark.parametrize("saved", [1, 4])
+def test_a_run_on_a_gpu_is_resumed_bit_for_bit(fake, saved, tmp_path):
+    straight, first, second = trainer_of(tmp_path / "a"), trainer_of(tmp_path / "b"), trainer_of(tmp_path / "b")
+    for _ in range(6):
+        straight.advance()
+    for _ in range(saved):
+        first.advance()
+    first.open_folder()
+    first.save()
+    second.resume()
+    for _ in range(saved, 6):
+        second.advance()
+    expected = state_of(straight)
+    del expected["peaks"]  # these start anew, on a CPU as well
+    assert_equal_states(state_of(second), expected)
+
+
+def test_an_epoch_on_a_gpu_is_looked_at_once(fake, tmp_path, monkeypatch):
+    """Whatever CHECK_EVERY says; unless it lasts for minutes."""
+    looks, look = [], train.Trainer._stop_on_nan
+    monkeypatch.setattr(train.Trainer, "_stop_on_nan", lambda self: (looks.append(self.step), look(self)))
+    monkeypatch.setattr(train.Trainer, "_end_epoch", lambda self, bar: self.totals.__setitem__(..., 0))
+    monkeypatch.setattr(train.Trainer, "advance", lambda self: setattr(self, "step", self.step + 1))
+    monkeypatch.setattr(train, "CHECK_EVERY", 2)
+    trainer_of(tmp_path / "a").run()
+    assert looks == [3, 6, 9, 12]
+    looks.clear()
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
+    trainer_of(tmp_path / "b").run()
+    assert looks == [2, 3, 4, 6, 8, 9, 10, 12]
+
+
+def test_a_step_with_cublas_is_not_captured(fake, tmp_path):
+    """The control of the tests above: float32 convolutions are noticed, and the message says what helps."""
+    trainer = trainer_of(tmp_path, precision="fp32")
+    assert trainer._on_device == trainer.device_step, "a graph is for bf16 alone"
+    trainer._start_epoch(0)
+    step = graph.Replayed(trainer.device_step)
+    step(), step()
+    with pytest.raises(UserError, match=r"cannot become a CUDA graph \(RuntimeError: cuBLAS.*: use --no-graph"):
+        step()
+
+
+def test_a_replay_repeats_launches_not_python(fake):
+    """The stand-in is as strict as a GPU: a number of the host stays what it was, one on the device is read again."""
+    x, by, host = (fake.asarray(np.zeros(1, np.float32)) for _ in range(3))
+    numbers = iter([1.0, 10.0, 100.0])
+
+    def step():
+        x[...] = x + by
+        host[...] = host + next(numbers)
+
+    replayed = graph.Replayed(step, warm=1)
+    for value in (1, 2, 3, 4):
+        by[...] = value
+        replayed()
+    assert x.tolist() == [10] and host.tolist() == [31]
+    for look in (lambda: float(x), lambda: fake.asarray(1.0), lambda: x @ x):
+        with pytest.raises(UserError, match="use --no-graph"):
+            graph.Replayed(look, warm=0)()
+
+
+def test_a_look_in_bfloat16(fake, tmp_path, rng):
+    """Evaluation and its gradient by the kernels of bf16: float32 outside, near the model's own."""
+    trainer = trainer_of(tmp_path, graph=False)
+    trainer.advance()
+    x = fake.asarray(rounded(rng.random((4, 8, 8, 3))))
+    dy = fake.asarray(rng.standard_normal((4, 10)).astype(np.float32))
+    results = []
+    for model in (trainer.model, train.InBfloat16(trainer.model)):
+        fake.counts.clear()
+        logits, cache = model.forward(x)
+        results.append([to_numpy(logits), to_numpy(model.backward(dy, cache, param_grads=False))])
+        assert (fake.counts["cuBLAS"] == 0) == (model is not trainer.model)
+    for exact_, found in zip(*results, strict=True):
+        assert found.dtype == np.float32 and 0 < np.linalg.norm(found - exact_) <= 0.1 * np.linalg.norm(exact_)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

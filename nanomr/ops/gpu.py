@@ -486,6 +486,12 @@ def normalize(x, mean, std):
     return _activate(plan, x, None if mean is None else xp.broadcast_to(mean, (c,)), scale)[0]
 
 
+def scale(x, by):
+    """x (..., C) times by (C,), in x's dtype."""
+    plan = _plan(x, IDENTITY, x.shape[-1])
+    return _activate(plan, x, scale=by)[0] if plan else _by_formula(lambda x, by: x * by, x, by)
+
+
 def batchnorm_statistics(x):
     c = x.shape[-1]
     plan = _plan(x, IDENTITY, c)
@@ -662,6 +668,36 @@ def losses(logits, labels, gamma=None):
     arguments = (logits, _ready(labels, np.int32), scale, gradient, values, n, classes, branches)
     _launch("training.cu", (), "losses", (1,), 256, arguments)
     return values, gradient
+
+
+def norm(x):
+    """The l2 norm of x (n,), as a 0-d array. Not a dot product of cuBLAS, which a CUDA graph refuses."""
+    if not _has_kernels(x, "float32"):
+        return (x @ x) ** 0.5
+    xp, blocks = array_module(x), min(_ceil(x.size, 256), BLOCKS)
+    partial, total = xp.empty(blocks, np.float32), xp.empty((), np.float32)
+    _launch("training.cu", (), "sum_squares", (blocks,), 256, (_ready(x), partial, x.size))
+    defines = ("REAL=float", "WIDTH=1", f"ACTIVATION={IDENTITY}")
+    _launch("normalize.cu", defines, "sum_rows", (1,), 32, (partial, total, blocks))
+    return total**0.5
+
+
+def begin_step(step, order, labels, schedule, n: int):
+    """(index (n,), labels (n,), [lr, eps, gamma_i, gamma_h]) of training step ``step``, a uint64 array (1,).
+
+    order (steps n,), schedule (steps, 4), of an epoch; labels: of all images. int32 and float32, all on the device.
+    """
+    xp = array_module(step)
+    index, chosen, now = xp.empty(n, np.int32), xp.empty(n, np.int32), xp.empty(4, np.float32)
+    _over("begin_step", n, (step, order, labels, schedule, index, chosen, now, n, len(schedule)))
+    return index, chosen, now
+
+
+def end_step(values, now, totals, peaks, step):
+    """Add a step's ``values`` [loss, cross-entropy, intrinsic, hamming, gradient norm] (0-d arrays, or None) to
+    ``totals`` (5,), keep ``peaks`` (2,), both float64, and count ``step`` up: what the host does on a CPU."""
+    values = [_ready(v, np.float32) if hasattr(v, "dtype") else None for v in values]  # 0.0 without any ReLU
+    _launch("training.cu", (), "end_step", (1,), 1, (*values, now, totals, peaks, step))
 
 
 def sgd_update(w, g, velocity, lr, momentum, weight_decay):

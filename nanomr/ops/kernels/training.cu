@@ -67,6 +67,35 @@ extern "C" __global__ void draw_augmentation(int* __restrict__ top, int* __restr
   for (int i = 0; i < n; i++) flip[i] = next() >> 63 == 0;  // (word >> 11) / 2^53 < 1/2
 }
 
+// --- a step that needs nothing from the host -------------------------------------------------------------------------
+
+// What training step *step takes: its n images' numbers and labels, and its row [lr, eps, gamma_i, gamma_h] of the
+// schedule. `order` and `schedule` are of an epoch of `steps` steps.
+extern "C" __global__ void __launch_bounds__(256) begin_step(const uint64_t* __restrict__ step,
+    const int* __restrict__ order, const int* __restrict__ labels, const float* __restrict__ schedule,
+    int* __restrict__ index, int* __restrict__ chosen, float* __restrict__ now, int n, int steps) {
+  const int s = (int)(*step % steps);
+  FOR_EACH(i, n) {
+    index[i] = order[s * n + i];
+    chosen[i] = labels[order[s * n + i]];
+  }
+  if (blockIdx.x == 0 && threadIdx.x < 4) now[threadIdx.x] = schedule[4 * s + threadIdx.x];
+}
+
+// One thread: adds what a step found to the epoch's sums, in double, and counts the step. peaks: the most that gamma_i
+// intrinsic and gamma_h hamming were, as multiples of the cross-entropy, until one of them is beyond 10. A null pointer
+// is a term that the method does not have.
+extern "C" __global__ void end_step(const float* __restrict__ loss, const float* __restrict__ entropy,
+    const float* __restrict__ pair, const float* __restrict__ hamming, const float* __restrict__ norm,
+    const float* __restrict__ now, double* __restrict__ totals, double* __restrict__ peaks,
+    uint64_t* __restrict__ step) {
+  const double terms[2] = {pair ? *pair : 0., hamming ? *hamming : 0.};
+  totals[0] += *loss, totals[1] += *entropy, totals[2] += terms[0], totals[3] += terms[1], totals[4] += *norm;
+  const bool beyond = peaks[0] > 10. || peaks[1] > 10.;
+  for (int t = 0; t < 2 && !beyond; t++) peaks[t] = fmax(peaks[t], terms[t] * now[2 + t] / *entropy);
+  ++*step;
+}
+
 // --- data ------------------------------------------------------------------------------------------------------------
 
 // out (n, rows, columns, C) in [0, 1]: images[index] moved by (top, left) - pad, black outside, mirrored where flip.
@@ -115,7 +144,8 @@ extern "C" __global__ void __launch_bounds__(256) losses(const float* __restrict
     if (threadIdx.x < half)
       for (int t = 0; t < 2; t++) sums[t][threadIdx.x] += sums[t][threadIdx.x + half];
   }
-  if (threadIdx.x < 2) values[threadIdx.x] = sums[threadIdx.x][0] / n;
+  if (threadIdx.x == 0)  // the thread that added last
+    for (int t = 0; t < 2; t++) values[t] = sums[t][0] / n;
 }
 
 // --- the last layer --------------------------------------------------------------------------------------------------
@@ -140,6 +170,21 @@ extern "C" __global__ void __launch_bounds__(256) matrix_product(const float* __
 }
 
 // --- the optimiser ---------------------------------------------------------------------------------------------------
+
+// partial[block] = the sum of this block's squares; sum_rows of normalize.cu adds them up.
+extern "C" __global__ void __launch_bounds__(256) sum_squares(const float* __restrict__ x,
+                                                              float* __restrict__ partial, int count) {
+  __shared__ float of_warp[8];
+  float sum = 0.f;
+  FOR_EACH(i, count) sum += x[i] * x[i];
+  for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < 8; w++) sum += of_warp[w];
+    partial[blockIdx.x] = sum;
+  }
+}
 
 // v <- momentum v + (g + weight_decay w); w <- w - lr v.
 extern "C" __global__ void __launch_bounds__(256) sgd_update(float* __restrict__ w, const float* __restrict__ g,
