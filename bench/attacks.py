@@ -74,25 +74,24 @@ def torch_pgd(net, x, labels, eps, drop: bool):
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     with torch.no_grad():
         robust = net(x).argmax(1) == labels
     left = torch.nonzero(robust)[:, 0] if drop else torch.arange(len(x))
-    current = x[left] + eps * (2 * torch.rand(x[left].shape, generator=generator) - 1)
-    current = current.clamp(low[left], high[left])
+    x, labels = x[left], labels[left]
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    current = (x + eps * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(low, high)
     for step in range(21):
         current.requires_grad_(step < 20)
         logits = net(current)
-        hit = logits.argmax(1) != labels[left]
+        hit = logits.argmax(1) != labels
         robust[left[hit]] = False
-        if step == 20 or not len(left):
+        if step == 20 or (drop and hit.all()):
             break
-        loss = torch.nn.functional.cross_entropy(logits, labels[left], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, current)
-        current = current.detach() + STEP * gradient.sign()
-        current = current.clamp(low[left], high[left])
+        current = current.detach().add_(gradient.sign_(), alpha=STEP).clamp_(low, high)
         if drop and hit.any():
-            left, current = left[~hit], current[~hit]
+            left, labels, current, low, high = (a[~hit] for a in (left, labels, current, low, high))
     return robust.numpy()
 
 

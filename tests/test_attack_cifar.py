@@ -285,6 +285,32 @@ def test_l2(program, attack):
     assert program("--check", "a/examples.npz", "--weights", "model.safetensors")[0] == 0
 
 
+def test_n_zero_is_all_and_individual_is_for_autoattack_alone(program):
+    flags = [*FLAGS, "--attack", "pgd", "--n", 0, "--individual", "--out", "a"]
+    assert program(*flags)[0] == 0
+    config = checkpoint.read_json(Path("a/config.json"))
+    assert config["n"] == N == len(records("a")) and config["individual"] is False
+
+
+@pytest.mark.parametrize(("hurry", "steps"), [([], 100), (["--quick"], 10)])
+def test_the_final_checks_take_as_many_steps_as_the_attacks_and_pictures_show_what_was_broken(
+    program, monkeypatch, hurry, steps
+):
+    asked, shown = [], []
+    checks = attack_cifar.reporting.checks
+    monkeypatch.setattr(
+        attack_cifar.reporting, "checks", lambda *a, **k: (asked.append(k["steps"]), checks(*a, **{**k, "steps": 2}))[1]
+    )
+    monkeypatch.setattr(plots, "examples", lambda x, adversarial, labels, *_: shown.append((x, adversarial)))
+    flags = [f for f in FLAGS if f != "--quick"] + hurry
+    assert program(*flags, "--attack", "pgd", "--eps", "1/700", "--n", 44, "--out", "a")[0] == 0
+    assert asked == [steps]
+    by = [r["by"] for r in records("a")]
+    x = images()[0][:44][[b == "pgd" for b in by]]
+    assert by.count("clean") == 1 and 1 < len(x) < 8 and np.array_equal(x, shown[0][0])
+    assert (shown[0][1] != x).any((1, 2, 3)).all()
+
+
 def test_individual_mode_gives_the_same_images_and_each_attacks_own_accuracy(program, finished):
     assert program(*FLAGS, "--attack", "autoattack", "--individual", "--out", "a")[0] == 0
     report, cascade = result("a"), result(finished[0])

@@ -397,13 +397,32 @@ def test_steps_go_up_the_gradient_however_small_it_is():
     unit = gradient / np.maximum(common.per_image(common.l2(gradient), x), 1e-9)
     for scale in (1, 1e-30, 1e30):  # the square of 1e-30 is 0 in float32, that of 1e30 infinite
         scaled = gradient * np.float32(scale)
-        np.testing.assert_allclose(L2(1).step(x, scaled, 0.25) - x, 0.25 * unit, atol=1e-6)
-        np.testing.assert_allclose(Linf(1).step(x, scaled, 0.25) - x, 0.25 * np.sign(gradient), atol=1e-6)
+        for ball, direction in ((L2(9), unit), (Linf(9), np.sign(gradient))):
+            moved = ball.step(x, x, scaled, np.full(3, 0.25, np.float32))
+            np.testing.assert_allclose(moved - x, 0.25 * direction, atol=1e-6)
     each = np.array([9, 0.5, 0.25], np.float32)
-    for ball, direction in ((L2(1), unit), (Linf(1), np.sign(gradient))):
-        moved = ball.step(x, gradient, each)
+    for ball, direction in ((L2(9), unit), (Linf(9), np.sign(gradient))):
+        moved = ball.step(x, x, gradient, each)
         assert moved.dtype == np.float32
         np.testing.assert_allclose(moved - x, each[:, None, None, None] * direction, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=seeds, eps=st.floats(0, 1) | st.floats(-12, 0).map(lambda e: 10**e), size=st.sampled_from([0, 0.1, 3]))
+def test_steps_end_in_ball_and_box_whatever_is_rounded(dtype, seed, eps, size):
+    """In linf they are, to the bit, the sum projected."""
+    draw = np.random.default_rng(seed)
+    x0 = (draw.choice([0, 1, 0.5, 1e-3], (4, 8, 8, 3)) * draw.random((4, 8, 8, 3)).round(2)).astype(dtype)
+    gradient = (draw.normal(0, 1, x0.shape) * draw.choice([0, -0.0, 1e-30, 1], x0.shape)).astype(dtype)
+    sizes = (size * draw.random(4)).astype(dtype)
+    for ball in (Linf(eps), L2(eps)):
+        x = ball.random_start(x0, draws(seed, 0, range(4)))
+        before = [a.copy() for a in (x0, x, gradient, sizes)]
+        y = ball.step(x0, x, gradient, sizes)
+        assert all(np.array_equal(a, b) for a, b in zip((x0, x, gradient, sizes), before, strict=True))
+        assert y.dtype == dtype and ball.inside(x0, y).all() and y.min() >= 0 and y.max() <= 1
+        if ball.name == "linf":
+            assert np.array_equal(y, ball.project(x0, x + common.per_image(sizes, x) * np.sign(gradient)))
 
 
 def test_random_starts_fill_the_ball():

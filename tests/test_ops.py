@@ -194,6 +194,36 @@ def _statistics_magnitude(x):
 pool_shapes = st.tuples(images(n=(1, 3), size=(1, 3), channels=(1, 17)), st.integers(1, 4))
 
 
+def _linf_step(g, shape):
+    """From within the ball and from without; some gradients are zero."""
+    x0 = g.random(shape, np.float32)
+    x = x0 + np.float32(0.1) * _normal(g, shape)
+    return x, _normal(g, shape, special=True), g.random(shape[0], np.float32), x0, float(g.choice([0, 0.03, 2]))
+
+
+def _plane_step(g, shape):
+    """Planes near, far and out of reach; some coordinates at the box, some weights zero."""
+    points = np.clip(g.uniform(-0.3, 1.3, shape), 0, 1).astype(np.float32)
+    w = _normal(g, shape) * g.choice(np.float32([0, 1, 1]), shape)
+    length = np.abs(w).reshape(len(w), -1).sum(1)
+    b = (w * points).reshape(len(w), -1).sum(1, dtype=np.float64) + g.choice([-9, -0.2, -1e-3, 0.1, 9], len(w)) * length
+    return points, w, b, bool(g.random() < 0.5)
+
+
+def _plane_step_magnitude(points, w, b, by_weight):
+    """t = (need - reached) / pace: wrong by a few 1e-7 of sum |w| over the pace, that of the coordinates which move to
+    the end (short of the box by more than any rounding). Where there are none, d is the room, which is exact."""
+    flat = (len(w), -1)
+    d = np.abs(reference.plane_step(points, w, b, by_weight)).reshape(flat)
+    up = reference.plane_step(points, w, b, by_weight).reshape(flat) > 0
+    points, weight = points.reshape(flat), np.abs(w).reshape(flat)
+    rate = weight if by_weight else np.ones_like(weight)
+    moving = np.where(up, 1 - points, points) - d > 1e-4
+    pace = (weight * rate * moving).sum(1, keepdims=True)
+    spread = rate * weight.sum(1, keepdims=True) / np.where(pace > 0, pace, np.inf)
+    return (d + np.where(pace > 0, spread, 1)).reshape(w.shape)
+
+
 def _crops(g, shape):
     count = int(g.integers(1, 5))
     top, left = g.integers(0, 9, (2, count))
@@ -300,6 +330,10 @@ OPERATIONS = {
     "average_pool_backward": Operation(
         arguments(pool_shapes, lambda g, s: (_normal(g, s[0]), s[1])), ones_for(reference.average_pool_backward)
     ),
+    "linf_step": Operation(
+        arguments(feature_maps, _linf_step), lambda x, gradient, size, x0, eps: np.abs(x) + _dims(size, x) + x0 + eps
+    ),
+    "plane_step": Operation(arguments(feature_maps, _plane_step), _plane_step_magnitude),
     "crop_flip": Operation(arguments(images(n=(1, 4), size=(1, 9)), _crops), ones_for(reference.crop_flip)),
 }
 ELSEWHERE = {"conv2d_shape", "sgd_update", "corners"}  # numbers, an update in place, and bits: tests of their own
@@ -352,6 +386,7 @@ def test_backend_agrees_with_the_reference(backend, operation, data):
     ("x_shape", "w_shape", "stride", "padding"),
     [
         ((3, 32, 32, 3), (4, 4, 3, 16), 2, (1, 1, 1, 1)),
+        ((2, 3, 4, 3), (4, 4, 3, 16), 2, (1, 1, 1, 1)),  # too small for a tile
         ((3, 16, 16, 16), (5, 5, 16, 32), 2, (1, 2, 1, 2)),
         ((2, 32, 32, 3), (3, 3, 3, 64), 1, (1, 1, 1, 1)),
         ((2, 8, 8, 64), (1, 1, 64, 128), 2, (0, 0, 0, 0)),
@@ -372,6 +407,30 @@ def test_convolutions_of_the_networks(backend, operation, x_shape, w_shape, stri
     exact = [a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in args]
     found = getattr(module, operation)(*[xp.asarray(a) if isinstance(a, np.ndarray) else a for a in args])
     compare(found, getattr(reference, operation)(*exact), OPERATIONS[operation].magnitude(*exact), operation)
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 5])
+def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
+    """However the work is cut: by columns, by rows where there are more threads than columns, by images."""
+    cpu, gather_gemm = (importlib.import_module(f"nanomr.ops.{name}") for name in ("cpu", "gather_gemm"))
+    x, w, dy = _normal(rng, (23, 40)), _normal(rng, (40, 70)), _normal(rng, (23, 70))
+    images, filters = _normal(rng, (4, 6, 6, 3)), _normal(rng, (4, 4, 3, 16))
+    up = _normal(rng, (4, 3, 3, 16))
+    geometry = (2, (1, 1, 1, 1))
+
+    def results():
+        return [
+            *(cpu.linear(x, w[:, :n], None) for n in (5, 70)),
+            *(cpu.linear_input_gradient(dy, w[:n]) for n in (5, 40)),
+            cpu.conv2d(images, filters, None, *geometry),
+            cpu.conv2d_input_gradient(up, filters, *geometry, images.shape),
+        ]
+
+    monkeypatch.setattr(gather_gemm, "threads", lambda: 1)
+    alone = results()
+    monkeypatch.setattr(gather_gemm, "threads", lambda: chunks)
+    for one, many in zip(alone, results(), strict=True):
+        np.testing.assert_array_equal(one, many)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -450,6 +509,18 @@ def test_relu_of_special_values(backend, special, size):
     for at in {0, size // 2, size - 1}:
         z[0, at] = special
     np.testing.assert_array_equal(to_numpy(module.relu(xp.asarray(z))), np.where(z == -1, 0, np.maximum(z, 0)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_nan_passes_through_a_step(backend, size):
+    """An attack on a broken network must not look like one that went on."""
+    module, xp = load(backend)
+    x, gradient = np.full((2, 3, size), 0.5, np.float32), np.ones((2, 3, size), np.float32)
+    x[0, 0, size // 2], gradient[1, 2, size // 2] = np.nan, np.nan
+    x0, sizes = xp.full(x.shape, 0.5, xp.float32), xp.full(2, 0.25, xp.float32)
+    y = to_numpy(module.linf_step(xp.asarray(x), xp.asarray(gradient), sizes, x0, 0.1))
+    np.testing.assert_array_equal(y, np.where(np.isnan(x + gradient), np.float32(np.nan), np.float32(0.6)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

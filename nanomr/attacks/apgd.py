@@ -95,9 +95,9 @@ def ascend(model, ball, x0, start, labels, objective: Callable, steps: int):
             sizes.keep(left)
         better, halve = (_column(flag, x) for flag in sizes.see(loss))
         best_x, best_gradient = xp.where(better, x, best_x), xp.where(better, gradient, best_gradient)
-        # Back to the best iterate where the step was halved; ``previous`` stays, as in the authors' code.
-        x, gradient = xp.where(halve, best_x, x), xp.where(halve, best_gradient, gradient)
-        moved = ball.project(x0, ball.step(x, gradient, sizes.step))
+        if halve.any():  # back to the best iterate; ``previous`` stays, as in the authors' code
+            x, gradient = xp.where(halve, best_x, x), xp.where(halve, best_gradient, gradient)
+        moved = ball.step(x0, x, gradient, sizes.step)
         if i > 0:
             moved = ball.project(x0, x + 0.75 * (moved - x) + 0.25 * (x - previous))
         previous, x = x, moved

@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import rng
 from ..backend import array_module, to_numpy
+from ..ops import ops_for
 
 PGD, APGD_CE, APGD_T, FAB, FAB_T, SQUARE, WASSERSTEIN, APGD_DLR = range(8)  # the salts of draws(), one for each attack
 
@@ -46,18 +47,19 @@ class Linf:
 
     def project(self, x0, x):
         """The nearest image to ``x`` in ball and box. All of it holds exactly, in x's own arithmetic."""
-        return array_module(x).clip(x, *self.bounds(x0))
+        return self.step(x0, x, x, array_module(x).zeros(len(x), x.dtype))
 
-    def step(self, x, gradient, size):
-        """``x`` moved by ``size`` (a number, or (N,)) along the steepest ascent: the gradient's sign."""
-        return x + _size(size, x) * array_module(x).sign(gradient)
+    def step(self, x0, x, gradient, size):
+        """``x`` moved by ``size`` (N,) along the steepest ascent, the gradient's sign, and projected."""
+        return ops_for(x).linf_step(x, gradient, size, x0, self.eps)
 
     def random_start(self, x0, generators, edge: bool = False):
         """Uniform noise in the ball around ``x0``; with ``edge``, scaled so that its largest pixel is at eps (APGD)."""
-        noise = np.array([g.uniform(-1, 1, x0.shape[1:]) for g in generators]).reshape(x0.shape)
-        if edge:
-            noise /= np.maximum(abs(noise).max(tuple(range(1, x0.ndim)), keepdims=True, initial=0), 1e-300)
-        return self.project(x0, x0 + array_module(x0).asarray((self.eps * noise).astype(x0.dtype)))
+        noise = np.empty(x0.shape, x0.dtype)
+        for i, generator in enumerate(generators):  # one by one: float64 noise of all would not fit the cache
+            one = generator.uniform(-1, 1, x0.shape[1:])
+            noise[i] = self.eps * (one / max(abs(one).max(initial=0), 1e-300) if edge else one)
+        return self.project(x0, x0 + array_module(x0).asarray(noise))
 
     def distance(self, x0, x):
         """|x - x0|_inf of each image, (N,)."""
@@ -88,8 +90,8 @@ class L2:
         moved = xp.where(abs(moved - x0) > abs(change), xp.nextafter(moved, x0), moved)
         return xp.clip(moved, 0, 1)
 
-    def step(self, x, gradient, size):
-        """``x`` moved by ``size`` (a number, or (N,)) along the steepest ascent: the gradient at unit length.
+    def step(self, x0, x, gradient, size):
+        """``x`` moved by ``size`` (N,) along the steepest ascent, the gradient at unit length, and projected.
 
         A gradient of zero moves nothing; one that is so small that its square underflows still has a direction.
         """
@@ -97,7 +99,7 @@ class L2:
         largest = abs(gradient).reshape(len(x), -1).max(1)
         unit = gradient / per_image(xp.where(largest > 0, largest, x.dtype.type(1)), x)
         norm = xp.maximum(l2(unit), 1e-12).astype(x.dtype)
-        return x + unit * (_size(size, x) / per_image(norm, x))
+        return self.project(x0, x + unit * per_image(size / norm, x))
 
     def random_start(self, x0, generators, edge: bool = True):
         """``x0`` plus noise of length eps in a uniformly random direction, cut off at the box."""
@@ -113,10 +115,6 @@ class L2:
         """Which images are in the ball (but for one part in a million: a norm is rounded) and in the box? (N,) bool."""
         in_box = ((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1)
         return in_box & (self.distance(x0, x) <= self.eps * (1 + 1e-6))
-
-
-def _size(size, x):
-    return x.dtype.type(size) if np.isscalar(size) else per_image(size.astype(x.dtype), x)
 
 
 def threat(norm: str, eps: float) -> Linf | L2:

@@ -6,6 +6,7 @@ The distance is minimised, not given: eps only says which misclassified points c
 import numpy as np
 
 from ..backend import array_module
+from ..ops import ops_for
 from .common import FAB, FAB_T, draws, in_batches, l2, per_image, threat
 
 ALPHA, ETA, BETA = 0.1, 1.05, 0.9  # largest pull to the image, overshoot beyond the plane, way back after a success
@@ -97,54 +98,12 @@ def project_linf(points, w, b):
     points and w (N, ...), points in [0, 1]; b (N,). Where the box does not reach the plane, points + d is the corner
     that comes nearest to it. Coordinates with w = 0 stay.
     """
-    return _project(points, w, b, 1.0)
+    return ops_for(points).plane_step(points, w, b, False)
 
 
 def project_l2(points, w, b):
     """:func:`project_linf` in the l2 norm."""
-    return _project(points, w, b, None)
-
-
-def _project(points, w, b, rate):
-    """:func:`_project_few` for any number of points: on the CPU a few at once, whose arrays fit into its cache."""
-    xp, n = array_module(points), len(points)
-    if n == 0:
-        return points.copy()
-    size = 16 if xp is np else n
-    parts = [slice(i, i + size) for i in range(0, n, size)]
-    return xp.concatenate([_project_few(points[p], w[p], b[p], rate) for p in parts])
-
-
-def _project_few(points, w, b, rate):
-    """Move every coordinate towards the plane, at its ``rate`` (None: |w|), until the plane or its side of the box.
-
-    d_i = +-min(t rate_i, room_i), and sum |w_i| min(t rate_i, room_i) = the way to the plane determines t. That sum is
-    piecewise linear and concave in t: Newton's method from t = 0 ends at the exact t after a few steps, as the
-    coordinates that are at the box stay there.
-    """
-    xp, shape, dtype = array_module(points), points.shape, points.dtype
-    points, w = points.reshape(len(points), -1), w.reshape(len(w), -1)
-    scale = xp.ldexp(dtype.type(1), xp.frexp(abs(w).max(1))[1])  # a power of two: dividing by it rounds nothing, and
-    w = w / scale[:, None]  # the squares of tiny gradients do not underflow
-    excess = (w * points).sum(1, dtype=np.float64) - b / scale
-    towards = -xp.sign(w) * xp.sign(excess).astype(dtype)[:, None]
-    room = abs((towards > 0) - points)  # 1 - points or points; where() would be ten times slower, here and below
-    weight, need = abs(w), abs(excess).astype(dtype)
-    rate = weight if rate is None else xp.full_like(weight, rate)
-    gain, speed = weight * room, weight * rate
-    moving, t, corner = speed > 0, xp.zeros(len(w), dtype), gain.sum(1) <= need
-    rows = xp.flatnonzero(~corner)  # those whose t is not final yet
-    while len(rows):
-        on = moving[rows]
-        pace = (on * speed[rows]).sum(1)
-        reached = (~on * gain[rows]).sum(1)
-        corner[rows] = pace == 0  # reached after all, but for rounding
-        t[rows] = xp.where(pace > 0, (need[rows] - reached) / xp.where(pace > 0, pace, 1), 0)
-        still = on & (t[rows, None] * rate[rows] < room[rows])
-        moving[rows] = still
-        rows = rows[(still != on).any(1)]
-    way = xp.where(corner[:, None], room, xp.minimum(t[:, None] * rate, room))
-    return (towards * way).reshape(shape)
+    return ops_for(points).plane_step(points, w, b, True)
 
 
 def _check(name, **counts):
@@ -208,13 +167,13 @@ def _run(model, ball, x, labels, classes, current, steps):
 
 def _step(model, ball, x, current, labels, classes):
     """The next point: between the projections of ``current`` and of ``x`` onto the nearest plane, and beyond it."""
-    xp, n, dtype = array_module(x), len(x), x.dtype
+    xp, dtype = array_module(x), x.dtype
     w, b = _nearest_plane(model, ball, current, labels, classes)
     project = project_linf if ball.name == "linf" else project_l2
-    d = project(xp.concatenate([current, x]), xp.concatenate([w, w]), xp.concatenate([b, b]))
-    length = xp.maximum(_length(ball, d), 1e-8)
-    alpha = per_image(xp.minimum(length[:n] / (length[:n] + length[n:]), ALPHA).astype(dtype), x)
-    ahead, pulled = current + dtype.type(ETA) * d[:n], x + dtype.type(ETA) * d[n:]
+    d, d0 = project(current, w, b), project(x, w, b)
+    length, length0 = (xp.maximum(_length(ball, way), 1e-8) for way in (d, d0))
+    alpha = per_image(xp.minimum(length / (length + length0), ALPHA).astype(dtype), x)
+    ahead, pulled = current + dtype.type(ETA) * d, x + dtype.type(ETA) * d0
     return xp.clip((1 - alpha) * ahead + alpha * pulled, 0, 1)
 
 

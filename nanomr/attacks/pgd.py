@@ -57,7 +57,8 @@ def pgd(
                 gradient = model.backward(gradient, cache, param_grads=False)
                 if hit.any():
                     left, base, current, gradient = (a[~hit] for a in (left, base, current, gradient))
-                current = ball.project(base, ball.step(current, gradient, step_size))
+                sizes = xp.full(len(base), step_size, base.dtype)
+                current = ball.step(base, current, gradient, sizes)
         return adversarial, fooled
 
     return in_batches(attack, model, x, labels, eps, norm=norm, ids=ids, batch_size=batch_size, progress=progress)

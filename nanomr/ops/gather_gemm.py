@@ -11,6 +11,7 @@ One micro-kernel serves the three: a tile of ROWS x 16 (or 32) sums stays in reg
 
 import os
 from functools import lru_cache
+from math import gcd
 
 # A thread that waits for the others spins for a moment (kernels follow each other closely), then sleeps: with GNU
 # OpenMP's own, far longer spinning, a step beside other busy processes can take ten times as long. The variable is
@@ -53,20 +54,32 @@ def _place(image, padded, top, left, row):
 
 
 @njit(**FLAGS)
-def _sweep(x, a, first, last, b, r0, r1, w, bias, out, start, o, channels, lanes):
+def _window(padded, image, top, left, row):
+    """The inverse of :func:`_place`."""
+    for h in range(image.shape[0]):
+        start = (top + h) * row + left
+        for j in range(image.shape[1]):
+            image[h, j] = padded[start + j]
+
+
+@njit(**FLAGS)
+def _sweep(x, a, first, last, b, r0, r1, w, bias, out, start, o, channels, parts, step, lanes):
     """out[start + o_i + c] = bias[c] + sum over r0 <= r < r1 of x[a_i + b_r] w[r, c], for first <= i < last.
 
-    All arrays are flat; w is in panels (see _panels); ``channels`` of the columns of w, and of bias, are real.
+    All arrays are flat; w is in panels (see _panels); ``channels`` of the columns of w, and of bias, are real. They are
+    ``parts`` pieces, the next of which is stored ``step`` behind the last.
     """
-    width = WIDTH * len(lanes)
+    width, piece = WIDTH * len(lanes), channels // parts
     for c in range(0, len(bias), width):
-        count, panel = min(width, channels - c), c * (len(w) // len(bias))
+        panel = c * (len(w) // len(bias))
         if last - first < ROWS:
             for i in range(first, last):
                 acc = simd.load(bias, c, lanes)
                 for r in range(r0, r1):
                     acc = simd.fma(x, a[i] + b[r], simd.load(w, panel + r * width, lanes), acc)
-                simd.store(out, start + o[i] + c, acc, count)
+                for p in range(parts):
+                    at = start + o[i] + c + p * (step - piece)
+                    simd.store(out, at, acc, p * piece - c, (p + 1) * piece - c)
             continue
         for i0 in range(first, last, ROWS):
             i = min(i0, last - ROWS)  # the last tile overlaps its neighbour: same sums, stored twice
@@ -74,25 +87,30 @@ def _sweep(x, a, first, last, b, r0, r1, w, bias, out, start, o, channels, lanes
             sums = simd.tile_fill(simd.load(bias, c, lanes))
             for r in range(r0, r1):
                 sums = simd.tile_fma(rows, simd.offset(b, r), simd.load(w, panel + r * width, lanes), sums)
-            simd.tile_store(simd.tile_rows(out, o, i), start + c, sums, count)
+            for p in range(parts):
+                at = start + c + p * (step - piece)
+                simd.tile_store(simd.tile_rows(out, o, i), at, sums, p * piece - c, (p + 1) * piece - c)
 
 
 @njit(parallel=True, **FLAGS)
-def _gather_gemm(x, top, left, row, padded_size, w, bias, out, a, o, pixels, b, taps, channels, chunks, lanes):
+def _gather_gemm(x, place, w, bias, out, wide, a, o, pixels, b, taps, channels, parts, chunks, lanes):
     """The gather-GEMM of each image: out[n, o_i + c] = bias[c] + sum_r padded(x[n])[a_i + b_r] w[r, c].
 
-    x (N, H, W C); out (N, size). Group g has the pixels[g] <= i < pixels[g + 1] and the taps[g] <= r <
-    taps[g + 1].
+    x (N, H, W C); out (N, H', W' C'). Group g has the pixels[g] <= i < pixels[g + 1] and the taps[g] <= r <
+    taps[g + 1]. ``place`` and ``wide`` are (top, left, row, size) of the padded image, and of the one that o counts
+    in: out lies within it, or is it (size 0).
     """
-    n_images, flat_out = len(x), out.reshape(-1)
+    n_images, flat_out, size = len(x), out.reshape(-1), out.shape[1] * out.shape[2]
     for chunk in prange(chunks):
-        padded = np.zeros(padded_size, np.float32)
+        padded, margins = np.zeros(place[3], np.float32), np.empty(wide[3], np.float32)
         for n in range(n_images * chunk // chunks, n_images * (chunk + 1) // chunks):
-            _place(x[n], padded, top, left, row)
+            _place(x[n], padded, place[0], place[1], place[2])
+            target, start = (margins, 0) if wide[3] else (flat_out, n * size)
             for g in range(len(pixels) - 1):
                 i0, i1, r0, r1 = pixels[g], pixels[g + 1], taps[g], taps[g + 1]
-                start = n * out.shape[1]
-                _sweep(padded, a, i0, i1, b, r0, r1, w, bias, flat_out, start, o, channels, lanes)
+                _sweep(padded, a, i0, i1, b, r0, r1, w, bias, target, start, o, channels, parts, wide[2], lanes)
+            if wide[3]:
+                _window(margins, out[n], wide[0], wide[1], wide[2])
 
 
 @njit(parallel=True, **FLAGS)
@@ -115,14 +133,14 @@ def _gather_gemm_reduce(x, top, left, row, padded_size, dy, taps, pixels, steps,
                 total = simd.load(flat_db, chunk * columns + c, lanes)
                 for r in range(n_pixels):
                     total = simd.add(total, simd.load(flat_dy, first + r * columns, lanes))
-                simd.store(flat_db, chunk * columns + c, total, width)
+                simd.store(flat_db, chunk * columns + c, total, 0, width)
                 for k in range(0, k_taps, ROWS):
                     at, rows = (chunk * k_taps + k) * columns + c, simd.tile_rows(padded, taps, k)
                     sums = simd.tile_load(stored, at, lanes)
                     for r in range(n_pixels):
                         row_of_dy = simd.load(flat_dy, first + r * columns, lanes)
                         sums = simd.tile_fma(rows, simd.offset(pixels, r), row_of_dy, sums)
-                    simd.tile_store(stored, at, sums, width)
+                    simd.tile_store(stored, at, sums, 0, width)
 
 
 # --- convolution ------------------------------------------------------------------------------------------------------
@@ -147,41 +165,48 @@ def _forward_tables(x_shape, w_shape, stride, padding):
     return pixels, np.arange(ho * wo) * c_out, taps, (top, left * c, row, (h + top + bottom) * row)
 
 
-@lru_cache(256)
-def _input_gradient_tables(x_shape, w_shape, stride, padding, span):
-    """The same for dx from dy, one group of pixels for each residue of (row, column) modulo the stride: they meet the
-    same taps. Also the rows of w, as (kh, kw / span, Cout), that the taps multiply, and dx's width and first column.
+def _residues(size, k, before, stride, span):
+    """Along one axis of the input gradient, for each group of pixels that meet the same taps: (where dx has them, the
+    last entry of dy that they meet, the taps (in spans), how far before it each finds its entry); and the first real
+    pixel of dx, and its length.
 
-    With ``span`` = stride, ``stride`` neighbours in a row, which read the same pixels of dy, are one pixel of
-    stride x C channels: else the few channels of an image would leave most of a vector empty. dx is then wider.
+    A group is a residue modulo the stride. Or there is one group (``span`` = stride): ``stride`` neighbours, which meet
+    the same entries of dy, are one pixel, and dx has a margin, since the padding may cut neighbours apart.
     """
+    if span == 1:
+        groups = []
+        for residue in range(stride):
+            xs, taps = np.arange((residue - before) % stride, size, stride), np.arange(residue, k, stride)
+            groups.append((xs, (xs + before) // stride, taps, taps // stride))
+        return groups, 0, size
+    blocks, taps = np.arange(before // stride, (size - 1 + before) // stride + 1), np.arange(-(-k // stride))
+    return [(stride * (blocks - blocks[0]), blocks, taps, taps)], before % stride, stride * len(blocks)
+
+
+@lru_cache(256)
+def _input_gradient_tables(x_shape, w_shape, stride, padding, spans):
+    """The same for dx from dy, in groups of pixels, and also the rows of w, as (kh / spans[0], kw / spans[1], Cout),
+    that the taps multiply, and (top, left, row, size) of the dx with margins; see :func:`_residues`."""
     (_, h, w, c), (kh, kw, _, c_out), (top, _, left, _) = x_shape, w_shape, padding
     _, ho, wo, _ = conv2d_shape(x_shape, w_shape, stride, padding)
     low_h, low_w = (kh - 1) // stride, (kw - 1) // stride  # rows and columns of zeros before dy
     height = low_h + max(ho, (h - 1 + top) // stride + 1)
     row = (low_w + max(wo, (w - 1 + left) // stride + 1)) * c_out
-    blocks = np.arange(left // stride, (w - 1 + left) // stride + 1)  # of ``stride`` columns, from -left
-    width, first = (stride * len(blocks), left % stride) if span > 1 else (w, 0)
-    k_width = -(-kw // span)
+    groups_h, margin_h, wide_h = _residues(h, kh, top, stride, spans[0])
+    groups_w, margin_w, wide_w = _residues(w, kw, left, stride, spans[1])
+    k_width = -(-kw // spans[1])
     a, o, b, index, pixels, taps = [], [], [], [], [0], [0]
-    for rh in range(stride):
-        ys, ps = np.arange((rh - top) % stride, h, stride), np.arange(rh, kh, stride)
-        for rw in range(stride if span == 1 else 1):
-            if span == 1:
-                xs, qs = np.arange((rw - left) % stride, w, stride), np.arange(rw, kw, stride)
-                at, back = (xs + left) // stride, qs // stride
-            else:
-                xs, qs = stride * (blocks - blocks[0]), np.arange(k_width)
-                at, back = blocks, qs
-            a.append(_grid(((ys + top) // stride + low_h) * row, (at + low_w) * c_out))
-            o.append(_grid(ys * width * c, xs * c))
-            b.append(_grid(-(ps // stride) * row, -back * c_out, np.arange(c_out)))
+    for ys, at_h, ps, back_h in groups_h:
+        for xs, at_w, qs, back_w in groups_w:
+            a.append(_grid((at_h + low_h) * row, (at_w + low_w) * c_out))
+            o.append(_grid(ys * wide_w * c, xs * c))
+            b.append(_grid(-back_h * row, -back_w * c_out, np.arange(c_out)))
             index.append(_grid(ps * k_width * c_out, qs * c_out, np.arange(c_out)))
             pixels.append(pixels[-1] + len(a[-1]))
             taps.append(taps[-1] + len(b[-1]))
     a, o, b, index = (np.concatenate(v) for v in (a, o, b, index))
-    place = (low_h, low_w * c_out, row, height * row)
-    return a, o, np.array(pixels), b, np.array(taps), index, place, width, first
+    place, wide = (low_h, low_w * c_out, row, height * row), (margin_h, margin_w * c, wide_w * c, wide_h * wide_w * c)
+    return a, o, np.array(pixels), b, np.array(taps), index, place, (0, 0, 0, 0) if spans == (1, 1) else wide
 
 
 def _columns(w):
@@ -228,23 +253,28 @@ def conv2d(x, w, b, stride, padding):
     a, o, taps, place = _forward_tables((0, *x.shape[1:]), w.shape, stride, padding)
     weights, lanes = _panels(w.reshape(-1, shape[3]))
     y = empty(shape)
-    inputs = (_rows_of(x), *place, weights, _bias(b, shape[3]))
-    tables = (a, o, np.array([0, len(a)]), taps, np.array([0, len(taps)]))  # one group of pixels, which meet all taps
-    _gather_gemm(*inputs, y.reshape(len(x), -1), *tables, shape[3], threads(), lanes)
+    groups = np.array([0, len(a)]), taps, np.array([0, len(taps)])  # of pixels: one, which meets all taps
+    inputs = (_rows_of(x), place, weights, _bias(b, shape[3]), _rows_of(y), (0, 0, 0, 0))
+    _gather_gemm(*inputs, a, o, *groups, shape[3], 1, threads(), lanes)
     return y
 
 
 def conv2d_input_gradient(dy, w, stride, padding, x_shape):
     (kh, kw, c, c_out), (_, h, w_x, _) = w.shape, x_shape
-    span = stride if stride * c <= WIDTH else 1
-    tables = _input_gradient_tables((0, *x_shape[1:]), w.shape, stride, padding, span)
-    a, o, pixels, b, taps, index, place, width, first = tables
-    spans = np.pad(w, ((0, 0), (0, -kw % span), (0, 0), (0, 0))).reshape(kh, -1, span, c, c_out)
-    weights, lanes = _panels(spans.transpose(0, 1, 4, 2, 3).reshape(-1, span * c)[index])
-    dx = empty((len(dy), h, width, c))
-    inputs = (_rows_of(dy), *place, weights, _bias(None, span * c))
-    _gather_gemm(*inputs, dx.reshape(len(dy), -1), a, o, pixels, b, taps, span * c, threads(), lanes)
-    return dx[:, :, first : first + w_x]
+    # Neighbours together, as long as they fit into a vector: few channels would leave most of it empty.
+    spans = next(s for s in ((stride,) * 2, (1, stride), (1, 1)) if s[0] * s[1] * c <= WIDTH * MAX_LANES or s == (1, 1))
+    a, o, pixels, b, taps, index, place, wide = _input_gradient_tables(
+        (0, *x_shape[1:]), w.shape, stride, padding, spans
+    )
+    if kh % spans[0] or kw % spans[1]:
+        w = np.pad(w, ((0, -kh % spans[0]), (0, -kw % spans[1]), (0, 0), (0, 0)))
+    w = w.reshape(len(w) // spans[0], spans[0], w.shape[1] // spans[1], spans[1], c, c_out)
+    channels = spans[0] * spans[1] * c
+    weights, lanes = _panels(w.transpose(0, 2, 5, 1, 3, 4).reshape(-1, channels)[index])
+    dx = empty((len(dy), h, w_x, c))
+    inputs = (_rows_of(dy), place, weights, _bias(None, channels), _rows_of(dx), wide)
+    _gather_gemm(*inputs, a, o, pixels, b, taps, channels, spans[0], threads(), lanes)
+    return dx
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
@@ -278,13 +308,30 @@ _STRIP = 4 * ROWS
 
 
 @njit(parallel=True, **FLAGS)
-def _gather_gemm_rows(x, w, bias, out, channels, chunks, lanes):
-    """out (M, channels) = x w + bias, the rows of x (M, K) in parallel; out flat, w in panels."""
-    m, k = x.shape
+def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lanes):
+    """out (M, channels) = x W + bias with W = w or its transpose; out flat. In parallel: each panel of W, of which
+    its thread makes a copy in its row of ``panels``, times each of ``groups`` of the rows of x (M, K)."""
+    (m, k), width, chunks = x.shape, WIDTH * len(lanes), len(panels)
     a, o, b = np.arange(m) * k, np.arange(m) * channels, np.arange(k)
-    flat_x = x.reshape(-1)
+    flat_x, flat_w, tasks = x.reshape(-1), w.reshape(-1), len(bias) // width * groups
     for t in prange(chunks):
-        _sweep(flat_x, a, m * t // chunks, m * (t + 1) // chunks, b, 0, k, w, bias, out, 0, o, channels, lanes)
+        panel = panels[t]
+        for task in range(tasks * t // chunks, tasks * (t + 1) // chunks):
+            c, group = task // groups * width, task % groups
+            count = min(width, channels - c)
+            if transposed:
+                for j in range(width):
+                    for r in range(k):
+                        panel[r * width + j] = w[c + j, r] if j < count else np.float32(0)
+            elif count == width:
+                for r in range(k):
+                    simd.store(panel, r * width, simd.load(flat_w, r * channels + c, lanes), 0, width)
+            else:
+                for r in range(k):
+                    for j in range(width):
+                        panel[r * width + j] = w[r, c + j] if j < count else np.float32(0)
+            rows = m * group // groups, m * (group + 1) // groups
+            _sweep(flat_x, a, *rows, b, 0, k, panel, bias[c : c + width], out, c, o, count, 1, 0, lanes)
 
 
 @njit(parallel=True, **FLAGS)
@@ -301,37 +348,26 @@ def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
             for r in range(k):
                 for i in range(count):
                     strip[r * _STRIP + i] = x[r, first + i]
-            _sweep(strip, a, 0, count, b, 0, k, w, bias, out, first * channels, o, channels, lanes)
+            _sweep(strip, a, 0, count, b, 0, k, w, bias, out, first * channels, o, channels, 1, 0, lanes)
 
 
-@njit(parallel=True, **FLAGS)
-def _transposed_panels(w, panels):
-    """panels[p, r, j] = w[p width + j, r], or 0 behind the last row of w."""
-    for p in prange(panels.shape[0]):
-        width = panels.shape[2]
-        for r in range(panels.shape[1]):
-            for j in range(width):
-                row = p * width + j
-                panels[p, r, j] = w[row, r] if row < w.shape[0] else np.float32(0)
-
-
-def linear(x, w, b):
-    panels, lanes = _panels(w)
-    y = empty((len(x), w.shape[1]))
-    _gather_gemm_rows(ready(x), panels, _bias(b, w.shape[1]), y.reshape(-1), w.shape[1], threads(), lanes)
+def _product(x, w, transposed, b):
+    """x W + b, W = w or its transpose. The work is cut by columns, and by rows only where threads would have none."""
+    n = w.shape[0 if transposed else 1]
+    bias, y, chunks = _bias(b, n), empty((len(x), n)), threads()
+    lanes = _lanes(len(bias))
+    groups = chunks // gcd(chunks, len(bias) // (WIDTH * len(lanes)))
+    panels = empty((chunks, x.shape[1] * WIDTH * len(lanes)))
+    _gather_gemm_rows(ready(x), ready(w), transposed, bias, y.reshape(-1), n, groups, panels, lanes)
     return y
 
 
+def linear(x, w, b):
+    return _product(x, w, False, b)
+
+
 def linear_input_gradient(dy, w):
-    n = len(w)
-    columns = n + -n % WIDTH
-    lanes = _lanes(columns)
-    width = WIDTH * len(lanes)
-    panels = empty((columns // width, w.shape[1], width))
-    _transposed_panels(ready(w), panels)
-    dx = empty((len(dy), n))
-    _gather_gemm_rows(ready(dy), panels.reshape(-1), _bias(None, n), dx.reshape(-1), n, threads(), lanes)
-    return dx
+    return _product(dy, w, True, None)
 
 
 def linear_weight_gradient(x, dy):

@@ -1,5 +1,6 @@
 """Recycled memory for float32 arrays on the CPU: fresh pages cost more than most passes over them."""
 
+import math
 import sys
 import threading
 
@@ -12,11 +13,11 @@ _local = threading.local()
 
 
 def _references(buffers):
-    for buffer in buffers:
+    for buffer, _ in buffers:
         return sys.getrefcount(buffer)
 
 
-_IDLE = _references([np.empty(1, np.float32)])  # what _references says of a buffer that only its list knows
+_IDLE = _references([(np.empty(1, np.float32), 0)])  # what _references says of a buffer that only its list knows
 
 
 def empty(shape) -> np.ndarray:
@@ -24,26 +25,28 @@ def empty(shape) -> np.ndarray:
 
     A buffer is handed out again only when nothing but this list refers to it (views keep their base alive).
     """
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     if size < _SMALL:
-        return _take(np.empty(size + _LINE, np.float32), shape, size)
+        buffer, first = _fresh(size)
+        return buffer[first : first + size].reshape(shape)
     step = 1 << (size.bit_length() - 4)  # sizes within an eighth share buffers
     rounded = -(-size // step) * step
     pool = _local.__dict__.setdefault("pool", {})
-    for buffer in pool.setdefault(rounded, []):
+    for buffer, first in pool.setdefault(rounded, []):
         if sys.getrefcount(buffer) == _IDLE:
-            return _take(buffer, shape, size)
+            return buffer[first : first + size].reshape(shape)
     if 4 * sum(key * len(buffers) for key, buffers in pool.items()) > _LIMIT:
         release()
         return empty(shape)
-    pool[rounded].append(np.empty(rounded + _LINE, np.float32))
-    return _take(pool[rounded][-1], shape, size)
-
-
-def _take(buffer, shape, size):
-    """The array of this shape at the buffer's first cache line: a vector load across two lines costs double."""
-    first = -(buffer.ctypes.data // 4) % _LINE
+    buffer, first = _fresh(rounded)
+    pool[rounded].append((buffer, first))
     return buffer[first : first + size].reshape(shape)
+
+
+def _fresh(size):
+    """(memory for ``size`` floats, its first cache line: a vector load across two lines costs double)."""
+    buffer = np.empty(size + _LINE, np.float32)
+    return buffer, -(buffer.ctypes.data // 4) % _LINE
 
 
 def release():

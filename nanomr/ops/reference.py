@@ -5,6 +5,8 @@ Convolution weights are (kh, kw, C, Cout), linear weights (in, out); ``padding``
 No function changes its arguments, except ``sgd_update``.
 """
 
+import math
+
 import numpy as np
 
 # --- convolution: docs/derivations/convolution.md ---------------------------------------------------------------------
@@ -188,6 +190,48 @@ def average_pool(x, window):
 def average_pool_backward(dy, window):
     """Each pixel of a tile gets dy / window^2."""
     return dy.repeat(window, 1).repeat(window, 2) * (1.0 / (window * window))
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+def linf_step(x, gradient, size, x0, eps):
+    """x + size sign(gradient), then the nearest point within eps of ``x0`` and in [0, 1]. All (N, ...), size (N,)."""
+    moved = x + size.reshape(-1, *[1] * (x.ndim - 1)) * np.sign(gradient)
+    return np.clip(moved, np.maximum(x0 - eps, 0), np.minimum(x0 + eps, 1))
+
+
+def plane_step(points, w, b, by_weight):
+    """d (N, ...): the way to the plane w z = b, on which each coordinate moves at pace 1, or (``by_weight``) |w|, until
+    the plane or its side of the box [0, 1] is reached. points and w (N, ...), b (N,).
+
+    d_i = +-min(t rate_i, room_i), and sum |w_i| min(t rate_i, room_i) = the way to the plane determines t. That sum is
+    piecewise linear and concave in t: Newton's method from t = 0 ends at the exact t after a few steps, as the
+    coordinates that are at the box stay there.
+    """
+    shape, dtype, flat = points.shape, points.dtype, (len(points), math.prod(points.shape[1:]))
+    points, w = points.reshape(flat), w.reshape(flat)
+    scale = np.ldexp(dtype.type(1), np.frexp(abs(w).max(1))[1])  # a power of two: dividing by it rounds nothing, and
+    w = w / scale[:, None]  # the squares of tiny gradients do not underflow
+    excess = (w * points).sum(1, dtype=np.float64) - b / scale
+    towards = -np.sign(w) * np.sign(excess).astype(dtype)[:, None]
+    room = np.where(towards > 0, 1 - points, points)
+    weight, need = abs(w), abs(excess).astype(dtype)
+    rate = weight if by_weight else np.ones_like(weight)
+    gain, speed = weight * room, weight * rate
+    moving, t, corner = speed > 0, np.zeros_like(need), gain.sum(1) <= need
+    rows = np.flatnonzero(~corner)  # those whose t is not final yet
+    while len(rows):
+        on = moving[rows]
+        pace = (on * speed[rows]).sum(1)
+        reached = (~on * gain[rows]).sum(1)
+        corner[rows] = pace == 0  # reached after all, but for rounding
+        t[rows] = np.where(pace > 0, (need[rows] - reached) / np.where(pace > 0, pace, 1), 0)
+        still = on & (t[rows, None] * rate[rows] < room[rows])
+        moving[rows] = still
+        rows = rows[(still != on).any(1)]
+    way = np.where(corner[:, None], room, np.minimum(t[:, None] * rate, room))
+    return (towards * way).reshape(shape)
 
 
 # --- optimiser and data -----------------------------------------------------------------------------------------------

@@ -81,11 +81,12 @@ def _fma(builder, scalar, b, c):
     return builder.call(fma, [_broadcast(builder, scalar, kind.count), b, c])
 
 
-def _store(builder, value, address, count):
-    """The first ``count`` floats only."""
+def _store(builder, value, address, first, last):
+    """The floats first <= j < last only, float j at address + j."""
     kind, width = value.type, value.type.count
     order = ir.Constant(ir.VectorType(_I64, width), list(range(width)))
-    mask = builder.icmp_signed("<", order, _broadcast(builder, count, width))
+    above = builder.icmp_signed(">=", order, _broadcast(builder, first, width))
+    mask = builder.and_(above, builder.icmp_signed("<", order, _broadcast(builder, last, width)))
     arguments = [kind, kind.as_pointer(), _I32, mask.type]
     store = _function(builder, f"llvm.masked.store.v{width}f32.p0", ir.VoidType(), arguments)
     builder.call(store, [value, builder.bitcast(address, kind.as_pointer()), ir.Constant(_I32, 4), mask])
@@ -112,14 +113,14 @@ def offset(typingctx, table, index):
 
 
 @intrinsic
-def store(typingctx, array, index, value, count):
-    """array[index : index + count] = the first ``count`` floats of ``value``."""
+def store(typingctx, array, index, value, first, last):
+    """array[index + j] = float j of ``value``, for first <= j < last."""
 
     def codegen(context, builder, signature, args):
-        _store(builder, args[2], _address(context, builder, signature.args[0], *args[:2]), args[3])
+        _store(builder, args[2], _address(context, builder, signature.args[0], *args[:2]), *args[3:])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, value, types.intp), codegen
+    return types.void(array, types.intp, value, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -200,14 +201,14 @@ def tile_fma(typingctx, rows, shift, b, c):
 
 
 @intrinsic
-def tile_store(typingctx, rows, shift, c, count):
-    """Put the first ``count`` floats of row k of the tile at rows[k] + shift."""
+def tile_store(typingctx, rows, shift, c, first, last):
+    """Put the floats first <= j < last of row k of the tile at rows[k] + shift + j."""
 
     def codegen(context, builder, signature, args):
-        rows_value, shift_value, c_value, count_value = args
+        rows_value, shift_value, c_value, *bounds = args
         for row in range(ROWS):
             address = builder.gep(builder.extract_value(rows_value, row), [shift_value])
-            _store(builder, builder.extract_value(c_value, row), address, count_value)
+            _store(builder, builder.extract_value(c_value, row), address, *bounds)
         return context.get_dummy_value()
 
-    return types.void(rows, types.intp, c, types.intp), codegen
+    return types.void(rows, types.intp, c, types.intp, types.intp), codegen

@@ -329,7 +329,7 @@ def _float32_error(network: Network, reached: list[Reach], rows):
         x = r.largest + error
         carried = m.absolute @ error
         terms = (m.absolute != 0) @ (x > 0).astype(float) + 1 + m.extra  # exact zeros add no rounding
-        own = 1.001 * gamma(terms, U32) * (r.size + carried) + 2.0**-124 * (terms + x.sum())
+        own = (1 + network.slack / U32) * gamma(terms, U32) * (r.size + carried) + 2.0**-124 * (terms + x.sum())
         _demand((own < LARGEST).all(), "a float32 error is NaN or too large")
         steps.append((m, r, error, own))
         error = carried + own
