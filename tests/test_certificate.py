@@ -679,9 +679,8 @@ class Run:
         self.records[self.leaves]["how"][str(rival)] = "bab"
         self.records[self.leaves]["bound"][str(rival)] = checked.bound[rival]
         self.proofs[self.leaves] = {f"{rival}/{name}": value for name, value in proof.items()}
-        self.records[self.solver]["how"] = dict(
-            zip(self.records[self.solver]["how"], certificate.UNCHECKABLE, strict=True)
-        )
+        how = self.records[self.solver]["how"]
+        how.update(zip(how, ("milp", "restricted bab"), strict=True))
         self.record(self.wrong, "misclassified")
         self.record(self.attacked, "attacked")
         self.late = next(i for i in range(30) if i not in self.records)

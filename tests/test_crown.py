@@ -114,7 +114,7 @@ def interval_of(chain, low, high):
         if k:
             relus.append((low, high))
             low, high = np.maximum(low, 0), np.maximum(high, 0)
-        for layer, x in zip(stage.layers, stage._inputs, strict=True):  # layer by layer, as intervals are
+        for layer, x in zip(stage.layers, stage.inputs, strict=True):  # layer by layer, as intervals are
             matrix, offset = matrix_of(layer.apply, x.shape[1:])
             shape = layer.apply(x).shape[1:]
             centre, radius = ((z.reshape(len(z), -1) / 2) for z in (high + low, high - low))
