@@ -19,7 +19,7 @@ from .errors import UserError
 __path__: list[str] = []
 
 
-def _cupy():
+def find_cupy():
     """The cupy module, imported on first use; None where it is not installed."""
     try:
         import cupy
@@ -30,7 +30,7 @@ def _cupy():
 
 def gpu_available() -> bool:
     """True when CuPy is installed and sees at least one CUDA device."""
-    cupy = _cupy()
+    cupy = find_cupy()
     return cupy is not None and bool(cupy.cuda.is_available())
 
 
@@ -50,7 +50,7 @@ def to_device(x, device: str):
     if device == "cpu":
         return to_numpy(x)
     if device == "gpu":
-        return _cupy().asarray(x)
+        return find_cupy().asarray(x)
     raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
 
 
@@ -63,7 +63,7 @@ def resolve_device(wanted: str) -> str:
         return "cpu"
     if wanted not in ("auto", "gpu"):
         raise UserError(f"--device must be auto, cpu or gpu, not {wanted!r}")
-    if _cupy() is None:
+    if find_cupy() is None:
         raise UserError("--device gpu needs CuPy: pip install 'nanomr[cuda12]' (or [cuda13]), or use --device cpu")
     if not gpu_available():
         raise UserError("--device gpu: CuPy is installed but finds no CUDA device or driver; use --device cpu")
@@ -144,7 +144,7 @@ def _gpu() -> str:
     """The devices, and whether NVRTC, which CuPy's wheels do not contain, is found."""
     if not gpu_available():
         return "none (it takes CuPy, an NVIDIA GPU and its driver)"
-    cupy = _cupy()
+    cupy = find_cupy()
     runtime = cupy.cuda.runtime
     found = []
     for index in range(runtime.getDeviceCount()):

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+from .backend import find_cupy
 from .errors import UserError
 
 
@@ -15,8 +16,7 @@ class Replayed:
     """
 
     def __init__(self, step, warm: int = 2):
-        import cupy
-
+        cupy = find_cupy()
         self.cupy, self.step, self.warm, self.graph = cupy, step, warm, None
         # What a step allocates comes from a pool of its own, kept alive: a replay writes to the same addresses, which
         # nobody else may have been given. CuPy's pools hold memory by stream, so that the warm steps run on this one.

@@ -660,7 +660,7 @@ def test_a_network_that_does_not_fit(program):
 
 
 def test_no_gpu(program, monkeypatch):
-    monkeypatch.setattr(backend, "_cupy", lambda: None)
+    monkeypatch.setattr(backend, "find_cupy", lambda: None)
     assert_one_error_line(program(*FLAGS, "--device", "gpu"), "--device gpu", "--device cpu")
 
 

@@ -42,7 +42,7 @@ def test_the_report_survives_a_broken_machine(monkeypatch):
     def broken(*_):
         raise RuntimeError("broken")
 
-    for name in ("_cupy", "_version", "_numba", "_cpu", "_blas", "_gpu"):
+    for name in ("find_cupy", "_version", "_numba", "_cpu", "_blas", "_gpu"):
         monkeypatch.setattr(backend, name, broken)
     lines = backend.report()
     assert len(lines) == 10
@@ -65,7 +65,7 @@ def test_the_report_of_a_gpu(monkeypatch, nvrtc):
     )
     if nvrtc:
         cupy.cuda.nvrtc = SimpleNamespace(getVersion=lambda: (12, 9))
-    monkeypatch.setattr(backend, "_cupy", lambda: cupy)
+    monkeypatch.setattr(backend, "find_cupy", lambda: cupy)
     line = backend._gpu()
     card = "Card, compute capability 9.0, 80 GiB; "
     assert line.startswith(f"{card}{card}driver CUDA 13.0; runtime CUDA 12.9; NVRTC ")
@@ -81,7 +81,7 @@ def test_the_report_of_a_gpu(monkeypatch, nvrtc):
     ],
 )
 def test_device_gpu_without_a_gpu_is_one_clear_line(monkeypatch, cupy, message):
-    monkeypatch.setattr(backend, "_cupy", lambda: cupy)
+    monkeypatch.setattr(backend, "find_cupy", lambda: cupy)
     assert not backend.gpu_available()
     assert backend.resolve_device("auto") == backend.resolve_device("cpu") == "cpu"
     with pytest.raises(UserError) as caught:
@@ -92,7 +92,7 @@ def test_device_gpu_without_a_gpu_is_one_clear_line(monkeypatch, cupy, message):
 
 
 def test_device_with_a_gpu(monkeypatch):
-    monkeypatch.setattr(backend, "_cupy", fake_cupy)
+    monkeypatch.setattr(backend, "find_cupy", fake_cupy)
     assert backend.resolve_device("auto") == backend.resolve_device("gpu") == "gpu"
     assert backend.resolve_device("cpu") == "cpu"
 
@@ -100,7 +100,7 @@ def test_device_with_a_gpu(monkeypatch):
 @pytest.mark.parametrize("wanted", ["cuda", "", "GPU"])
 @pytest.mark.parametrize("available", [True, False])
 def test_an_unknown_device_is_named(monkeypatch, wanted, available):
-    monkeypatch.setattr(backend, "_cupy", lambda: fake_cupy(available))
+    monkeypatch.setattr(backend, "find_cupy", lambda: fake_cupy(available))
     with pytest.raises(UserError, match=f"not {wanted!r}"):
         backend.resolve_device(wanted)
     with pytest.raises(ValueError, match=repr(wanted)):

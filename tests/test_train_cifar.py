@@ -291,7 +291,7 @@ def test_truncated_data(program, tmp_path):
 
 
 def test_no_gpu(program, monkeypatch):
-    monkeypatch.setattr(backend, "_cupy", lambda: None)
+    monkeypatch.setattr(backend, "find_cupy", lambda: None)
     assert_one_error_line(program(*TINY, "--device", "gpu"), "--device gpu", "--device cpu")
     assert not Path("runs").exists()
 
