@@ -116,17 +116,24 @@ def test_agrees_with_the_verifier(name, rng, tmp_path):
     assert unstable >= 5 or name == "linear"
 
 
-def four_leaves(draw, unstable):
+def four_leaves(draw, unstable, limit=None):
     """A proof of four leaves: one unstable ReLU is split, and then another in each half. A few slopes are of stable
-    ReLUs, where they mean nothing."""
+    ReLUs, where they mean nothing. With a limit, the first leaf gets a restricted child (node 7)."""
     units = draw.permutation(np.flatnonzero(unstable))[: max(3, 3 * int(unstable.sum()) // 4)]
     units = np.append(units, draw.permutation(np.flatnonzero(~unstable))[:20]).astype(np.int32)
     a, b, c = 1 + units[:3]
+    more = 0 if limit is None else 1
+    signs = np.zeros((4 + more, len(units)), np.int8)
+    signs[:, :3] = [[1, 1, 0], [1, -1, 0], [-1, 0, 1], [-1, 0, -1], [1, 1, 0]][: 4 + more]
+    values = np.where(signs == 0, draw.uniform(0, 1, signs.shape), draw.uniform(0, 0.3, signs.shape))
     return {
         "units": units,
-        "alpha": draw.uniform(0, 1, (4, len(units))).astype(np.float32),
-        "split": np.array([[a, b], [a, -b], [-a, c], [-c, -a]], np.int32),
-        "beta": draw.uniform(0, 0.3, (4, 2)).astype(np.float32),
+        "parent": np.array([-1, 0, 0, 1, 1, 2, 2, 3][: 7 + more], np.int32),
+        "split": np.array([0, a, -a, b, -b, c, -c, 0][: 7 + more], np.int32),
+        "signs": signs,
+        "values": values.astype(np.float32),
+        "multipliers": draw.uniform(0, 1, (more, 2, len(units))).astype(np.float32),
+        "limit": np.array([np.inf if limit is None else limit]),
     }
 
 
@@ -145,12 +152,13 @@ def test_leaves_agree_with_the_verifier(name, rng, tmp_path):
 
     row, values = crown.margin_rows([0], [2], chain.classes), []
     default = np.concatenate([crown.Lines.around(*r).lower.ravel() for r in relus])
-    for alpha, split, beta in zip(proof["alpha"], proof["split"], proof["beta"], strict=True):
+    for sign, value in zip(proof["signs"], proof["values"], strict=True):
         z_low, z_high, slopes, forces = flat[0].copy(), flat[1].copy(), default.copy(), np.zeros_like(default)
-        slopes[proof["units"]] = alpha
-        for unit, b in zip(split, beta, strict=True):
-            z_low[abs(unit) - 1], z_high[abs(unit) - 1] = (0, z_high[unit - 1]) if unit > 0 else (z_low[-unit - 1], 0)
-            forces[abs(unit) - 1] = -math.copysign(b, unit)
+        slopes[proof["units"]] = value
+        for unit, s, b in zip(proof["units"], sign, value, strict=True):
+            if s:
+                z_low[unit], z_high[unit] = (0, z_high[unit]) if s > 0 else (z_low[unit], 0)
+                forces[unit] = -s * b
         lines = [crown.Lines.around(*r) for r in zip(layers(z_low), layers(z_high), strict=True)]
         box = crown.Box.between(low, high)
         values.append(crown.lower(chain, box, lines, row, [0], layers(slopes), layers(forces)).value[0])
@@ -278,6 +286,353 @@ def test_rounding_errors_at_one_image_are_covered(tmp_path_factory, seed):
     low, high = (certificate._lower(network, reached, row)[0], -certificate._lower(network, reached, -row)[0])
     assert low <= logits[0] - logits[2] <= high
     assert high - low <= 1e-8
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def ends(reached):
+    """(low, high) of all ReLUs' inputs, in a row."""
+    return (np.concatenate([r[side] for r in reached if r.lines]) for side in (0, 1))
+
+
+def random_tree(draw, low, high, limit, size=16):
+    """(proof, for each node the sides [(ReLU, sign)] that it is in): splits, restrictions, numbers, and signs where the
+    splits above or the root's bounds allow them, at random."""
+    units = draw.permutation(len(low))[: draw.integers(1, len(low) + 1)].astype(np.int32)
+    parent, split, paths, signs, values, multipliers, node = [-1], [0], [()], [], [], [], 0
+    stable = {u: 1 if low[u] >= 0 else -1 for u in range(len(low)) if low[u] >= 0 or high[u] <= 0}
+    while node < len(parent):
+        kind = draw.integers(0 if node else 1, 3) if len(parent) < size else 0  # a leaf, restricted, or split
+        if kind < 2:
+            given = np.array([(stable | dict(paths[node])).get(u, 0) for u in units])
+            signs.append(given * draw.integers(0, 2, len(units)))
+            values.append(np.where(signs[-1] == 0, draw.uniform(0, 1, len(units)), draw.exponential(0.2, len(units))))
+        if kind == 1:
+            parent, split, paths = [*parent, node], [*split, 0], [*paths, paths[node]]
+            multipliers.append(10 ** draw.uniform(-3, 1, (2, len(units))) * (draw.uniform(0, 1, (2, len(units))) < 0.9))
+        elif kind == 2:
+            unit = int(draw.integers(len(low)))
+            for sign in draw.permutation([1, -1]).tolist():
+                parent, split = [*parent, node], [*split, sign * (unit + 1)]
+                paths = [*paths, (*paths[node], (unit, sign))]
+        node += 1
+    arrays = {
+        "units": units,
+        "parent": np.array(parent, np.int32),
+        "split": np.array(split, np.int32),
+        "signs": np.array(signs, np.int8),
+        "values": np.array(values, np.float32),
+        "multipliers": np.array(multipliers, np.float32).reshape(-1, 2, len(units)),
+        "limit": np.array([limit], np.float64),
+    }
+    return arrays, paths
+
+
+def replay(network, reached, row, proof):
+    """(the bound, {restricted node: its (low, high)})."""
+    states, restrict = {}, certificate._restrict
+    nodes = [n for n, s in enumerate(proof["split"]) if n and not s]
+
+    def spy(network, reached, low, high, units, multipliers, *more):
+        restrict(network, reached, low, high, units, multipliers, *more)
+        rank = next(i for i, m in enumerate(proof["multipliers"]) if np.array_equal(m, multipliers))
+        states[nodes[rank]] = low.copy(), high.copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "_restrict", spy)
+        bound = certificate._replay(network, reached, row, proof)
+    assert len(states) == len(nodes)
+    return bound, states
+
+
+def exact_points(maps, box, draw, n=12):
+    """[(the inputs of all ReLUs, logits)] of images in the box, in fractions."""
+    points = (forward(maps, x) for x in corners_and_points(*box, draw, n))
+    return [(np.concatenate(inputs[1:]), logits) for *inputs, logits in points]
+
+
+@fewer(2)
+@given(seeds, st.sampled_from([0.02, 0.1, 0.3]), st.floats(-0.2, 1.2))
+def test_trees_hold_for_every_image(tmp_path_factory, seed, eps, share):
+    """No image is below a tree's bound, and none with margin <= limit is outside of a restricted node's bounds: of
+    those that are on the sides of its splits. So none is in an empty node, either."""
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
+    box = certificate._image_box(image, eps)
+    reached = certificate._reach(network, *box)
+    points = exact_points(maps, box, draw)
+    margins = [logits[0] - logits[1] for _, logits in points]
+    least, most = float(min(margins)), float(max(margins))
+    limit = least + share * (most - least)
+    for _ in range(4):
+        proof, paths = random_tree(draw, *ends(reached), limit)
+        bound, states = replay(network, reached, np.array([[1.0, -1, 0]]), proof)
+        assert bound <= min(margins)
+        assert bound <= limit or not states
+        for (z, _), margin in zip(points, margins, strict=True):
+            for node, (low, high) in states.items():
+                inside = all(sign * z[unit] >= 0 for unit, sign in paths[node])
+                if inside and margin <= limit:
+                    assert (exact(low) <= z).all() and (z <= exact(high)).all()
+
+
+@fewer(1)
+@given(seeds)
+def test_rounding_errors_of_a_restriction_are_covered(tmp_path_factory, seed):
+    """At one image, its margin rounded up as the limit, huge weights that cancel, and multipliers up to 1e6."""
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    weight = model.children["fc1"].params["weight"]
+    weight[4:] = -weight[:4] * (1000 + draw.uniform(0, 1, weight[:4].shape).astype(np.float32))
+    weight[:4] *= 1000
+    network, maps = read(model, tmp_path_factory.mktemp("m")), rational(model)
+    x = picture(model, draw).astype(float).ravel()
+    *inputs, logits = forward(maps, x)
+    z, margin = np.concatenate(inputs[1:]), logits[0] - logits[1]
+    reached = certificate._reach(network, x, x.copy())
+    wide = [r._replace(low=r.low - 1, high=r.high + 1) if r.lines else r for r in reached]  # all unstable, for now
+    low, high = (np.array(v) for v in ends(wide))
+    low, high = np.minimum(low, -1.0), np.maximum(high, 1.0)
+    c, k = certificate._linear(network, reached, np.array([[1.0, -1, 0]]))
+    limit = np.nextafter(float(margin), np.inf)
+    multipliers = 10 ** draw.uniform(-2, 6, (2, len(z)))
+    certificate._restrict(network, reached, low, high, np.arange(len(z)), multipliers, c[0], k[0], limit)
+    assert (exact(low) <= z).all() and (z <= exact(high)).all()
+
+
+@given(seeds, st.sampled_from([(1, 1), (1, 1e-9), (1e-9, 1)]))
+def test_rounding_errors_of_a_slice_are_covered(seed, scales):
+    """The combination by itself, of numbers that cancel: w + m c, v and m (k - limit); either may be all."""
+    draw, n = np.random.default_rng(seed), 9
+    low, high = np.sort(draw.uniform(0, 1, (2, n)), axis=0)
+    box = certificate.Reach(low, high, high, high, None)
+    c, m = draw.normal(0, scales[0], n), 10 ** draw.uniform(-8, 8, 5)
+    w = -m[:, None] * c + draw.normal(0, 1e-14 * scales[0], (5, n)) * m[:, None]
+    k, limit = draw.normal(0, scales[1], 2)
+    v = -m * (k - limit) * (1 + draw.normal(0, 1e-14, 5))
+    network = certificate.Network([], (), 8 * certificate.gamma(n + 16, certificate.U64))
+    found = certificate._least_of_slice(network, box, w, v, m, c, k - limit, abs(k) + abs(limit))
+    for i in range(5):
+        row = exact(w[i]) + Fraction(m[i]) * exact(c)
+        true = np.minimum(row * exact(low), row * exact(high)).sum()
+        true += Fraction(v[i]) + Fraction(m[i]) * (Fraction(k) - Fraction(limit))
+        scale = abs(w[i]).sum() + m[i] * (abs(c).sum() + abs(k) + abs(limit)) + abs(v[i])
+        assert Fraction(found[i]) <= true <= Fraction(found[i]) + Fraction(1e-12 * scale)
+
+
+def plain_lines(low, high):
+    """(lower, upper, offset), one by one."""
+    lines = []
+    for a, b in zip(low, high, strict=True):
+        s = b / (b - a) if a < 0 < b else float(a >= 0)
+        lines.append((float(b > -a) if a < 0 < b else s, s, -s * a if a < 0 < b else 0.0))
+    return np.array(lines).T
+
+
+def plain_backward(maps, row, lines, force):
+    """(c, k) with c . x + k below row . (the last map's output)."""
+    k = 0.0
+    for i in range(len(maps) - 1, -1, -1):
+        weight, bias = maps[i]
+        k, row = k + row @ bias, row @ weight
+        if i > 1:
+            lower, upper, offset = lines[i - 2]
+            k += sum(min(v, 0) * t for v, t in zip(row, offset, strict=True))
+            row = np.where(row > 0, lower, upper) * row + force[i - 2]
+    return row, k
+
+
+def unstable_network(draw, folder, eps, at_least, **more):
+    """(network, its maps in fractions, the box, what is reached, the unstable ReLUs): at least so many."""
+    while True:
+        model = tiny(draw, **more)
+        network, box = read(model, folder), certificate._image_box(picture(model, draw), eps)
+        reached = certificate._reach(network, *box)
+        low, high = ends(reached)
+        units = np.flatnonzero((low < 0) & (high > 0)).astype(np.int32)
+        if len(units) >= at_least:
+            return network, rational(model), box, reached, units
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_restricted_bounds_are_those_of_the_formula(times, rng, tmp_path):
+    """Against dense matrices and loops of this file: of one restriction, and of one below it and a split."""
+    network, maps, box, reached, units = unstable_network(rng, tmp_path, 0.1, 8, sizes=(8, 7, 6, 5, 3))
+    network, maps = network._replace(slack=0.0), [(a.astype(float), b.astype(float)) for a, b in maps]
+    at = [slice(0, 7), slice(7, 13), slice(13, 18)]
+    low, high = ends(reached)
+    others = np.setdiff1d(np.arange(18), units)  # stable: of no use, and left alone
+    units = np.concatenate([rng.permutation(units)[:-2], others]).astype(np.int32)
+    u = int(units[0])
+    limit = float(certificate._lower(network, reached, np.array([[1.0, -1, 0]]))[0]) + 0.01
+    slopes = np.clip((high > -low)[units] + rng.uniform(-0.1, 0.1, (2 * times, len(units))), 0, 1)
+    proof = {
+        "units": units,
+        "parent": np.array([-1, 0, 1, 1, 2], np.int32)[: 3 * times - 1],
+        "split": np.array([0, 0, u + 1, -u - 1, 0], np.int32)[: 3 * times - 1],
+        "signs": np.zeros((2 * times, len(units)), np.int8),
+        "values": slopes.astype(np.float32),
+        "multipliers": (10 ** rng.uniform(-2, 1, (times, 2, len(units)))).astype(np.float32),
+        "limit": np.array([limit]),
+    }
+    if times == 2:  # row 1 is that of node 2, which is restricted
+        proof["signs"][1, 0], proof["values"][1, 0] = 1, 0.02
+    _, states = replay(network, reached, np.array([[1.0, -1, 0]]), proof)
+    for t in range(times):
+        low[u] = max(low[u], 0) if t else low[u]
+        before = low, high
+        sign, value = proof["signs"][t], proof["values"][t].astype(float)
+        slopes, force = plain_lines(low, high), np.zeros(len(low))
+        for column, unit in enumerate(units):
+            if sign[column]:
+                force[unit] = -sign[column] * value[column]
+            elif low[unit] < 0 < high[unit]:
+                slopes[0, unit] = value[column]
+        c, k = plain_backward(maps, np.array([1.0, -1, 0]), [slopes[:, s] for s in at], [force[s] for s in at])
+        for layer, s in enumerate(at):
+            lines = [plain_lines(low[e], high[e]) for e in at[:layer]]
+            new = low.copy(), high.copy()
+            for column, unit in enumerate(units):
+                if s.start <= unit < s.stop and low[unit] < 0 < high[unit]:
+                    for side, sign in ((0, 1.0), (1, -1.0)):
+                        row = np.zeros(s.stop - s.start)
+                        row[unit - s.start] = sign
+                        w, v = plain_backward(maps[: layer + 2], row, lines, [np.zeros(s.stop - s.start) for s in at])
+                        m = float(proof["multipliers"][t, side, column])
+                        least = sum(min(a * x, a * y) for a, x, y in zip(w + m * c, *box, strict=True))
+                        least += v + m * (k - limit)
+                        new[side][unit] = max(low[unit], least) if side == 0 else min(high[unit], -least)
+            low, high = new
+        assert (low > before[0]).any() or (high < before[1]).any()
+        for ours, formula in zip(states[3 * t + 1], (low, high), strict=True):
+            np.testing.assert_allclose(ours, formula, rtol=0, atol=1e-11)
+
+
+def restricted_root(reached, units, limit, multiplier):
+    """A proof of a restriction and nothing else, with the default slopes and all multipliers the same."""
+    low, high = ends(reached)
+    return {
+        "units": units,
+        "parent": np.array([-1, 0], np.int32),
+        "split": np.zeros(2, np.int32),
+        "signs": np.zeros((2, len(units)), np.int8),
+        "values": np.tile((high > -low)[units].astype(np.float32), (2, 1)),
+        "multipliers": np.full((1, 2, len(units)), multiplier, np.float32),
+        "limit": np.array([limit]),
+    }
+
+
+def test_restrictions_prove_more(rng, tmp_path):
+    """With a limit below its bound the root is empty; with one above, the bound rises, and never above the truth."""
+    row, gains = np.array([[1.0, -1, 0]]), []
+    for _ in range(10):
+        network, maps, box, reached, units = unstable_network(rng, tmp_path, 0.15, 5)
+        plain = float(certificate._lower(network, reached, row)[0])
+        worst = min(logits[0] - logits[1] for _, logits in exact_points(maps, box, rng, 40))
+        found = {}
+        for limit in (plain - 1e-3, plain + 0.5 * (float(worst) - plain), float(worst), float(worst) + 1, 1e6, 1e300):
+            for m in (0, 0.1, 0.3, 1, 3, 10, 1e6):
+                proof = restricted_root(reached, units, limit, m)
+                found.setdefault(limit, []).append(certificate._replay(network, reached, row, proof))
+                assert found[limit][-1] <= min(worst, limit)  # too high a limit: not above the truth, either
+        below, above = list(found)[:2]
+        assert found[below][-1] == below and found[above][0] == pytest.approx(plain)
+        gains.append((max(found[above]) - plain) / (above - plain))
+    assert max(gains) > 0.2, gains
+
+
+def test_an_empty_node_hands_it_down(rng, tmp_path):
+    """Whatever is split or restricted below an empty node is empty."""
+    network, _, _, reached, units = unstable_network(rng, tmp_path, 0.15, 5)
+    row, unit = np.array([[1.0, -1, 0]]), int(units[0]) + 1
+    limit = float(certificate._lower(network, reached, row)[0]) - 1e-3
+    proof = restricted_root(reached, units, limit, 1e6)
+    proof["parent"] = np.array([-1, 0, 1, 1, 3], np.int32)
+    proof["split"] = np.array([0, 0, unit, -unit, 0], np.int32)
+    proof.update({name: np.repeat(proof[name][:1], 4, 0) for name in ("signs", "values")})  # nodes 0, 2, 3, 4
+    proof["multipliers"] = np.repeat(proof["multipliers"], 2, 0)
+    assert certificate._replay(network, reached, row, proof) == limit
+
+
+def test_a_node_of_one_point_is_not_empty(rng, tmp_path):
+    """z >= 0 and z <= 0: low = high = 0. Its leaf counts, however bad its bound is."""
+    network, _, _, reached, units = unstable_network(rng, tmp_path, 0.15, 5)
+    unit = int(units[-1]) + 1
+    proof = {
+        "units": units[-1:],
+        "parent": np.array([-1, 0, 0, 1, 1], np.int32),
+        "split": np.array([0, unit, -unit, unit, -unit], np.int32),
+        "signs": np.array([[0], [0], [-1]], np.int8),
+        "values": np.array([[0], [0], [3e38]], np.float32),
+        "multipliers": np.zeros((0, 2, 1), np.float32),
+        "limit": np.array([np.inf]),
+    }
+    assert certificate._replay(network, reached, np.array([[1.0, -1, 0]]), proof) < -1e30
+
+
+def test_the_order_of_the_nodes_does_not_matter(rng, tmp_path):
+    model = tiny(rng)
+    network, image = read(model, tmp_path), picture(model, rng)
+    reached = certificate._reach(network, *certificate._image_box(image, 0.15))
+    row = np.array([[1.0, -1, 0]])
+    for _ in range(20):
+        proof, _ = random_tree(rng, *ends(reached), 0.2)
+        children = [np.flatnonzero(proof["parent"] == n).tolist() for n in range(len(proof["parent"]))]
+        order, ready = [], [0]
+        while ready:
+            order.append(ready.pop(rng.integers(len(ready))))
+            ready += children[order[-1]]
+        order = np.array(order)
+        back = np.argsort(order)
+        rows = [n for n, c in enumerate(children) if [int(proof["split"][k]) for k in c] in ([], [0])]
+        restricted = np.flatnonzero(proof["split"] == 0)[1:]
+        new = dict(proof, split=proof["split"][order])
+        new["parent"] = np.append([-1], back[proof["parent"][order[1:]]]).astype(np.int32)
+        for name in ("signs", "values"):
+            new[name] = proof[name][np.argsort(back[rows])]
+        new["multipliers"] = proof["multipliers"][np.argsort(back[restricted])]
+        bounds = [certificate._replay(network, reached, row, p) for p in (proof, new)]
+        assert bounds[0] == bounds[1]
+
+
+@fewer(2)
+@given(seeds)
+def test_a_corrupted_tree_is_refused_or_harmless(tmp_path_factory, seed):
+    draw = np.random.default_rng(seed)
+    model = tiny(draw)
+    network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
+    box = certificate._image_box(image, 0.15)
+    reached = certificate._reach(network, *box)
+    margins = [logits[0] - logits[1] for _, logits in exact_points(maps, box, draw)]
+    for _ in range(10):
+        proof, _ = random_tree(draw, *ends(reached), float(draw.choice(margins)))
+        name = draw.choice([n for n in proof if proof[n].size])
+        array = proof[name].reshape(-1)
+        if draw.integers(2):
+            array[draw.integers(len(array))] = draw.choice(array)
+        else:
+            array[draw.integers(len(array))] = draw.choice([-128, -2, -1, 0, 1, 2, 7])
+        try:
+            bound = certificate._replay(network, reached, np.array([[1.0, -1, 0]]), proof)
+        except CertificateError:
+            continue
+        assert bound <= min(margins)
+
+
+def test_a_limit_without_restrictions_means_nothing(rng, tmp_path):
+    model = tiny(rng)
+    network, image = read(model, tmp_path), picture(model, rng)
+    reached = certificate._reach(network, *certificate._image_box(image, 0.1))
+    proof, found = four_leaves(rng, np.ones(11, bool)), []
+    for limit in (np.inf, -np.inf, np.nan, -1e9):
+        proof["limit"][0] = limit
+        found.append(certificate._replay(network, reached, np.array([[1.0, -1, 0]]), proof))
+    assert len(set(found)) == 1 and np.isfinite(found[0])
+
+
+# --- lines and boxes --------------------------------------------------------------------------------------------------
 
 
 sides = st.floats(1e-300, 1e30)
@@ -463,45 +818,13 @@ def test_float32_underflow_counts(tmp_path):
 # --- proofs that are none ---------------------------------------------------------------------------------------------
 
 
-@st.composite
-def trees(draw, units=tuple(range(1, 6))):
-    """The leaves of a tree of two-way splits."""
-    if not units or draw(st.booleans()):
-        return [frozenset()]
-    unit = draw(st.sampled_from(units))
-    rest = tuple(u for u in units if u != unit)
-    return [leaf | {s} for s in (unit, -unit) for leaf in draw(trees(rest))]
-
-
-@given(trees(), st.data())
-def test_leaves_cover_every_case(leaves, data):
-    assert certificate._cover(leaves)
-    shuffled_leaves = data.draw(st.permutations(leaves))
-    assert certificate._cover(shuffled_leaves)
-    lost = data.draw(st.sampled_from(leaves))
-    assert not certificate._cover([leaf for leaf in leaves if leaf != lost])
-    if lost:
-        unit = data.draw(st.sampled_from(sorted(lost)))
-        flipped = [leaf - {unit} | {-unit} if leaf == lost else leaf for leaf in leaves]
-        assert not certificate._cover(flipped)
-
-
-@given(st.lists(st.frozensets(st.sampled_from([-3, -2, -1, 1, 2, 3]), max_size=3), max_size=6))
-def test_covering_is_never_claimed_wrongly(leaves):
-    cases = [{u if on else -u for on, u in zip(signs, (1, 2, 3), strict=True)} for signs in np.ndindex(2, 2, 2)]
-    if certificate._cover(leaves):
-        assert all(any(leaf <= case for leaf in leaves) for case in cases)
-
-
 @pytest.fixture
 def proved(rng, tmp_path):
-    """(network, image, proof, label, rival): a proof that is accepted."""
+    """(network, image, proof) for the rival 1 of the label 0: a proof that is accepted."""
     model = tiny(rng)
     network, image = read(model, tmp_path), picture(model, rng)
-    reached = certificate._reach(network, *certificate._image_box(image, 0.2))
-    unstable = np.concatenate([r.lines.offset > 0 for r in reached if r.lines])
-    unstable[:3] = True
-    proof = four_leaves(rng, unstable)
+    low, high = ends(certificate._reach(network, *certificate._image_box(image, 0.2)))
+    proof = four_leaves(rng, (low < 0) & (high > 0), 0.1)
     certificate.check_image(network, image, 0, 0.2, {1: proof})
     return network, image, proof
 
@@ -509,43 +832,102 @@ def proved(rng, tmp_path):
 def changed(name, at, value):
     def change(proof):
         proof[name] = proof[name].copy()
-        proof[name][at] = value
+        proof[name][at] = value(proof[name]) if callable(value) else value
 
     return change
 
 
-def replaced(name, function):
-    return lambda proof: proof.update({name: function(proof[name])})
+def replaced(*names, by):
+    return lambda proof: proof.update({name: by(proof[name]) for name in names})
 
 
-def without_leaf(i):
-    return lambda proof: proof.update({n: np.delete(proof[n], i, 0) for n in ("alpha", "split", "beta")})
+def without(nodes, rows):
+    """Without these nodes, and these rows of signs and values."""
+
+    def change(proof):
+        proof.update({n: np.delete(proof[n], nodes) for n in ("parent", "split")})
+        proof.update({n: np.delete(proof[n], rows, 0) for n in ("signs", "values")})
+
+    return change
 
 
-FAULTS = {
-    "alpha above 1": (
-        changed("alpha", (1, 0), np.nextafter(np.float32(1), np.float32(2))),
-        "alpha is not in",
+def old_format(proof):
+    units = proof["units"]
+    proof.clear()
+    proof.update(units=units, alpha=np.ones((2, len(units)), np.float32), split=np.array([[1], [-1]], np.int32))
+    proof.update(beta=np.zeros((2, 1), np.float32))
+
+
+above_1 = np.nextafter(np.float32(1), np.float32(2))
+COVER, BETA, ROWS = "children of a node do not cover", "not a number >= 0", "rows of signs and values do not fit"
+FAULTS = {  # the nodes of the rows are 3, 4, 5, 6, 7
+    "alpha above 1": (changed("values", (1, 4), above_1), "alpha is above 1"),
+    "alpha below 0": (changed("values", (1, 4), -1e-7), BETA),
+    "alpha NaN": (changed("values", (3, 5), np.nan), BETA),
+    "beta negative": (changed("values", (2, 0), -1e-30), BETA),
+    "beta infinite": (changed("values", (2, 0), np.inf), BETA),
+    "beta NaN": (changed("values", (2, 0), np.nan), BETA),
+    "a multiplier negative": (changed("multipliers", (0, 1, 2), -1e-30), "a multiplier is not a number >= 0"),
+    "a multiplier infinite": (changed("multipliers", (0, 0, 2), np.inf), "a multiplier is not a number >= 0"),
+    "a multiplier NaN": (changed("multipliers", (0, 0, 2), np.nan), "a multiplier is not a number >= 0"),
+    "no limit": (replaced("limit", by=lambda v: v[:0]), "shapes"),
+    "two limits": (replaced("limit", by=lambda v: np.tile(v, 2)), "shapes"),
+    "a limit NaN": (changed("limit", 0, np.nan), "limit is not a number"),
+    "a limit infinite": (changed("limit", 0, np.inf), "limit is not a number"),
+    "a limit too low for floats": (
+        lambda p: (changed("limit", 0, -1e308)(p), changed("multipliers", (), 1e30)(p)),
+        "bound is not a number",
     ),
-    "alpha below 0": (changed("alpha", (1, 0), -1e-7), "alpha is not in"),
-    "alpha NaN": (changed("alpha", (3, 1), np.nan), "alpha is not in"),
-    "beta negative": (changed("beta", (2, 1), -1e-30), "beta is not a number >= 0"),
-    "beta infinite": (changed("beta", (2, 1), np.inf), "beta is not a number >= 0"),
-    "beta NaN": (changed("beta", (2, 1), np.nan), "beta is not a number >= 0"),
-    "a leaf is missing": (without_leaf(2), "do not cover"),
-    "no leaves": (without_leaf([0, 1, 2, 3]), "do not cover"),
-    "a sign flipped": (lambda p: changed("split", (1, 1), -p["split"][1, 1])(p), "do not cover"),
-    "a unit changed": (lambda p: changed("split", (1, 1), 1 + (abs(p["split"][1, 1]) % 11))(p), "do not cover"),
-    "a split dropped is not in a leaf": (lambda p: changed("split", (3, 0), 12)(p), "no such ReLU"),
-    "a split below": (lambda p: changed("split", (3, 0), -(2**31))(p), "no such ReLU"),
+    "another parent": (changed("parent", 4, 2), COVER),
+    "a parent of a leaf": (changed("parent", 4, 3), COVER),
+    "a parent behind": (changed("parent", 3, 4), "not a tree"),
+    "its own parent": (changed("parent", 3, 3), "not a tree"),
+    "two roots": (changed("parent", 1, -1), "not a tree"),
+    "a root with a parent": (changed("parent", 0, 0), "not a tree"),
+    "a root that is a part": (changed("split", 0, 1), "not a tree"),
+    "no nodes": (without(range(8), range(5)), "not a tree"),
+    "a child is missing": (without([6], [3]), COVER),
+    "the same side twice": (changed("split", 4, lambda s: s[3]), COVER),
+    "another ReLU": (changed("split", 4, lambda s: -s[5]), COVER),
+    "restricted and a side": (changed("split", 4, 0), COVER),
+    "restricted twice": (changed("split", slice(3, 5), 0), COVER),
+    "a side alone": (changed("split", 7, lambda s: s[5]), COVER),
+    "three children": (lambda p: (changed("parent", 7, 1)(p), changed("split", 7, lambda s: s[3])(p)), COVER),
+    "a split above": (changed("split", 3, 12), "no such ReLU"),
+    "a split below": (changed("split", 3, -(2**31)), "no such ReLU"),
+    "a split far below": (
+        lambda p: p.update(split=np.where(p["split"] < 0, np.int64(-(2**63)), p["split"])),
+        "no such ReLU",
+    ),
+    "a sign of the other side": (changed("signs", (1, 1), 1), "a sign is not what"),
+    "a sign of the other half": (changed("signs", (2, 1), 1), "a sign is not what"),
+    "a sign from nowhere": (changed("signs", (4, 2), -1), "a sign is not what"),
+    "a sign of a restricted node's parent": (changed("signs", (0, 1), -1), "a sign is not what"),
+    "a sign 2": (changed("signs", (0, 0), 2), "a sign is not -1, 0 or 1"),
+    "a sign without an absolute": (changed("signs", (2, 0), -128), "a sign is not -1, 0 or 1"),
+    "a row too few": (replaced("signs", "values", by=lambda v: v[:-1]), ROWS),
+    "a row too many": (replaced("signs", "values", by=lambda v: np.append(v, v[:1], 0)), ROWS),
+    "a row of signs too few": (replaced("signs", by=lambda v: v[:-1]), ROWS),
+    "values of one row": (replaced("values", by=lambda v: v[:1]), ROWS),
+    "a column too few": (replaced("signs", "values", by=lambda v: v[:, :-1]), ROWS),
+    "multipliers too few": (replaced("multipliers", by=lambda v: v[:-1]), "rows of multipliers"),
+    "multipliers too many": (replaced("multipliers", by=lambda v: np.tile(v, (2, 1, 1))), "rows of multipliers"),
+    "multipliers of one side": (replaced("multipliers", by=lambda v: v[:, :1]), "rows of multipliers"),
+    "multipliers too narrow": (replaced("multipliers", by=lambda v: v[..., :-1]), "rows of multipliers"),
+    "a split too few": (replaced("split", by=lambda v: v[:-1]), "shapes"),
+    "splits in a table": (replaced("split", "parent", by=lambda v: v[:, None]), "shapes"),
+    "a unit twice": (changed("units", 0, lambda u: u[1]), "two columns"),
     "a unit out of range": (changed("units", 0, 11), "no such ReLU"),
     "a unit below 0": (changed("units", 0, -1), "no such ReLU"),
-    "a unit too many": (replaced("units", lambda u: np.append(u, u[:1])), "shapes"),
-    "alpha of one leaf": (replaced("alpha", lambda a: a[:1]), "shapes"),
-    "beta too narrow": (replaced("beta", lambda b: b[:, :1]), "shapes"),
-    "units as floats": (replaced("units", lambda u: u.astype(float)), "must be integers"),
-    "alpha as integers": (replaced("alpha", lambda a: a.astype(int)), "must be integers"),
-    "no beta": (lambda proof: proof.pop("beta"), "must hold units, alpha, split, beta"),
+    "a unit too many": (replaced("units", by=lambda u: np.append(u, [u.sum() * 0])), "two columns|rows of signs"),
+    "a unit too few": (replaced("units", by=lambda u: u[:-1]), ROWS),
+    "units as floats": (replaced("units", by=lambda u: u.astype(float)), "units: integers must be"),
+    "signs as floats": (replaced("signs", by=lambda u: u.astype(float)), "signs: integers must be"),
+    "values as integers": (replaced("values", by=lambda a: a.astype(int)), "values: integers must be"),
+    "complex multipliers": (replaced("multipliers", by=lambda a: a + 0j), "multipliers: integers must be"),
+    "no values": (lambda proof: proof.pop("values"), "must hold units, parent, split, signs, values, mult"),
+    "an array more": (lambda proof: proof.update(more=proof["units"]), "must hold units, parent, split"),
+    "the old format": (old_format, "list of leaves, as older versions wrote it"),
 }
 
 
@@ -595,7 +977,7 @@ def test_an_image_that_is_none_is_refused(change, message, proved):
 
 def test_a_large_beta_proves_nothing(proved):
     network, image, proof = proved
-    proof["beta"][:] = np.float32(3e38)
+    proof["values"][proof["signs"] != 0] = np.float32(3e38)
     plain = certificate.check_image(network, image, 0, 0.2).bound
     assert certificate.check_image(network, image, 0, 0.2, {1: proof}).bound == plain
 
@@ -680,7 +1062,7 @@ class Run:
         self.records[self.leaves]["bound"][str(rival)] = checked.bound[rival]
         self.proofs[self.leaves] = {f"{rival}/{name}": value for name, value in proof.items()}
         how = self.records[self.solver]["how"]
-        how.update(zip(how, ("milp", "restricted bab"), strict=True))
+        how.update(zip(how, ("milp", "milp"), strict=True))
         self.record(self.wrong, "misclassified")
         self.record(self.attacked, "attacked")
         self.late = next(i for i in range(30) if i not in self.records)
@@ -818,9 +1200,13 @@ BEFORE = {  # what is done to the true results, and what the checker says of whi
     "another label": (edited("crown", label=7), "crown", "not 7"),
     "another verdict": (edited("crown", verdict="proved"), "crown", "unknown verdict 'proved'"),
     "not misclassified": (edited("crown", verdict="misclassified"), "crown", "not misclassified"),
-    "a slope": (lambda run: first(run, "alpha").__setitem__((0, 0), 1.5), "leaves", "alpha is not in"),
+    "a slope": (lambda run: first(run, "values").__setitem__((0, 3), 1.5), "leaves", "alpha is above 1"),
+    "a proof of another version": (
+        lambda run: flat_proof(run).update({f"{next(iter(flat_proof(run)))[0]}/alpha": first(run, "values")}),
+        "leaves", "older versions",
+    ),
     "a proof of a class that is none": (
-        lambda run: flat_proof(run).update({"x/alpha": first(run, "alpha")}), "leaves", "belongs to no rival"
+        lambda run: flat_proof(run).update({"x/values": first(run, "values")}), "leaves", "belongs to no rival"
     ),
     "outside by one ulp": (one_ulp_outside, "attacked", "outside of the box"),
     "a counterexample that is the image": (

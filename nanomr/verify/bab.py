@@ -2,8 +2,9 @@
 
 An unstable ReLU is split into the case "its input is >= 0", where it is the identity, and "<= 0", where it is 0. The
 case itself is a constraint, and a multiplier beta >= 0 brings it into the linear bound: alpha and beta climb together.
-The search runs in float32 on the network with its stable ReLUs folded into matrices; what is claimed is
-:func:`leaf_bounds`, in float64 on the network itself.
+Only images with a small margin are left to exclude, which draws in the bounds of the ReLUs (:func:`restrict`).
+
+The network's stable ReLUs are folded into matrices. The search runs in float32; what is claimed is float64.
 """
 
 import heapq
@@ -14,29 +15,30 @@ from typing import NamedTuple
 import numpy as np
 
 from .chain import Chain
-from .crown import Box, Found, Lines, inner, lower, margin_rows
-from .halfspace import least
+from .crown import Box, Found, Lines, inner, margin_rows
+from .halfspace import Rows, least_of_sums
 
 RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
-CHILDREN = 8  # units whose two children are bounded, not yet optimised, before one is chosen
-ROUNDS, AGE = 3, 1  # of drawing in a domain's bounds; splits after which it is done again
-SLACK_64 = 1e-9  # every bound that is drawn in is this much (relatively) looser: rounding stays inside
+CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
+ROOT_STEPS = 40  # of climbing, before anything is split
+ROUNDS, ENOUGH = 4, 0.8  # of drawing in a domain's bounds, while what is missing to its proof shrinks to that share
+SLACK_64 = 1e-7  # every float64 bound is this much (relatively) looser: rounding stays inside, that of a checker too
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
 
 
 class Tree(NamedTuple):
     """What :func:`branch_and_bound` found.
 
-    ``status``: "proved": the margin is > threshold in the whole box, by the float64 bounds of ``leaves``;
-    "candidate": ``image`` (H, W, C) float64, in the box, has a margin <= threshold; "timeout": it gave up.
-    ``bound``: the worst bound, of a leaf or of an open domain. ``leaves``: arrays ``units``, ``alpha``, ``split`` and
-    ``beta`` as proof files hold them, or None. ``domains``: how many were bounded; ``seconds`` of CPU time.
+    ``status``: "proved": the margin is > threshold in the whole box; "candidate": ``image`` (H, W, C) float64, in the
+    box, has a margin <= threshold; "timeout": it gave up. ``bound``: the margin is at least that, proved, or (not
+    "proved") by the search alone. ``proof``: the arrays of a proof file (``docs/soundness.md``), or None. ``domains``:
+    how many were bounded; ``seconds`` of CPU time.
     """
 
     status: str
     image: np.ndarray | None
     bound: float
-    leaves: dict[str, np.ndarray] | None
+    proof: dict[str, np.ndarray] | None
     domains: int
     seconds: float
 
@@ -47,7 +49,7 @@ class Collapsed(NamedTuple):
     z = image y + bias + between relu(z),  margin = row_image . y + row_units . relu(z) + row_bias
 
     ``between`` is strictly lower triangular by layers, ``layers`` their slices of the units. upper, offset, lower: the
-    lines of :class:`~nanomr.verify.crown.Lines`. ``units``: flat unit indices.
+    lines of :class:`~nanomr.verify.crown.Lines`. ``sparse``: ``image`` again. ``units``: flat unit indices.
     """
 
     image: np.ndarray
@@ -59,12 +61,13 @@ class Collapsed(NamedTuple):
     lower: np.ndarray
     upper: np.ndarray
     offset: np.ndarray
+    sparse: Rows
     units: np.ndarray
     layers: list[slice]
 
     def single(self) -> "Collapsed":
-        """The same in float32."""
-        return Collapsed(*(np.asarray(v, np.float32) for v in self[:-2]), *self[-2:])
+        """The same in float32, but for ``sparse``."""
+        return Collapsed(*(np.asarray(v, np.float32) for v in self[:-3]), *self[-3:])
 
 
 def _flat(layers):
@@ -101,9 +104,11 @@ def collapse(chain: Chain, low, high, relus, row) -> Collapsed:
         image[at] = a.reshape(len(a), -1)
     bias += image @ box.centre.ravel()
     image *= box.radius.ravel()
+    image_row = image[n]
     units = np.flatnonzero(_flat([line.unstable for line in lines])).astype(np.int32)
     own = [_flat([getattr(line, name) for line in lines])[units] for name in ("lower", "upper", "offset")]
-    return Collapsed(image[:n], bias[:n], between[:n], image[n], between[n], bias[n], *own, units, layers)
+    image, sparse = image[:n], Rows.of(image[:n])
+    return Collapsed(image, bias[:n], between[:n], image_row, between[n], bias[n], *own, sparse, units, layers)
 
 
 # --- the bound of a domain, and its gradient --------------------------------------------------------------------------
@@ -222,7 +227,7 @@ def children(signs, values, relus, unit):
 
 
 def branch(net: Collapsed, signs, values, target: float, chords=None):
-    """(children's signs, values), two for each domain, which must have a unit left to split.
+    """(children's signs, values; the units (S,)): two for each domain, which must have a unit left to split.
 
     The CHILDREN units at which the relaxation errs most at the minimiser are tried: the product of what the two
     bounds gain decides, as in mixed-integer solvers' strong branching; a gain beyond the target counts no more.
@@ -242,50 +247,10 @@ def branch(net: Collapsed, signs, values, target: float, chords=None):
     gain = np.maximum(gain, 1e-6).prod(2)
     gain[signs[np.arange(len(signs))[:, None], units] != 0] = -1  # fewer units left than are tried
     unit = units[np.arange(len(signs)), np.nan_to_num(gain, nan=-1).argmax(1)]
-    return children(signs, values, part.relus, unit)
+    return *children(signs, values, part.relus, unit), unit
 
 
-# --- float64: what is claimed -----------------------------------------------------------------------------------------
-
-
-def leaf_bounds(chain: Chain, low, high, relus, label: int, rival: int, leaves: dict) -> np.ndarray:
-    """The lower bounds (L,) of the margin in the leaves of a proof, by :func:`~nanomr.verify.crown.lower`.
-
-    ``leaves``: the arrays of a proof file. low, high (1, H, W, C); relus as :func:`~nanomr.verify.crown.crown` gave
-    them for this box. That the leaves cover everything is not checked here.
-    """
-    alpha, split, beta = leaves["alpha"], leaves["split"], leaves["beta"]
-    sizes = [r[0].size for r in relus]
-    n, size = len(alpha), sum(sizes)
-    slopes = np.tile(_flat([Lines.around(*r).lower for r in relus]), (n, 1))
-    slopes[:, leaves["units"]] = alpha
-    z_low, z_high = (np.tile(_flat(side), (n, 1)) for side in (zip(*relus, strict=True) if relus else ((), ())))
-    forces = np.zeros((n, size))
-    leaf, column = np.nonzero(split)
-    unit, sign = abs(split[leaf, column]) - 1, np.sign(split[leaf, column])
-    z_low[leaf[sign > 0], unit[sign > 0]] = np.maximum(z_low[leaf[sign > 0], unit[sign > 0]], 0)
-    z_high[leaf[sign < 0], unit[sign < 0]] = np.minimum(z_high[leaf[sign < 0], unit[sign < 0]], 0)
-    np.subtract.at(forces, (leaf, unit), sign * beta[leaf, column].astype(np.float64))
-
-    def layered(values):
-        parts = np.split(values, np.cumsum(sizes, dtype=int), axis=1)[:-1]
-        return [p.reshape(n, *r[0].shape[1:]) for p, r in zip(parts, relus, strict=True)]
-
-    lines = [Lines.around(*bounds) for bounds in zip(layered(z_low), layered(z_high), strict=True)]
-    rows = np.repeat(margin_rows([label], [rival], chain.classes), n, 0)
-    owner = np.zeros(n, int)  # one box, but lines for each row: they are not gathered
-    return lower(chain, Box.between(low, high), lines, rows, owner, layered(slopes), layered(forces)).value
-
-
-def _proof(net: Collapsed, signs, values) -> dict[str, np.ndarray]:
-    """Domains as the arrays of a proof file."""
-    depth = int((signs != 0).sum(1).max(initial=0))
-    order = np.argsort(signs == 0, axis=1, kind="stable")[:, :depth]
-    sign = np.take_along_axis(signs, order, 1).astype(np.int32)
-    beta = np.where(sign != 0, np.take_along_axis(values, order, 1), 0)
-    alpha = np.where(signs == 0, values, 0)
-    split = sign * (net.units[order] + 1)
-    return {"units": net.units, "alpha": alpha.astype(np.float32), "split": split, "beta": beta.astype(np.float32)}
+# --- a domain in which every ReLU is split ----------------------------------------------------------------------------
 
 
 def _solve_leaf(net: Collapsed, sign, threshold: float, seconds: float):
@@ -345,8 +310,10 @@ def _solve_leaf(net: Collapsed, sign, threshold: float, seconds: float):
 
 
 class Frame(NamedTuple):
-    """Bounds (U,), float64, of the units' inputs at the images of a domain with margin <= threshold; their chords,
-    (upper, offset) float32."""
+    """Bounds (U,), float64, of the units' inputs at the images of a domain with margin <= limit; their chords, float32.
+
+    Descendants of the domain share it: a split is in their ``signs``.
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -359,204 +326,232 @@ class Frame(NamedTuple):
         return cls(low, high, lines.upper.astype(np.float32), lines.offset.astype(np.float32))
 
 
-def restrict(net: Collapsed, sign, value, low, high, limit: float):
-    """(low, high) (U,) that hold at the images of one domain with margin <= ``limit``; None if there are none.
+def restrict(net: Collapsed, part: Part, low, high, limit: float):
+    """(low, high, multipliers (2, U)): bounds (U,) of the units at the images of a domain with margin <= ``limit``.
 
-    ``low``, ``high``: what is known already; all in float64. The domain's bound is a linear function c . y + k below
-    the margin, so that these images lie in the half-space c . y + k <= limit; over it and the box, each unit's linear
-    bounds are :func:`least` (the output-constrained bounds of Kotha et al., *Provably Bounding Neural Network
-    Preimages*, 2023, with bisection in the place of their gradient search). ``docs/derivations/beta_crown.md``.
+    ``part``: the domain's bound (1,); ``low``, ``high``: what is known already; all in float64. A bound is a linear
+    function c . y + k below the margin, so that these images lie in the half-space c . y + k <= limit; over it and the
+    box, the least of each unit's linear bounds (:func:`~nanomr.verify.halfspace.least_of_sums`) is a bound of the
+    unit. These are the output-constrained bounds of Kotha et al., *Provably Bounding Neural Network Preimages*, 2023,
+    with bisection in the place of their gradient search. ``docs/derivations/beta_crown.md``.
+
+    low > high for any unit: there is no such image, and what comes after that unit's layer is left as it was.
     """
-    low, high = np.where(sign > 0, np.maximum(low, 0), low), np.where(sign < 0, np.minimum(high, 0), high)
-    if (low > high).any():  # NaN, which is not >, goes on, and proves nothing
-        return None
-    lines = Lines.around(low, high)
-    part = backward(net, sign[None], value[None], (lines.upper[None], lines.offset[None]))
-    if part.bound[0] > limit:
-        return None
+    low, high, multipliers = low.copy(), high.copy(), np.zeros((2, len(low)))
     c = part.image[0]
     k = part.bound[0] + abs(c).sum() - limit
-    for at in net.layers:
+    for m, at in enumerate(net.layers):
         units = at.start + np.flatnonzero((low[at] < 0) & (high[at] > 0))
         if len(units) == 0:
             continue
         n, before = len(units), slice(0, at.start)
         rows = np.concatenate([net.between[units, before], -net.between[units, before]])
-        constant = np.concatenate([net.bias[units], -net.bias[units]])
-        image = np.concatenate([net.image[units], -net.image[units]])
-        inputs, lines = np.empty_like(rows), Lines.around(low[before], high[before])
-        for e in reversed(net.layers[: net.layers.index(at)]):
-            a = rows[:, e] + inputs[:, e.stop :] @ net.between[e.stop : at.start, e]
+        factors, lines = np.zeros((2 * n, at.stop)), Lines.around(low[before], high[before])
+        factors[np.arange(2 * n), np.tile(units, 2)] = np.repeat([1.0, -1.0], n)
+        constant = factors[:, at] @ net.bias[at]
+        for e in reversed(net.layers[:m]):
+            a = rows[:, e] + factors[:, e.stop : at.start] @ net.between[e.stop : at.start, e]
             negative = np.minimum(a, 0)
             constant += negative @ lines.offset[e]
-            inputs[:, e] = (a - negative) * lines.lower[e] + negative * lines.upper[e]
-        image += inputs @ net.image[before]
-        bound = constant + inputs @ net.bias[before] + least(image, c, k)
+            factors[:, e] = (a - negative) * lines.lower[e] + negative * lines.upper[e]
+        constant += factors[:, before] @ net.bias[before]
+        bound, found = least_of_sums(factors, *net.sparse, c, k)
+        bound += constant
         bound -= SLACK_64 * (1 + abs(bound))
+        multipliers[:, units] = found.reshape(2, n)
         low[units], high[units] = np.maximum(low[units], bound[:n]), np.minimum(high[units], -bound[n:])
         if (low > high).any():
-            return None
-    return low, high
+            break
+    return low, high, multipliers
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
 
 class Domain(NamedTuple):
-    """A node of the tree: its ``signs`` and ``values`` (U,), the frame it is in (None: the root's bounds), and how
-    many splits ago that was made."""
+    """A node of the tree: its number, its ``signs`` and ``values`` (U,), and what is known of its ReLUs."""
 
+    node: int
     signs: np.ndarray
     values: np.ndarray
-    frame: Frame | None = None
-    age: int = 0
+    frame: Frame
+
+    @property
+    def bounds(self):
+        """(low, high) (U,) of the units."""
+        low, high, sign = self.frame.low, self.frame.high, self.signs
+        return np.where(sign > 0, np.maximum(low, 0), low), np.where(sign < 0, np.minimum(high, 0), high)
 
 
-def _stack(domains: list[Domain], net: Collapsed):
+def _stack(domains: list[Domain]):
     """(signs, values, chords) of domains, (S, U) each."""
-    signs, values = np.stack([d.signs for d in domains]), np.stack([d.values for d in domains])
-    if all(d.frame is None for d in domains):
-        return signs, values, None
-    frames = [d.frame or net for d in domains]
-    return signs, values, (np.stack([f.upper for f in frames]), np.stack([f.offset for f in frames]))
+    return (
+        np.stack([d.signs for d in domains]), np.stack([d.values for d in domains]),
+        (np.stack([d.frame.upper for d in domains]), np.stack([d.frame.offset for d in domains])),
+    )  # fmt: skip
+
+
+class Proof:
+    """The nodes of a tree, as its proof file has them (``docs/soundness.md``): at first a root alone.
+
+    ``rows``: the (signs, values) of each node that is a leaf, or is restricted by its own bound.
+    """
+
+    def __init__(self, units):
+        self.units, self.parents, self.splits, self.multipliers = units, [-1], [0], []
+        self.rows: dict[int, tuple] = {}
+
+    def add(self, parent: int, split: int) -> int:
+        """A child of the node ``parent``: +-(unit + 1), or 0 for its restriction."""
+        self.parents.append(parent)
+        self.splits.append(split)
+        return len(self.parents) - 1
+
+    def arrays(self, limit: float = np.inf) -> dict[str, np.ndarray]:
+        shape, restricted = (len(self.rows), len(self.units)), (len(self.multipliers), 2, len(self.units))
+        signs, values = zip(*(self.rows[node] for node in sorted(self.rows)), strict=True)
+        return {
+            "units": self.units,
+            "parent": np.array(self.parents, np.int32),
+            "split": np.array(self.splits, np.int32),
+            "signs": np.array(signs, np.int8).reshape(shape),
+            "values": np.array(values, np.float32).reshape(shape),
+            "multipliers": np.array(self.multipliers, np.float32).reshape(restricted),
+            "limit": np.array([limit]),
+        }
 
 
 def branch_and_bound(
     chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, start: Found | None = None,
-    cpu_limit: float = 60.0, batch: int = 64, steps: int = 8, max_domains: int = 200_000,
-    restrict_after: float = np.inf,
+    cpu_limit: float = 60.0, batch: int = 64, steps: int = 3, rounds: int = ROUNDS, max_domains: int = 50_000,
 ) -> Tree:  # fmt: skip
     """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
 
     chain: float64. relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.crown.crown` gives them. ``start``: slopes
     to begin with, (1, ...) each, as from :func:`~nanomr.verify.crown.alpha_crown`. The ``batch`` worst domains are
-    split at once, and their children climb for ``steps`` steps. After ``restrict_after`` domains the ReLUs' bounds in
-    a domain are drawn in to its images with margin <= threshold (:func:`restrict`): far smaller trees, but their
-    proofs no longer fit the proof file; ``leaves`` is None.
+    taken at once: the ReLUs' bounds in each are drawn in to its images with margin <= threshold (:func:`restrict`),
+    for at most ``rounds`` times; what that does not prove is split, and the children climb for ``steps`` steps.
 
-    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains (5 bytes of
-    memory each for every unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU is split
-    if `highspy`, which would decide it, is not installed or its answer lies within rounding of the threshold.
+    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains (some 70
+    bytes of memory each for every unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU
+    is split if `highspy`, which would decide it, is not installed or its answer lies within rounding of the threshold.
     """
     begin = time.process_time()
     if not all(np.isfinite(side).all() for r in relus for side in r):
         return Tree("timeout", None, np.nan, None, 0, time.process_time() - begin)
     row = margin_rows([label], [rival], chain.classes)
     exact = collapse(chain, low, high, relus, row[0])
-    net, box, target, visited = exact.single(), Box.between(low, high), threshold + SLACK, 1
-    closed: list[tuple] = []  # (bounds, signs, values) of leaves that float64 has confirmed
-    framed = False  # was one of them proved in a frame?
-    ends = [_flat(side)[net.units] for side in zip(*relus, strict=True)] if relus else [np.zeros(0)] * 2
-    tie, heap = count(), []
+    net, box = exact.single(), Box.between(low, high)
+    limit = threshold + SLACK_64 * (1 + abs(threshold))
+    target, visited, proof, least = limit + SLACK, 1, Proof(net.units), np.inf
+    heap: list[tuple] = []  # (bound, tie, domain)
 
     def end(status, bound, image=None):
-        leaves = None
-        if status == "proved" and not framed:
-            leaves = _proof(net, *(np.concatenate(v) for v in list(zip(*closed, strict=True))[1:]))
-        return Tree(status, image, float(bound), leaves, visited, time.process_time() - begin)
+        arrays = None
+        if status == "proved":
+            theta = limit if proof.multipliers else np.inf  # restricted nodes say nothing of margins above the limit
+            arrays, bound = proof.arrays(theta), min(bound, theta)
+        return Tree(status, image, float(bound), arrays, visited, time.process_time() - begin)
 
     def counterexample(y):
         """The image at ``y`` if float64 agrees that its margin is <= threshold, else None."""
         x = np.clip(box.centre + y.reshape(low.shape) * box.radius, low, high)
         return x[0] if inner(row, chain.forward(x)[0])[0] <= threshold else None
 
-    def confirm(domains: list[Domain]):
-        """Close what float64 says is proved: which ones (S,), and every float64 bound."""
-        nonlocal framed
-        signs, values, _ = _stack(domains, net)
-        bounds, plain = np.empty(len(domains)), np.array([d.frame is None for d in domains])
-        if plain.any():
-            proof = _proof(net, signs[plain], values[plain])
-            bounds[plain] = leaf_bounds(chain, low, high, relus, label, rival, proof)
-        for i in np.flatnonzero(~plain):
-            lines, value = Lines.around(domains[i].frame.low, domains[i].frame.high), values[i].astype(np.float64)
-            bound = backward(exact, signs[i][None], value[None], (lines.upper[None], lines.offset[None])).bound[0]
-            bounds[i] = bound - SLACK_64 * (1 + abs(bound))
-        fine = bounds > threshold
-        framed |= bool((fine & ~plain).any())
-        if fine.any():
-            closed.append((bounds[fine], signs[fine], values[fine]))
-        return fine, bounds
+    def bounds_64(domains: list[Domain]) -> list[Part]:
+        """What is claimed of each domain: bounds (1,) in float64, on the safe side."""
+        if not domains:
+            return []
+        signs, values = np.stack([d.signs for d in domains]), np.stack([d.values for d in domains]).astype(np.float64)
+        lines = Lines.around(*(np.stack(side) for side in zip(*(d.bounds for d in domains), strict=True)))
+        part = backward(exact, signs, values, (lines.upper, lines.offset))
+        part = part._replace(bound=part.bound - SLACK_64 * (1 + abs(part.bound)))
+        return [Part(*(v[i : i + 1] for v in part)) for i in range(len(domains))]
 
-    def narrow(domain: Domain) -> Domain | Climb | None:
-        """``domain`` in a frame of its own; None if that proves it; a Climb that came upon a low margin."""
-        nonlocal framed
-        sign, value, frame, _ = domain
-        known = ends if frame is None else (frame.low, frame.high)
-        limit, gap = threshold + SLACK_64 * (1 + abs(threshold)), np.inf
-        for _ in range(ROUNDS):
-            known = restrict(exact, sign.astype(np.float64), value.astype(np.float64), *known, limit)
-            if known is None:
-                framed = True
-                closed.append((np.array([limit]), sign[None], value[None]))  # margin > limit: none is left
-                return None
-            frame = Frame.of(*known)
-            stable = (sign == 0) & ~((frame.low < 0) & (frame.high > 0))
-            sign = np.where(stable, np.where(frame.low >= 0, 1, -1), sign).astype(np.int8)
-            value = np.where(stable, 0, value).astype(np.float32)
-            chords = frame.upper[None], frame.offset[None]
-            found = climb(net, sign[None], value[None], scale, steps, target, chords)
-            value = found.values[0]
-            if found.margin <= target and counterexample(found.y) is not None:
-                return found
-            domain = Domain(sign, value, frame)
-            if (found.bound[0] > target and confirm([domain])[0][0]) or not found.bound[0] > -np.inf:
-                return None if found.bound[0] > target else domain
-            if not threshold - found.bound[0] < 0.8 * gap:
+    def close(domains: list[Domain], bounds) -> np.ndarray:
+        """Which of the domains (S,) float32 ``bounds`` and then float64 prove; makes leaves of them."""
+        nonlocal least
+        done = np.zeros(len(domains), bool)
+        ready = np.flatnonzero(bounds > target)
+        for i, part in zip(ready, bounds_64([domains[i] for i in ready]), strict=True):
+            if part.bound[0] > limit:
+                done[i], least = True, min(least, part.bound[0])
+                proof.rows[domains[i].node] = domains[i].signs, domains[i].values
+        return done
+
+    def narrow(domains: list[Domain]):
+        """(what is left of ``domains``, drawn in and not yet proved; an image with a small margin, or None)."""
+        left, active, gaps = [], domains, np.full(len(domains), np.inf)
+        for _ in range(rounds):
+            drawn = []
+            for domain, part in zip(active, bounds_64(active), strict=True):
+                *known, multipliers = restrict(exact, part, *domain.bounds, limit)
+                proof.rows[domain.node] = domain.signs, domain.values
+                node = proof.add(domain.node, 0)
+                proof.multipliers.append(multipliers.astype(np.float32))
+                if (known[0] > known[1]).any():
+                    proof.rows[node] = 0 * domain.signs, 0 * domain.values
+                    drawn.append(None)
+                    continue
+                stable = (domain.signs == 0) & ~((known[0] < 0) & (known[1] > 0))
+                signs = np.where(stable, np.where(known[0] >= 0, 1, -1), domain.signs).astype(np.int8)
+                drawn.append(Domain(node, signs, np.where(stable, 0, domain.values), Frame.of(*known)))
+            gaps = gaps[[d is not None for d in drawn]]
+            drawn = [d for d in drawn if d is not None]
+            if not drawn:
+                return left, None
+            signs, values, chords = _stack(drawn)
+            found = climb(net, signs, values, scale, steps, target, chords)
+            drawn = [d._replace(values=v.copy()) for d, v in zip(drawn, found.values, strict=True)]
+            if found.margin <= target and (image := counterexample(found.y)) is not None:
+                return drawn, image
+            done, gap = close(drawn, found.bound), limit - found.bound
+            again = ~done & (gap < ENOUGH * gaps)
+            left += [d for d, end_, on in zip(drawn, done, again, strict=True) if not end_ and not on]
+            active, gaps = [d for d, on in zip(drawn, again, strict=True) if on], gap[again]
+            if not active:
                 break
-            gap = threshold - found.bound[0]
-        return domain
+        return left + active, None
 
-    root = Domain(np.zeros(len(net.units), np.int8), net.lower)
-    if start is not None:
-        root = root._replace(values=_flat(start.slopes)[net.units].astype(np.float32))
-    relus_at_start = abs(backward(net, root.signs[None], root.values[None]).relus)
-    scale = relus_at_start + 0.1 * relus_at_start.mean() if relus_at_start.size else relus_at_start
-    domains = [root]
-    found = climb(net, *_stack(domains, net)[:2], scale, 5 * steps, target)
+    ends = [_flat(side)[net.units] for side in zip(*relus, strict=True)] if relus else [np.zeros(0)] * 2
+    first = net.lower if start is None else _flat(start.slopes)[net.units].astype(np.float32)
+    domains = [Domain(0, np.zeros(len(net.units), np.int8), first, Frame.of(*ends))]
+    signs, values, chords = _stack(domains)
+    scale = abs(backward(net, signs, values).relus)
+    scale = scale + 0.1 * scale.mean() if scale.size else scale
+    found, tie = climb(net, signs, values, scale, ROOT_STEPS, target, chords), count()
     while True:
-        domains = [d._replace(values=value.copy()) for d, value in zip(domains, found.values, strict=True)]
+        domains = [d._replace(values=v.copy()) for d, v in zip(domains, found.values, strict=True)]
         if found.margin <= target and (image := counterexample(found.y)) is not None:
-            return end("candidate", min(found.bound.min(), heap[0][0] if heap else np.inf), image)
-        fine, bound = np.zeros(len(domains), bool), found.bound.astype(np.float64)
-        if (ready := np.flatnonzero(bound > target)).size:
-            fine[ready], bound[ready] = confirm([domains[i] for i in ready])
-        bound[np.isnan(bound)] = -np.inf
-        for i in np.flatnonzero(~fine):
-            heapq.heappush(heap, (float(bound[i]), next(tie), domains[i]))
+            return end("candidate", min(found.bound.min(), heap[0][0] if heap else np.inf, least), image)
+        done = close(domains, found.bound)
+        for i in np.flatnonzero(~done):
+            bound = float(found.bound[i])
+            heapq.heappush(heap, (-np.inf if np.isnan(bound) else bound, next(tie), domains[i]))
         if not heap:
-            return end("proved", min(b.min() for b, _, _ in closed))
+            return end("proved", least)
         worst = heap[0][0]
         if not worst > -np.inf or visited >= max_domains or time.process_time() - begin > cpu_limit:
-            return end("timeout", worst)
-        domains, left = [heapq.heappop(heap)[2] for _ in heap[:batch]], []
-        for domain in domains:
+            return end("timeout", min(worst, least))
+        domains, image = narrow([heapq.heappop(heap)[2] for _ in heap[:batch]])
+        if image is not None:
+            return end("candidate", min(worst, least), image)
+        split_all = [(d.signs != 0).all() for d in domains]
+        for domain in (d for d, on in zip(domains, split_all, strict=True) if on):
             seconds = cpu_limit - (time.process_time() - begin)
-            if (domain.signs != 0).all():
-                beta, y = _solve_leaf(exact, domain.signs.astype(np.float64), threshold, seconds)
-                if y is not None and (image := counterexample(y)) is not None:
-                    return end("candidate", worst, image)
-                if beta is None or not confirm([domain._replace(values=beta.astype(np.float32))])[0].all():
-                    return end("timeout", worst)
-            elif visited > restrict_after and (domain.frame is None or domain.age >= AGE) and seconds > 0:
-                domain = narrow(domain)
-                if isinstance(domain, Climb):
-                    return end("candidate", worst, counterexample(domain.y))
-                if domain is not None:
-                    left.append(domain)
-            else:
-                left.append(domain)
-        if any((d.signs != 0).all() for d in left):  # nothing to branch on: they come again, as linear programs
-            for d in [d for d in left if (d.signs != 0).all()]:
-                heapq.heappush(heap, (worst, next(tie), d))
-            left = [d for d in left if not (d.signs != 0).all()]
-        domains = []
+            beta, y = _solve_leaf(exact, domain.signs.astype(np.float64), threshold, seconds)
+            if y is not None and (image := counterexample(y)) is not None:
+                return end("candidate", min(worst, least), image)
+            if beta is None or not close([domain._replace(values=beta.astype(np.float32))], np.array([np.inf])).all():
+                return end("timeout", min(worst, least))
+        parents, domains = [d for d, on in zip(domains, split_all, strict=True) if not on], []
         found = Climb(np.zeros(0, np.float32), np.zeros((0, len(net.units)), np.float32), np.inf, net.row_image)
-        if left:
-            signs, values, chords = _stack(left, net)
-            signs, values = branch(net, signs, values, target, chords)
-            chords = None if chords is None else [np.repeat(c, 2, 0) for c in chords]
-            domains = [Domain(s.copy(), v, left[i // 2].frame, left[i // 2].age + 1)
-                       for i, (s, v) in enumerate(zip(signs, values, strict=True))]  # fmt: skip
+        if parents:
+            signs, values, chords = _stack(parents)
+            signs, values, unit = branch(net, signs, values, target, chords)
+            chords = [np.repeat(c, 2, 0) for c in chords]
+            for i, (sign, value) in enumerate(zip(signs, values, strict=True)):
+                parent, split = parents[i // 2], int(sign[unit[i // 2]] * (net.units[unit[i // 2]] + 1))
+                domains.append(Domain(proof.add(parent.node, split), sign.copy(), value, parent.frame))
             visited += len(domains)
             found = climb(net, signs, values, scale, steps, target, chords)

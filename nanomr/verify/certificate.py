@@ -1,8 +1,8 @@
 """Checks a verifier's results without trusting it: rigorous bounds, rounding errors included.
 
 Nothing here is shared with the verifier: the network becomes sparse matrices built by this file's own loops, and a
-proof is numbers (slopes, splits, multipliers) of which *any* valid choice gives a true bound. So one backward pass in
-float64, minus a bound on its own rounding errors, decides. ``docs/soundness.md`` derives every term.
+proof is a tree of cases with numbers (slopes, multipliers) of which *any* valid choice gives true bounds. So backward
+passes in float64, minus bounds on their own rounding errors, decide. ``docs/soundness.md`` derives every term.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ TINY = 1e-200  # far more than all underflow together, as no activation exceeds 
 LARGEST, WIDEST = 1e30, 2**18  # of an activation; of a layer
 ROWS = 512  # carried back at once
 BATCH_NORM_EPS = 1e-5
-ARRAYS = ("units", "alpha", "split", "beta")
+ARRAYS = {"units": "i", "parent": "i", "split": "i", "signs": "i", "values": "f", "multipliers": "f", "limit": "f"}
 BROKEN, UNFINISHED = ("attacked", "falsified", "misclassified"), ("timeout", "unknown", "error")
 FINISHED = ("verified", *BROKEN)
-UNCHECKABLE = ("milp", "restricted bab")  # ways to exclude a rival that leave no proof: HiGHS; a search in float64
+UNCHECKABLE = ("milp",)  # ways to exclude a rival that leave no proof: HiGHS
 
 
 class CertificateError(UserError):
@@ -177,8 +177,10 @@ def _lines(low, high) -> Lines:
     return Lines(np.where(unstable, high > -low, upper).astype(float), upper, offset, np.zeros(len(low)))
 
 
-def _lower(network: Network, reached: list[Reach], a):
-    """Lower bounds of the rows ``a`` (S, units), dense or sparse, times the output of the map ``len(reached) - 1``."""
+def _linear(network: Network, reached: list[Reach], a):
+    """(c, k): c . x + k is below the rows ``a`` (S, units), dense or sparse, times the output of the map
+    ``len(reached) - 1``, for all images x of the box that the lines hold for. k has paid for all rounding errors, and
+    for those of the sum of c . x at the box's worst corner."""
     value, charge = np.zeros(a.shape[0]), np.zeros(a.shape[0])
     for m, r in zip(reversed(network.maps[: len(reached)]), reversed(reached), strict=True):
         value += a @ m.bias
@@ -193,8 +195,24 @@ def _lower(network: Network, reached: list[Reach], a):
                 a.data *= np.where(a.data > 0, line.lower[a.indices], line.upper[a.indices])
             else:
                 a = a * np.where(a > 0, line.lower, line.upper) + line.force
-    value += 0.5 * (a @ (r.low + r.high) - abs(a) @ (r.high - r.low))  # r is the box of images by now
-    return value - network.slack * charge - TINY
+    return a, value - network.slack * charge - TINY
+
+
+def _least(box: Reach, c):
+    """The minimum of c . x over the box of images."""
+    return 0.5 * (c @ (box.low + box.high) - abs(c) @ (box.high - box.low))
+
+
+def _lower(network: Network, reached: list[Reach], a):
+    """Lower bounds of the rows ``a`` (S, units), dense or sparse, times the output of the map ``len(reached) - 1``."""
+    c, k = _linear(network, reached, a)
+    return k + _least(reached[0], c)
+
+
+def _both(at, width: int):
+    """The rows of z[at], and those of -z[at], for a z of that width."""
+    n = np.arange(2 * len(at))
+    return csr_array((np.where(n < len(at), 1.0, -1.0), (n, np.tile(at, 2))), (len(n), width))
 
 
 def _reach(network: Network, low, high) -> list[Reach]:
@@ -208,9 +226,7 @@ def _reach(network: Network, low, high) -> list[Reach]:
                 unstable = np.flatnonzero((low < 0) & (high > 0))
                 for first in range(0, len(unstable), ROWS // 2):
                     at = unstable[first : first + ROWS // 2]
-                    n = np.arange(2 * len(at))
-                    signs = np.where(n < len(at), 1.0, -1.0)
-                    bound = _lower(network, reached, csr_array((signs, (n, np.tile(at, 2))), (len(n), len(low))))
+                    bound = _lower(network, reached, _both(at, len(low)))
                     low[at] = np.maximum(low[at], bound[: len(at)])
                     high[at] = np.minimum(high[at], -bound[len(at) :])
             lines = _lines(low, high)
@@ -246,9 +262,10 @@ class Checked(NamedTuple):
 def check_image(network: Network, image, label: int, eps: float, proofs: Mapping[int, Mapping] | None = None):
     """Checked: what is certain of logit[label] - logit[rival] for all images in [0, 1] within eps of ``image``.
 
-    image (H, W, C) float32 in [0, 1]. proofs: for each rival that needs more than CROWN, arrays ``units`` (U,),
-    ``alpha`` (L, U), ``split`` (L, D) and ``beta`` (L, D): see ``docs/soundness.md``. Raises CertificateError for a
-    proof that is not one. A NaN bound proves nothing: compare with ``bound > threshold``.
+    image (H, W, C) float32 in [0, 1]. proofs: for each rival that needs more than CROWN, a tree: arrays ``units``
+    (U,), ``parent`` and ``split`` (N,), ``signs`` and ``values`` (B, U), ``multipliers`` (R, 2, U) and ``limit`` (1,),
+    see ``docs/soundness.md``. Raises CertificateError for a proof that is not one. A NaN bound proves nothing: compare
+    with ``bound > threshold``.
     """
     _demand(math.isfinite(eps) and eps >= 0, f"eps must be a finite number >= 0, not {eps}")
     rivals, rows = _margins(network, image, label)
@@ -276,45 +293,121 @@ def _margins(network: Network, image, label: int):
     return rivals, np.eye(classes)[label] - np.eye(classes)[rivals]
 
 
-def _replay(network: Network, reached: list[Reach], row, proof) -> float:
-    """The smallest bound of row (1, classes) . logits over the leaves of a proof."""
-    before = [r.lines for r in reached if r.lines]
-    base = np.concatenate(before, axis=1)  # (4, all ReLUs)
-    unstable = base[2] > 0
+class Proof(NamedTuple):
+    """A tree of cases; node 0 is the root. ``signs`` and ``values`` have a row for each leaf and each node with a
+    restricted child, ``multipliers`` one for each restricted node; ``row`` and ``rank`` (N,): which."""
+
+    units: np.ndarray
+    parent: np.ndarray
+    split: np.ndarray
+    signs: np.ndarray
+    values: np.ndarray
+    multipliers: np.ndarray
+    limit: float
+    children: list[list[int]]
+    row: np.ndarray
+    rank: np.ndarray
+
+
+def _read_proof(proof, relus: int) -> Proof:
+    """The proof in these arrays, for a network of so many ReLUs, if it is one."""
+    _demand("alpha" not in proof, "a list of leaves, as older versions wrote it, is no proof any more: verify again")
     _demand(set(proof) == set(ARRAYS), f"a proof must hold {', '.join(ARRAYS)}")
-    units, alpha, split, beta = (np.asarray(proof[name]) for name in ARRAYS)
-    _demand(units.dtype.kind == split.dtype.kind == "i" and alpha.dtype.kind == beta.dtype.kind == "f",
-            "units and split must be integers, alpha and beta floats")  # fmt: skip
-    fits = units.ndim == 1 and split.ndim == 2 and alpha.shape == (len(split), len(units)) and beta.shape == split.shape
-    _demand(fits, "the shapes of units, alpha, split and beta do not fit")
-    units, split = units.astype(np.int64), split.astype(np.int64)
-    _demand(((units >= 0) & (units < len(unstable))).all() and (abs(split) <= len(unstable)).all(), "no such ReLU")
-    _demand(((alpha >= 0) & (alpha <= 1)).all(), "a slope alpha is not in [0, 1]")
-    _demand(((beta >= 0) & np.isfinite(beta)).all(), "a multiplier beta is not a number >= 0")
-    _demand(_cover([frozenset(leaf[leaf != 0].tolist()) for leaf in split]), "the leaves do not cover every case")
-    bounds, ends = [], np.cumsum([len(lines.lower) for lines in before])[:-1]
-    for alphas, splits, betas in zip(alpha, split, beta, strict=True):
-        lower, upper, offset, force = leaf = base.copy()
-        lower[units] = np.where(unstable[units], alphas, lower[units])
-        splits, betas = splits[splits != 0], betas[splits != 0]
-        unit, sign = abs(splits) - 1, np.sign(splits)
-        lower[unit] = upper[unit] = sign > 0  # the ReLU is the identity, or 0, in this leaf
-        offset[unit] = 0
-        np.subtract.at(force, unit, sign * betas.astype(np.float64))
-        parts = iter(np.split(leaf, ends, axis=1))
-        bounds.append(_lower(network, [r._replace(lines=Lines(*next(parts))) if r.lines else r for r in reached], row))
-    return float(np.min(bounds))
+    arrays = {name: np.asarray(proof[name]) for name in ARRAYS}
+    wrong = [name for name, kind in ARRAYS.items() if arrays[name].dtype.kind != kind]
+    _demand(not wrong, f"{', '.join(wrong)}: integers must be integers, and floats floats")
+    units, parent, split = (arrays[name].astype(np.int64) for name in ("units", "parent", "split"))
+    signs, values, multipliers, limit = (arrays[name] for name in ("signs", "values", "multipliers", "limit"))
+    fits = units.ndim == parent.ndim == 1 and parent.shape == split.shape and limit.shape == (1,)
+    _demand(fits, "the shapes of units, parent, split and limit do not fit")
+    _demand(((units >= 0) & (units < relus)).all() and ((split >= -relus) & (split <= relus)).all(), "no such ReLU")
+    _demand(len(np.unique(units)) == len(units), "a ReLU has two columns")
+    fine = len(parent) > 0 and parent[0] == -1 and split[0] == 0
+    _demand(fine and ((parent >= 0) & (parent < np.arange(len(parent))))[1:].all(), "the nodes are not a tree")
+    children: list[list[int]] = [[] for _ in parent]
+    for node, above in enumerate(parent[1:].tolist(), 1):
+        children[above].append(node)
+    kinds = [sorted(split[nodes].tolist()) for nodes in children]  # none, [0] or [-s, s]
+    _demand(all(kind in ([], [0]) or (len(kind) == 2 and kind[0] == -kind[1] < 0) for kind in kinds),
+            "the children of a node do not cover it")  # fmt: skip
+    row, rank = np.cumsum([kind in ([], [0]) for kind in kinds]) - 1, np.cumsum(split == 0) - 2  # the root: split 0
+    _demand(signs.shape == values.shape == (row[-1] + 1, len(units)), "the rows of signs and values do not fit")
+    _demand(multipliers.shape == (rank[-1] + 1, 2, len(units)), "the rows of multipliers do not fit")
+    _demand(((signs >= -1) & (signs <= 1)).all(), "a sign is not -1, 0 or 1")  # the absolute of int8's least is < 0
+    _demand(((values >= 0) & np.isfinite(values)).all(), "a slope or a multiplier beta is not a number >= 0")
+    _demand((values <= 1)[signs == 0].all(), "a slope alpha is above 1")
+    _demand(((multipliers >= 0) & np.isfinite(multipliers)).all(), "a multiplier is not a number >= 0")
+    _demand(rank[-1] < 0 or np.isfinite(limit).all(), "the limit is not a number")
+    return Proof(units, parent, split, signs, values, multipliers, float(limit[0]), children, row, rank)
 
 
-def _cover(leaves: list[frozenset]) -> bool:
-    """Does every choice of signs lie in a leaf? Leaves are sets of +-unit, those of a tree of two-way splits."""
-    if frozenset() in leaves:
-        return True
-    common = frozenset.intersection(*(frozenset(map(abs, leaf)) for leaf in leaves)) if leaves else ()
-    if not common:  # no leaf left, or not a tree
-        return False
-    unit = min(common)
-    return all(_cover([leaf - {s} for leaf in leaves if -s not in leaf]) for s in (unit, -unit))
+def _replay(network: Network, reached: list[Reach], row, proof) -> float:
+    """A lower bound of row (1, classes) . logits, from the arrays of a proof."""
+    low, high = (np.concatenate([[], *(r[side] for r in reached if r.lines)]) for side in (0, 1))
+    tree = _read_proof(proof, len(low))
+    bound = tree.limit if len(tree.multipliers) else np.inf  # of the images with margin > limit
+    stack = [(0, low, high)]
+    while stack:
+        node, low, high = stack.pop()  # the bounds are the parent's, and the sibling's as well
+        above, split, low, high = tree.parent[node], tree.split[node], low.copy(), high.copy()
+        if split > 0:
+            low[split - 1] = max(low[split - 1], 0)
+        elif split < 0:
+            high[-split - 1] = min(high[-split - 1], 0)
+        elif node > 0:
+            c, k = _bound(network, reached, row, low, high, tree, tree.row[above])
+            multipliers = tree.multipliers[tree.rank[node]].astype(np.float64)
+            _restrict(network, reached, low, high, tree.units, multipliers, c, k, tree.limit)
+        stack += [(child, low, high) for child in tree.children[node]]
+        if not tree.children[node] and not (low > high).any():  # else no image is left: NaN is not above anything
+            c, k = _bound(network, reached, row, low, high, tree, tree.row[node])
+            bound = np.minimum(bound, k + _least(reached[0], c))
+    return float(bound)
+
+
+def _bound(network, reached, row, low, high, tree: Proof, i: int):
+    """(c (pixels,), k): c . x + k <= row . logits where the ReLUs' inputs are in [low, high], by row i of a proof."""
+    units, signs, values = tree.units, tree.signs[i], tree.values[i].astype(np.float64)
+    _demand((low[units] >= 0)[signs > 0].all() and (high[units] <= 0)[signs < 0].all(),
+            "a sign is not what the splits and restrictions above it say")  # fmt: skip
+    lower, upper, offset, force = lines = np.array(_lines(low, high))
+    lower[units] = np.where(signs != 0, signs > 0, np.where(offset[units] > 0, values, lower[units]))
+    upper[units] = np.where(signs != 0, signs > 0, upper[units])
+    offset[units] = np.where(signs != 0, 0, offset[units])
+    force[units] = -signs * values
+    parts = iter(np.split(lines, np.cumsum([len(r.low) for r in reached if r.lines]), axis=1))
+    c, k = _linear(network, [r._replace(lines=Lines(*next(parts))) if r.lines else r for r in reached], row)
+    return c[0], k[0]
+
+
+def _restrict(network, reached, low, high, units, multipliers, c, k, limit):
+    """Draw low and high in, in place, to what the ReLUs' inputs are at the images with c . x + k <= limit."""
+    known, start = [], 0  # what is below the ReLUs in turn
+    for r in reached:
+        if r.lines:
+            at = slice(start, start := start + len(r.low))
+            inside = (units >= at.start) & (units < at.stop)
+            unstable = np.flatnonzero(inside & (low[units] < 0) & (high[units] > 0))
+            for first in range(0, len(unstable), ROWS // 2):
+                part = unstable[first : first + ROWS // 2]
+                unit, m = units[part], multipliers[:, part].ravel()
+                w, v = _linear(network, known, _both(unit - at.start, len(r.low)))
+                bound = _least_of_slice(network, reached[0], w, v, m, c, k - limit, abs(k) + abs(limit))
+                _demand(np.isfinite(bound).all(), "a restriction's bound is not a number")
+                low[unit] = np.maximum(low[unit], bound[: len(part)])
+                high[unit] = np.minimum(high[unit], -bound[len(part) :])
+            r = r._replace(lines=_lines(low[at], high[at]))
+        known.append(r)
+
+
+def _least_of_slice(network, box: Reach, w, v, m, c, gap, size):
+    """Lower bounds of w . x + v (S,) at the images x of the box with c . x + gap <= 0, by multipliers m (S,) >= 0.
+
+    ``gap`` is the rounded difference of two numbers whose absolute sum is ``size``.
+    """
+    bound = _least(box, w + m[:, None] * c) + v + m * gap
+    size = abs(v) + m * size + abs(w) @ box.largest + m * (abs(c) @ box.largest)
+    return bound - network.slack * size - TINY
 
 
 # --- float32 ----------------------------------------------------------------------------------------------------------
@@ -354,10 +447,10 @@ def check_results(folder, weights, images, labels, predict: Callable | None = No
     the deployed float32 forward pass, which counterexamples must fool as well. ``progress(done, total)``.
 
     Returns a dict: how many ``images`` there are, and how many of each ``verdicts``; of the verified ones, how many
-    are ``confirmed`` (rigorous in real arithmetic), confirmed for ``float32``, and ``solver_only`` (a rival was
-    excluded in a way that leaves no proof: HiGHS, tolerance 1e-9, or a restricted tree in float64); how many
-    ``counterexamples`` are confirmed; and the lists ``refused`` and ``contradictions`` of {"id", "reason"}: neither
-    may have an entry. Raises UserError when files are missing or the weights are others.
+    are ``confirmed`` (rigorous in real arithmetic), confirmed for ``float32``, and ``solver_only`` (HiGHS excluded a
+    rival, tolerance 1e-9, which leaves no proof); how many ``counterexamples`` are confirmed; and the lists
+    ``refused`` and ``contradictions`` of {"id", "reason"}: neither may have an entry. Raises UserError when files are
+    missing or the weights are others.
     """
     folder, report = Path(folder), Counter(confirmed=0, float32=0, solver_only=0, counterexamples=0)
     config, files = read_json(folder / "config.json"), sorted(folder.glob("results*.jsonl"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import models
 from .attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
-from .bab import branch_and_bound
+from .bab import Proof, branch_and_bound
 from .chain import Chain
 from .crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows, minimiser
 from .milp import Solver, end_with_parent
@@ -19,7 +19,7 @@ from .rounding import float32_errors
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
-RESTRICT_AFTER = 500  # domains: half a second, in which most trees are finished, and have a proof that can be checked
+FOR_FLOAT32 = 0.04  # of an image's time, for the attempt to prove a margin for float32 as well
 
 
 class Settings(NamedTuple):
@@ -148,12 +148,12 @@ class Verifier:
             if bound > 0:  # proved already, but not for float32
                 tree = branch_and_bound(
                     self.chain, low, high, relus, record["label"], int(t), threshold=record["float32_error"][t],
-                    cpu_limit=0.04 * left(), max_domains=RESTRICT_AFTER,
+                    cpu_limit=FOR_FLOAT32 * left(),
                 )  # fmt: skip
                 record["solver"][t] = [f"bab, for float32: {tree.status}, {tree.domains} domains, {tree.seconds:.2f} s"]
                 if tree.status == "proved":
                     record["how"][t], record["bound"][t] = "bab", tree.bound
-                    proof |= {f"{t}/{name}": value for name, value in tree.leaves.items()}
+                    proof |= {f"{t}/{name}": value for name, value in tree.proof.items()}
                 continue
             answer = self._settle(tried, low, high, relus, record, int(t), left)
             solved += answer.solver_seconds
@@ -163,7 +163,7 @@ class Verifier:
                 verdict, adversarial = answer.verdict, answer.adversarial
                 break
             record["how"][t], record["bound"][t] = answer.stage, answer.bound
-            proof |= {f"{t}/{name}": value for name, value in answer.leaves.items()}
+            proof |= {f"{t}/{name}": value for name, value in answer.proof.items()}
         record |= {"verdict": verdict, "stage": stage}
         spent = time.process_time() - start + solved
         record["seconds"] = round(used + spent, 4)
@@ -172,12 +172,12 @@ class Verifier:
         return Outcome(record, proof if verdict == "verified" else {}, adversarial)
 
     def _settle(self, tried, low, high, relus, record, rival, left) -> "_Answer":
-        """One rival, by trees and by the MILP in turn: what the one takes minutes for is often easy for the other.
+        """One rival, by trees and by the MILP in turn: what the one takes minutes for may be easy for the other.
 
         Most are settled by the first attempt, in a tenth of a second, for float32 too.
         """
         label, error = record["label"], record["float32_error"][str(rival)]
-        attempts = [("bab", error, 0.04), ("bab", 0.0, 0.08), ("milp", 0.0, 0.3), ("bab", 0.0, 0.5), ("milp", 0.0, 1.0)]
+        attempts = [("bab", error, FOR_FLOAT32), ("bab", 0.0, 0.08), ("milp", 0.0, 0.6), ("bab", 0.0, 1.0)]
         notes, solved, stage = [], 0.0, "bab"
         for stage, threshold, share in attempts:
             budget = share * (left() - solved)
@@ -189,19 +189,17 @@ class Verifier:
                     self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget
                 )
                 solved += max(0.0, answer.seconds - (time.process_time() - begin))  # the rest is in its own process
-                proved, leaves, bound = answer.status == "infeasible", {}, threshold
+                proved, proof, bound = answer.status == "infeasible", {}, threshold
                 effort = f"{answer.message}, {answer.nodes} nodes"
             else:
                 answer = branch_and_bound(
-                    self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget,
-                    restrict_after=RESTRICT_AFTER,
-                )  # fmt: skip
-                proved, leaves, bound = answer.status == "proved", answer.leaves or {}, answer.bound
+                    self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget
+                )
+                proved, proof, bound = answer.status == "proved", answer.proof, answer.bound
                 effort = f"{answer.status}, {answer.domains} domains"
             notes.append(f"{stage}, margin > {threshold:.2g}: {effort}, {answer.seconds:.2f} s")
             if proved:
-                stage = "restricted bab" if stage == "bab" and not leaves else stage
-                return _Answer("proved", stage, bound, leaves, None, notes, solved)
+                return _Answer("proved", stage, bound, proof, None, notes, solved)
             if answer.status == "candidate":
                 adversarial = self._confirm(tried, answer.image, label, rival)
                 if adversarial is not None:
@@ -227,7 +225,7 @@ class _Answer(NamedTuple):
     verdict: str
     stage: str
     bound: float
-    leaves: dict
+    proof: dict
     adversarial: np.ndarray | None
     notes: list[str]
     solver_seconds: float
@@ -269,13 +267,9 @@ class _Screening:
             record.setdefault("float32_error", {})[t] = float(error)
 
     def prove(self, i, rival, units, slopes):
-        depth = np.zeros((1, 0))
-        self.proofs[i] |= {
-            f"{rival}/units": units.astype(np.int32),
-            f"{rival}/alpha": slopes[None].astype(np.float32),
-            f"{rival}/split": depth.astype(np.int32),
-            f"{rival}/beta": depth.astype(np.float32),
-        }
+        proof = Proof(units.astype(np.int32))
+        proof.rows[0] = np.zeros(len(units)), slopes
+        self.proofs[i] |= {f"{rival}/{name}": value for name, value in proof.arrays().items()}
 
     def is_open(self, i, rival) -> bool:
         return self.records[i]["verdict"] is None and not self.records[i]["bound"][str(int(rival))] > 0
