@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
+from programs import assert_one_error_line
 
-from nanomr import backend, checkpoint, cli, models, plots, shapes10
+from nanomr import backend, checkpoint, models, plots
 from nanomr.attacks import pgd
 from nanomr.attacks.autoattack import STAGES
 
@@ -31,57 +33,20 @@ FLAGS = "--data shapes10 --n 40 --chunk 10 --eps 1/255 --quick --device cpu --we
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A network that knows the test images by heart, with margins that small balls cross: least squares on features."""
-    model = models.mlp((3072, 64, 10), seed=1)
-    x, labels = images()
-    hidden = x
-    for name in ("normalize", "flatten", "fc1", "relu1"):
-        hidden, _ = model.children[name].forward(hidden)
-    last = model.children["fc2"].params
-    last["weight"][...] = np.linalg.lstsq(hidden.astype(float), np.eye(10)[labels] - 0.1, rcond=0.01)[0]
-    last["bias"][...] = 0
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    model.save(path)
+    programs.save_memoriser(path, N, hidden=64, rcond=0.01)
     return path
-
-
-def images():
-    drawn, labels = shapes10.generate(N, shapes10.SEED + 1)
-    return drawn * np.float32(1 / 255), labels
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path, weights):
-    """shapes10 is small, the working folder holds nothing but the network, no CIFAR-10 of this machine is found."""
-    monkeypatch.setattr(shapes10, "TRAIN", 10)
-    monkeypatch.setattr(shapes10, "TEST", N)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOMR_DATA", raising=False)
+    programs.isolate(monkeypatch, tmp_path, train=10, test=N)
     shutil.copy(weights, "model.safetensors")
 
 
 @pytest.fixture
 def program(monkeypatch, capsys):
-    """program(*arguments) -> (exit code, stdout, stderr), in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attack_cifar.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(attack_cifar.main)
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
-
-
-def assert_one_error_line(result, *words):
-    code, _, err = result
-    assert code == 2, result
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    for word in words:
-        assert str(word) in err
-    return err
+    return programs.caller(attack_cifar, monkeypatch, capsys)
 
 
 def start(place, *arguments, patches=""):
@@ -152,7 +117,7 @@ def test_records_and_examples_bear_the_report_out(finished, weights):
     report, lines, model = result(folder), records(folder), models.load(weights)
     with np.load(folder / "examples.npz") as file:
         x, adversarial, labels, ids = (file[name] for name in ("x", "adversarial", "labels", "ids"))
-    expected, truth = images()
+    expected, truth = programs.images_of(N)
     assert np.array_equal(x, expected[:40]) and np.array_equal(labels, truth[:40]) and x.dtype == np.float32
     assert ids.tolist() == [r["id"] for r in lines] == list(range(40))
     wrong, fooled = (model.forward(a)[0].argmax(1) != labels for a in (x, adversarial))
@@ -257,7 +222,7 @@ def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction(program, monke
         return found, radius
 
     monkeypatch.setattr(attack_cifar, "wasserstein", fake)
-    model, (x, labels) = models.load("model.safetensors"), images()
+    model, (x, labels) = models.load("model.safetensors"), programs.images_of(N)
     assert np.array_equal(model.forward(x[:6])[0].argmax(1), labels[:6])
     flags = [f for f in FLAGS if f != "--quick"]
     assert program(*flags, "--attack", "wasserstein", "--n", 6, "--out", "a", "--seed", 5)[0] == 0
@@ -306,7 +271,7 @@ def test_the_final_checks_take_as_many_steps_as_the_attacks_and_pictures_show_wh
     assert program(*flags, "--attack", "pgd", "--eps", "1/700", "--n", 44, "--out", "a")[0] == 0
     assert asked == [steps]
     by = [r["by"] for r in records("a")]
-    x = images()[0][:44][[b == "pgd" for b in by]]
+    x = programs.images_of(N)[0][:44][[b == "pgd" for b in by]]
     assert by.count("clean") == 1 and 1 < len(x) < 8 and np.array_equal(x, shown[0][0])
     assert (shown[0][1] != x).any((1, 2, 3)).all()
 
@@ -491,7 +456,7 @@ def set_row(row, value):
 
 def test_check_finds_each_way_to_tamper(saved, program):
     hit, kept = saved.broken[0], saved.robust[0]
-    clean = images()[0]
+    clean = programs.images_of(N)[0]
     for words, change in {
         "not broken": dict(adversarial=set_row(hit, lambda _: clean[hit])),
         "not broken:": dict(adversarial=set_row(hit, lambda a: np.clip(a + 0.1, 0, 1))),

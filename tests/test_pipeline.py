@@ -11,7 +11,7 @@ from strategies import fewer, seeds
 pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_milp import Network, networks
 
-from nanomr import checkpoint
+from nanomr import checkpoint, models
 from nanomr.attacks.common import Linf
 from nanomr.attacks.pgd import pgd
 from nanomr.verify import milp, pipeline
@@ -243,6 +243,15 @@ def test_seconds_are_the_stages():
     case = Case(network_of(5), 0.2)
     for outcome in case.verdicts():
         assert abs(sum(outcome.record["stages"].values()) - outcome.record["seconds"]) < 1e-3
+
+
+@pytest.mark.parametrize("margin, by_crown", [(5e-8, False), (5e-7, True)])
+def test_crown_proves_no_margin_that_a_checker_may_lose_to_rounding(margin, by_crown):
+    model = models.mlp((1, 2), input_shape=(1, 1, 1)).astype(np.float32)
+    model.children["fc1"].params["weight"][...], model.children["fc1"].params["bias"][...] = 0, [margin, 0]
+    verifier = Verifier(model, Settings(0.1), InProcess())
+    outcome = verifier.screen(np.zeros((1, 1, 1, 1), np.float32), [0], [0])[0]
+    assert outcome.record["stage"] == "crown" if by_crown else outcome.record["verdict"] is None
 
 
 @pytest.mark.parametrize("size", [0.6, np.inf])

@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
+from programs import assert_one_error_line
 
-from nanomr import backend, checkpoint, cli, data, models, shapes10, train
+from nanomr import backend, checkpoint, data, models, shapes10, train
 from nanomr.train import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,26 +31,12 @@ FOLDER = "runs/mlp-shapes10-manifold-0"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    """shapes10 has 400 + 60 images, the working folder is empty, and no CIFAR-10 of this machine is found."""
-    monkeypatch.setattr(shapes10, "TRAIN", 400)
-    monkeypatch.setattr(shapes10, "TEST", 60)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOMR_DATA", raising=False)
+    programs.isolate(monkeypatch, tmp_path, train=400, test=60)
 
 
 @pytest.fixture
 def program(monkeypatch, capsys):
-    """program(*arguments) -> (exit code, stdout, stderr), in this process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(train_cifar.main)
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
+    return programs.caller(train_cifar, monkeypatch, capsys)
 
 
 def configuration(out):
@@ -58,15 +46,6 @@ def configuration(out):
 
 def snapshot(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def assert_one_error_line(result, *words):
-    code, _, err = result
-    assert code == 2, (code, err)
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    for word in words:
-        assert str(word) in err
-    return err
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

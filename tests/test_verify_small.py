@@ -12,9 +12,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
+from programs import assert_one_error_line
 
-from nanomr import checkpoint, cli, models, plots, shapes10
+from nanomr import checkpoint, models, plots
 from nanomr.attacks import pgd
 from nanomr.errors import UserError
 from nanomr.verify import pipeline, results
@@ -29,35 +31,16 @@ N = 40  # test images
 FLAGS = "--data shapes10 --n 40 --eps 1/255 --jobs 1 --weights model.safetensors --out v".split()
 
 
-def images():
-    drawn, labels = shapes10.generate(N, shapes10.SEED + 1)
-    return drawn * np.float32(1 / 255), labels
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A network that knows the test images by heart, with margins of all sizes: least squares on random features."""
-    model = models.mlp((3072, 48, 10), seed=1)
-    x, labels = images()
-    hidden = x
-    for name in ("normalize", "flatten", "fc1", "relu1"):
-        hidden, _ = model.children[name].forward(hidden)
-    last = model.children["fc2"].params
-    last["weight"][...] = np.linalg.lstsq(hidden.astype(float), np.eye(10)[labels] - 0.1, rcond=0.02)[0]
-    last["bias"][...] = 0
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    model.save(path)
+    programs.save_memoriser(path, N, hidden=48, rcond=0.02)
     return path
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path, weights):
-    """shapes10 is small, the working folder holds nothing but the network, no CIFAR-10 of this machine is found."""
-    monkeypatch.setattr(shapes10, "TRAIN", 10)
-    monkeypatch.setattr(shapes10, "TEST", N)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOMR_DATA", raising=False)
+    programs.isolate(monkeypatch, tmp_path, train=10, test=N)
     shutil.copy(weights, "model.safetensors")
 
 
@@ -81,30 +64,14 @@ class Here:
 
 @pytest.fixture
 def program(monkeypatch, capsys):
-    """program(*arguments) -> (exit code, stdout, stderr), all in this process."""
+    """The program, its workers too, in this process."""
 
     def executor(args, eps, *_):
         return Here(pipeline.Settings(eps, args.seed, args.time_limit))
 
     monkeypatch.setattr(verify_small, "make_executor", executor)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["verify_small.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(verify_small.main)
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
-
-
-def assert_one_error_line(result, *words):
-    code, _, err = result
-    assert code == 2, result
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    for word in words:
-        assert str(word) in err
-    return err
+    return programs.caller(verify_small, monkeypatch, capsys)
 
 
 def records(folder="v"):
@@ -140,7 +107,7 @@ def test_a_run_decides_every_image_and_check_agrees(program):
     if plots._pyplot():
         assert Path("v/unstable.png").exists()
 
-    x, labels = images()
+    x, labels = programs.images_of(N)
     _, fooled = pgd(models.load("model.safetensors"), x, labels, 1 / 255, steps=30, restarts=3, seed=7)
     assert not any(fooled[i] and record["verdict"] == "verified" for i, record in found.items())
 

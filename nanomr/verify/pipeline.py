@@ -19,6 +19,7 @@ from .rounding import float32_errors
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
+PROVED = 1e-7  # a float64 bound of a margin above this is above 0 whatever its rounding, or a checker's, was
 FOR_FLOAT32 = 0.04  # of an image's time, for the attempt to prove a margin for float32 as well
 
 
@@ -99,7 +100,7 @@ class Verifier:
             better = value > bound.value[open_]
             at = open_[better]
             run.note(left[owner[at]], rivals[at], value[better], "alpha-crown", error[at])
-            for n in np.flatnonzero(better & (value > 0)):
+            for n in np.flatnonzero(better & (value > PROVED)):
                 i = owner[open_[n]]
                 units = np.flatnonzero(np.concatenate([line.unstable[i].ravel() for line in lines]))
                 run.prove(left[i], rivals[open_[n]], units, np.concatenate([s[n].ravel() for s in slopes])[units])
@@ -145,7 +146,7 @@ class Verifier:
         verdict, adversarial = "verified", None
         stage = "alpha-crown" if "alpha-crown" in record["how"].values() else "crown"
         for bound, t in todo:
-            if bound > 0:  # proved already, but not for float32
+            if bound > PROVED:  # already, but not for float32
                 tree = branch_and_bound(
                     self.chain, low, high, relus, record["label"], int(t), threshold=record["float32_error"][t],
                     cpu_limit=FOR_FLOAT32 * left(),
@@ -272,7 +273,7 @@ class _Screening:
         self.proofs[i] |= {f"{rival}/{name}": value for name, value in proof.arrays().items()}
 
     def is_open(self, i, rival) -> bool:
-        return self.records[i]["verdict"] is None and not self.records[i]["bound"][str(int(rival))] > 0
+        return self.records[i]["verdict"] is None and not self.records[i]["bound"][str(int(rival))] > PROVED
 
     def close_verified(self, stage: str):
         for i in self.left():
@@ -289,7 +290,7 @@ class _Screening:
 
 def _target(error: float) -> float:
     """What a margin's bound is to exceed: the float32 error, if there is a bound on it."""
-    return error if error < np.inf else 0.0
+    return max(error, PROVED) if error < np.inf else PROVED
 
 
 def _finish(record: dict):
