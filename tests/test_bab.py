@@ -14,10 +14,10 @@ from strategies import box, conv_net, fewer, randomise, seeds, sequence
 from nanomr import models
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import Flatten, Linear, ReLU
-from nanomr.verify import bab
+from nanomr.verify import bab, collapsed
 from nanomr.verify.chain import Chain
 from nanomr.verify.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
-from nanomr.verify.halfspace import Rows, least, least_of_sums
+from nanomr.verify.halfspace import Rows, least
 
 LABEL, RIVAL = 1, 0
 
@@ -56,7 +56,7 @@ class Problem:
         return module.branch_and_bound(*self.args, LABEL, RIVAL, **{"cpu_limit": 1e9, **options})
 
     def collapsed(self):
-        return bab.collapse(*self.args, self.row)
+        return collapsed.collapse(*self.args, self.row)
 
     def domains(self, net, n=6, splits=0.5):
         """Random signs, and values of the right kind."""
@@ -311,10 +311,10 @@ def test_restricted_bounds_hold_for_every_image_with_a_small_margin(network, see
     low, high = (flat(sides)[net.units] for sides in (zip(*problem.relus, strict=True) if problem.relus else ((), ())))
     low, high = np.where(sign > 0, np.maximum(low, 0), low), np.where(sign < 0, np.minimum(high, 0), high)
     lines = Lines.around(low, high)
-    part = bab.backward(net, sign[None], value[None], (lines.upper[None], lines.offset[None]))
+    part = collapsed.backward(net, sign[None], value[None], (lines.upper[None], lines.offset[None]))
     kept = low.copy(), high.copy()
     inside = (margins <= limit - 1e-9 * (1 + abs(limit))) & (sign * z >= 0).all(1)
-    *found, multipliers = bab.restrict(net, part, low, high, limit)
+    *found, multipliers = collapsed.restrict(net, part, low, high, limit)
     assert np.array_equal(kept[0], low) and np.array_equal(kept[1], high)
     assert (multipliers >= 0).all() and (multipliers.astype(np.float32) == multipliers).all()
     if (found[0] > found[1]).any():
@@ -331,7 +331,7 @@ def test_the_least_over_box_and_half_space_is_a_linear_programs(seed, cut):
     draw = np.random.default_rng(seed)
     w, c = draw.normal(size=(5, 7)), draw.normal(size=7) * (draw.random(7) < 0.8)
     k = cut * abs(c).sum()
-    for row, bound in zip(w, least(w, c, k), strict=True):
+    for row, bound in zip(w, least(np.eye(5), *Rows.of(w), c, k)[0], strict=True):
         exact = linear_program(highspy, row, -np.ones(7), np.ones(7), [(-c[None], np.array([-k]))])
         assert -abs(row).sum() - 1e-12 <= bound <= exact + 1e-7
         assert bound >= exact - 0.02 * abs(row).sum() or not np.isfinite(exact)  # ten steps of bisection
@@ -343,8 +343,8 @@ def test_the_least_of_sums_is_that_of_the_product(seed, cut):
     matrix, factors = (draw.normal(size=s) * (draw.random(s) < 0.4) for s in ((6, 9), (5, 6)))
     c = draw.normal(size=9) * (draw.random(9) < 0.8)
     k, w = cut * abs(c).sum(), factors @ matrix
-    bounds, m = least_of_sums(factors, *Rows.of(matrix), c, k)
-    np.testing.assert_allclose(bounds, least(w, c, k), rtol=0, atol=1e-12)
+    bounds, m = least(factors, *Rows.of(matrix), c, k)
+    np.testing.assert_allclose(bounds, least(np.eye(5), *Rows.of(w), c, k)[0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(bounds, m * k - abs(w + m[:, None] * c).sum(1), rtol=0, atol=1e-12)
     assert (m == m.astype(np.float32)).all() and (m >= 0).all()
 
@@ -353,13 +353,13 @@ def test_no_number_restricts_nothing():
     problem = Problem("mlp", 0)
     net = problem.collapsed()
     low, high = (flat(sides)[net.units] for sides in zip(*problem.relus, strict=True))
-    part = bab.backward(net, np.zeros((1, len(low))), np.full((1, len(low)), 0.5))
-    assert (bab.restrict(net, part, low, high, -1e3)[0] > high).any()  # else this test could not fail
+    part = collapsed.backward(net, np.zeros((1, len(low))), np.full((1, len(low)), 0.5))
+    assert (collapsed.restrict(net, part, low, high, -1e3)[0] > high).any()  # else this test could not fail
     sparse = net.sparse._replace(values=net.sparse.values * np.nan)
     wrong = [(net._replace(bias=net.bias * np.nan), part), (net._replace(sparse=sparse), part)]
     wrong += [(net, part._replace(**{name: getattr(part, name) * np.nan})) for name in ("bound", "image")]
     for broken, p in wrong:
-        found = bab.restrict(broken, p, low, high, -1e3)
+        found = collapsed.restrict(broken, p, low, high, -1e3)
         assert not (found[0] > found[1]).any()
 
 
@@ -418,11 +418,11 @@ def test_bounds_of_the_collapsed_network_are_those_of_the_network(network, seed)
     net = problem.collapsed()
     signs, values = problem.domains(net, splits=0.3)
     values = values.astype(np.float32).astype(np.float64)  # as they are stored
-    part = bab.backward(net, signs, values)
+    part = collapsed.backward(net, signs, values)
     scale = 1 + abs(part.bound).max()
     bounds = by_layers(problem, net, signs, values)
     np.testing.assert_allclose(part.bound, bounds, rtol=0, atol=1e-11 * scale)
-    z, _, margins, y = bab.forward(net, part)
+    z, _, margins, y = collapsed.forward(net, part)
     x = Box.between(problem.low, problem.high)
     x = x.centre + y.reshape(-1, *problem.low.shape[1:]) * x.radius
     np.testing.assert_allclose(margins, problem.margins(x), rtol=0, atol=1e-11 * scale)
@@ -444,7 +444,7 @@ def test_no_point_of_a_domain_is_below_its_bound(network, seed):
     values = problem.domains(net, n=20)[1]
     signs = (np.sign(z[:20]) * (draw.random(values.shape) < 0.2)).astype(np.int8)  # each has a point at least
     values = np.where(signs == 0, draw.random(values.shape), values)
-    bound = bab.backward(net, signs, values).bound
+    bound = collapsed.backward(net, signs, values).bound
     inside = (signs[:, None] * z >= 0).all(2)
     assert inside[np.arange(20), np.arange(20)].all()
     margins = np.where(inside, logits @ problem.row, np.inf)
@@ -457,11 +457,11 @@ def test_gradients_of_alpha_and_beta(network):
         problem = Problem(network, seed, eps=0.1)
         net = problem.collapsed()
         signs, values = problem.domains(net)
-        part = bab.backward(net, signs, values)
-        claimed = bab.gradient(signs, part, bab.forward(net, part)[0])
+        part = collapsed.backward(net, signs, values)
+        claimed = collapsed.gradient(signs, part, collapsed.forward(net, part)[0])
 
         def bound(values, net=net, signs=signs):
-            return bab.backward(net, signs, values).bound
+            return collapsed.backward(net, signs, values).bound
 
         check_vjp(bound, lambda dy, g=claimed: dy[:, None] * g, [values])
         if (signs != 0).any():
@@ -479,7 +479,7 @@ def test_children_begin_at_least_as_high_as_their_parents(network, seed):
     problem = Problem(network, seed, eps=0.1)
     net = problem.collapsed()
     signs, values = problem.domains(net, splits=0.2)
-    part = bab.backward(net, signs, values)
+    part = collapsed.backward(net, signs, values)
     slack = 1e-11 * (1 + abs(part.bound))
     for unit in range(len(net.units)):
         free = signs[:, unit] == 0
@@ -487,7 +487,7 @@ def test_children_begin_at_least_as_high_as_their_parents(network, seed):
         new, start = bab.children(signs, values, part.relus, picked)
         assert (new[::2, unit] == 1).all() and (new[1::2, unit] == -1).all()
         assert (start[np.repeat(free, 2)] >= 0).all()
-        bounds = bab.backward(net, new, start).bound.reshape(-1, 2)
+        bounds = collapsed.backward(net, new, start).bound.reshape(-1, 2)
         positive = free & (part.relus[:, unit] >= 0)
         assert (abs(bounds - part.bound[:, None]) <= slack[:, None])[positive].all()
         if unit < net.layers[0].stop:
@@ -503,17 +503,17 @@ def test_climbing_and_branching_lead_upwards(seed):
         return
     signs = np.zeros((1, len(net.units)), np.int8)
     start = net.lower[None].copy()
-    few, many = (bab.climb(net, signs, start, np.ones(len(net.units)), steps, np.inf) for steps in (0, 30))
-    assert few.bound == bab.backward(net, signs, start).bound and (few.values == start).all()
-    assert many.bound >= few.bound and many.bound == bab.backward(net, signs, many.values).bound
+    few, many = (collapsed.climb(net, signs, start, np.ones(len(net.units)), steps, np.inf) for steps in (0, 30))
+    assert few.bound == collapsed.backward(net, signs, start).bound and (few.values == start).all()
+    assert many.bound >= few.bound and many.bound == collapsed.backward(net, signs, many.values).bound
     assert ((many.values >= 0) & (many.values <= 1)).all()
     for steps in (1, 2, 4):  # from near the top: these fall at first, and are not kept
-        assert bab.climb(net, signs, many.values, np.ones(len(net.units)), steps, np.inf).bound >= many.bound
+        assert collapsed.climb(net, signs, many.values, np.ones(len(net.units)), steps, np.inf).bound >= many.bound
     new, values, unit = bab.branch(net, signs, many.values, np.inf)
     assert (new[:, unit] != 0).all() and ((new != 0).sum(1) == 1).all() and (new[0] == -new[1]).all()
-    best = bab.climb(net, new, values, np.ones(len(net.units)), 30, np.inf)
+    best = collapsed.climb(net, new, values, np.ones(len(net.units)), 30, np.inf)
     assert (best.values >= 0).all()
-    assert (best.bound >= bab.backward(net, new, values).bound).all()
+    assert (best.bound >= collapsed.backward(net, new, values).bound).all()
 
 
 # --- fails closed -----------------------------------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def test_a_bound_that_is_not_a_number_proves_nothing(monkeypatch):
     assert tree.status == "timeout" and tree.proof is None
 
 
-def claiming(value, backward=bab.backward):
+def claiming(value, backward=collapsed.backward):
     """``backward``, with this as every bound in float64."""
 
     def fake(net, *args):
@@ -612,13 +612,15 @@ BUGS = {
 
 
 def mutant(old, new):
-    """The module, with one thing changed."""
-    source = inspect.getsource(bab)
-    assert source.count(old) == 1
-    module = types.ModuleType("mutant")
-    module.__package__ = bab.__package__
-    exec(compile(source.replace(old, new), "mutant", "exec"), module.__dict__)
-    return module
+    """The module bab with one thing changed, in itself or in collapsed."""
+    assert sum(inspect.getsource(module).count(old) for module in (bab, collapsed)) == 1
+    folded, trees = (types.ModuleType(module.__name__) for module in (collapsed, bab))
+    for module, right in ((folded, collapsed), (trees, bab)):
+        module.__package__ = right.__package__
+        exec(compile(inspect.getsource(right).replace(old, new), "mutant", "exec"), module.__dict__)
+    for name in ("collapse", "backward", "forward", "gradient", "climb", "restrict"):
+        setattr(trees, name, getattr(folded, name))
+    return trees
 
 
 TRUTH = {}  # of the problems below: computed once

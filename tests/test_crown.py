@@ -434,10 +434,6 @@ def test_a_row_above_its_target_is_left_alone_and_time_can_run_out(rng):
     each = search(setting, steps=30, target=np.where(np.arange(len(start)) % 2, np.inf, -np.inf)).value
     np.testing.assert_array_equal(each[::2], start[::2])
     np.testing.assert_allclose(each[1::2], far.value[1::2], rtol=0, atol=1e-12 * setting.scale)
-    asked = []
-    stopped = search(setting, steps=30, target=np.inf, stop=lambda: asked.append(0) is None)
-    assert len(asked) == 1
-    np.testing.assert_array_equal(stopped.value, start)  # plain CROWN, though time was up from the start
     none = search(setting, steps=0, target=np.inf)
     np.testing.assert_array_equal(none.value, start)
 

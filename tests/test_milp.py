@@ -18,8 +18,9 @@ from strategies import fewer, seeds
 from nanomr.errors import UserError
 from nanomr.layers import Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model, mlp
-from nanomr.verify import crown, milp
+from nanomr.verify import bab, crown, milp
 from nanomr.verify.chain import Chain
+from nanomr.verify.collapsed import collapse
 
 highspy = pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 
@@ -141,7 +142,21 @@ def linear_program(c, rows, limits, low, high):
 
 
 def without_restriction(monkeypatch):
-    monkeypatch.setattr(milp, "restrict", lambda chain, low, high, relus, *_, **__: relus)
+    """HiGHS is asked at once, with the bounds as they are."""
+
+    def root(chain, low, high, relus, *_, **__):
+        ends = collapse(chain, low, high, relus, np.zeros(chain.classes)).ends(relus)
+        return bab.Tree("timeout", None, -np.inf, None, 1, 0.0, ends)
+
+    monkeypatch.setattr(milp, "branch_and_bound", root)
+
+
+def built(case, threshold, relus=None):
+    """The program of a case, perhaps with other bounds."""
+    relus = case.relus if relus is None else relus
+    row = crown.margin_rows([case.label], [case.rival], case.chain.classes)[0]
+    net = collapse(case.chain, case.low, case.high, relus, row)
+    return milp.build(net, *net.ends(relus), threshold)
 
 
 eps_values = st.sampled_from([0.0, 0.03, 0.2, 0.5])
@@ -172,7 +187,7 @@ def test_infeasible_if_and_only_if_the_least_margin_is_above_the_threshold(restr
 def test_the_models_minimum_is_the_networks_and_its_relaxations_are_below(network, eps, kind):
     case = Network(network, eps, kind)
     exact = case.exact()
-    program = milp.build(*case.question, threshold=100.0)  # the cut says nothing
+    program = built(case, 100.0)  # the cut says nothing
     best = milp.solve(program, 60, {"mip_max_improving_sols": 1000, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0})
     relaxed = milp.solve(program._replace(binaries=0), 60)
     assert best.status == relaxed.status == "candidate"
@@ -220,13 +235,13 @@ def images_of(case, count=8):
 def test_every_image_of_the_box_is_a_solution_of_the_model(network, eps, kind):
     case = Network(network, eps, kind)
     for x in images_of(case):
-        program = milp.build(*case.question, threshold=case.margin(x))
+        program = built(case, case.margin(x))
         assert excess(program, case, x, case.relus) <= 1e-12  # as SLACK, 1e-8, is far more than rounding
         objective = program.cost[: len(x.ravel())] @ ((x - 0.5 * (case.low + case.high)) / np.maximum(
             0.5 * (case.high - case.low), 1e-300)).ravel()  # fmt: skip
         if not program.binaries:
             assert objective + program.offset == pytest.approx(case.margin(x), abs=1e-7)
-        too_low = milp.build(*case.question, threshold=case.margin(x) - 1e-6)
+        too_low = built(case, case.margin(x) - 1e-6)
         assert excess(too_low, case, x, case.relus) > 5e-7
 
 
@@ -248,7 +263,7 @@ def worst(case, program, relus):
 
 def test_the_planted_bugs_have_something_to_break(wide):
     assert [int(((low < 0) & (high > 0)).sum()) for low, high in wide.relus] == [8, 8, 3]
-    assert worst(wide, milp.build(*wide.question, threshold=100.0), wide.relus) <= 1e-12
+    assert worst(wide, built(wide, 100.0), wide.relus) <= 1e-12
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -258,7 +273,7 @@ def test_a_big_m_below_the_true_bound_would_be_seen(wide, layer, side):
     true = reached.min(0) if side == 0 else reached.max(0)
     relus = [list(bounds) for bounds in wide.relus]
     relus[layer][side] = np.where(relus[layer][side] * true[None] > 0, 0.5 * true[None], relus[layer][side])
-    program = milp.build(wide.chain, wide.low, wide.high, relus, wide.label, wide.rival, 100.0)
+    program = built(wide, 100.0, relus)
     assert worst(wide, program, relus) > 1e-3
 
 
@@ -268,7 +283,7 @@ def test_dropped_padding_would_be_seen(wide):
     program = None
     try:
         conv.padding = (0, 1, 0, 1)  # on the other side: the same shapes
-        program = milp.build(*wide.question, threshold=100.0)
+        program = built(wide, 100.0)
     finally:
         conv.padding = right
     assert worst(wide, program, wide.relus) > 1e-3
@@ -279,7 +294,7 @@ def test_a_wrong_slope_would_be_seen(wide):
     relus = [(low.copy(), high.copy()) for low, high in wide.relus]
     for bounds in ((1.0, 2.0), (-2.0, -1.0)):
         relus[1][0][...], relus[1][1][...] = bounds
-        program = milp.build(wide.chain, wide.low, wide.high, relus, wide.label, wide.rival, 100.0)
+        program = built(wide, 100.0, relus)
         assert worst(wide, program, relus) > 1e-3
 
 
@@ -304,45 +319,50 @@ def test_entries_that_highs_would_drop_are_charged_to_the_row():
 # --- bounds where the margin is small ---------------------------------------------------------------------------------
 
 
-@given(network=networks(), eps=st.sampled_from([0.1, 0.5]))
-def test_restricted_bounds_hold_for_every_image_below_the_threshold(network, eps):
+def drawn_in(case, threshold):
+    """(the collapsed network, bounds of its units at the images with margin <= threshold): one restriction."""
+    row = crown.margin_rows([case.label], [case.rival], case.chain.classes)[0]
+    net = collapse(case.chain, case.low, case.high, case.relus, row)
+    part = bab.backward(net, np.zeros((1, len(net.units))), net.lower[None])
+    return net, bab.restrict(net, part, *net.ends(case.relus), threshold + 1e-7 * (1 + abs(threshold)))[:2]
+
+
+@given(network=networks(), eps=eps_values, distance=st.sampled_from([-0.3, -1e-3, 1e-3, 0.3]))
+def test_what_a_restriction_makes_stable_is_folded_in(network, eps, distance):
     case = Network(network, eps)
-    images = list(images_of(case, 40))
-    margins = [case.margin(x) for x in images]
-    threshold = float(np.quantile(margins, 0.3))
-    relus = milp.restrict(*case.question, threshold=threshold)
-    assert relus is not None
-    for x, margin in zip(images, margins, strict=True):
-        if margin <= threshold:
-            for z, (low, high) in zip(case.chain.forward(x)[1], relus, strict=True):
-                assert np.all(z >= low - 1e-12) and np.all(z <= high + 1e-12)
-    for new, old in zip(relus, case.relus, strict=True):
-        assert np.all(new[0] >= old[0]) and np.all(new[1] <= old[1])
+    exact = case.exact()
+    net, (low, high) = drawn_in(case, exact + distance)
+    if (low > high).any():
+        assert distance < 0
+        return
+    program = milp.build(net, low, high, exact + distance)
+    assert program.binaries == ((low < 0) & (high > 0)).sum()
+    found = milp.solve(program, 60, {"mip_max_improving_sols": 1000, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0})
+    assert found.status == ("candidate" if distance > 0 else "infeasible")
+    if distance > 0:
+        assert case.margin(unscaled(case, found.image)) == pytest.approx(exact, abs=1e-5)
 
 
-def test_restricting_does_something_and_keeps_the_callers_bounds():
-    widths, empty = np.zeros(2), 0
+def test_the_test_above_folds_something():
+    on = off = 0
     for seed in range(20):
-        model = mlp((4, 8, 8, 2), seed, (2, 2, 1)).astype(np.float64)
-        case = Network((model, np.random.default_rng(seed)), 0.2)
-        before = [(low.copy(), high.copy()) for low, high in case.relus]
-        least = min(case.margin(x) for x in images_of(case, 300))
-        relus = milp.restrict(*case.question, threshold=least)
-        widths += [sum((high - low).sum() for low, high in bounds) for bounds in (relus, case.relus)]
-        empty += milp.restrict(*case.question, threshold=least - 1) is None
-        assert all(np.array_equal(a, b) for pair in zip(before, case.relus, strict=True)
-                   for a, b in zip(*pair, strict=True))  # fmt: skip
-    assert widths[0] < 0.9 * widths[1] and empty == 20, (widths, empty)
+        case = Network((mlp((4, 8, 8, 2), seed, (2, 2, 1)).astype(np.float64), np.random.default_rng(seed)), 0.2)
+        low, high = drawn_in(case, min(case.margin(x) for x in images_of(case, 300)))[1]
+        on, off = on + (low >= 0).sum(), off + (high <= 0).sum()
+    assert on > 5 and off > 5
 
 
-def test_bounds_that_rounding_turned_round_leave_an_image():
-    """Of a box of one point: the bounds of a stable ReLU's input may be an ulp in the wrong order."""
-    model = mlp((2, 2, 2), 0, (1, 1, 2)).astype(np.float64)
-    case = Network((model, np.random.default_rng(0)), 0.3)
-    (low, high), = case.relus  # fmt: skip
-    low[0, 0], high[0, 0] = 1 + 2e-16, 1.0
-    low[0, 1], high[0, 1] = -5.0, 5.0  # so that there is something to do
-    assert milp.restrict(*case.question, threshold=100.0) is not None
+def test_the_root_may_decide_alone(wide, monkeypatch):
+    monkeypatch.setattr(milp, "solve", None)
+    assert milp.decide(*wide.question, threshold=-1e3).message == "the tree's root"
+    answer = milp.decide(*wide.question, threshold=1e3)
+    assert answer.status == "candidate" and wide.margin(answer.image) <= 1e3
+
+
+def test_bounds_of_the_root_that_are_no_numbers_are_an_error(wide, monkeypatch):
+    tree = bab.Tree("timeout", None, -np.inf, None, 1, 0.0, (np.full(19, np.nan), np.full(19, 1.0)))
+    monkeypatch.setattr(milp, "branch_and_bound", lambda *_, **__: tree)
+    assert milp.decide(*wide.question).status == "error"
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -367,7 +387,7 @@ def test_rows_that_are_not_finite_or_too_large_prove_nothing(wide, monkeypatch):
         assert answer.status == "error" and "too large" in answer.message
 
 
-def test_questions_that_make_no_sense(wide):
+def test_questions_that_make_no_sense(wide, monkeypatch):
     chain, low, high, relus, _, _ = wide.question
     for label, rival in ((0, 0), (0, 3), (-1, 0), (3, 1), (0, -1)):
         with pytest.raises(ValueError, match=r"classes 0 \.\.\. 2"):
@@ -377,6 +397,7 @@ def test_questions_that_make_no_sense(wide):
     with pytest.raises(ValueError):
         milp.decide(chain, low, high, relus[:1], 0, 1)
     assert milp.decide(chain, high, low, relus, 0, 1).message == "the box is empty"
+    without_restriction(monkeypatch)
     for options in ({"no_such_option": 1}, {"random_seed": -4}):
         answer = milp.decide(chain, low, high, relus, 0, 1, threshold=100.0, options=options)
         assert answer.status == "error" and next(iter(options)) in answer.message

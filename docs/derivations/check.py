@@ -15,7 +15,7 @@ from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
 from nanomr.ops import reference as ops
-from nanomr.verify import bab
+from nanomr.verify import collapsed
 from nanomr.verify import crown as verifier
 from nanomr.verify.chain import Chain
 
@@ -258,9 +258,9 @@ def beta_crown():
     low = 0.2 * _normal(1, 1, 2, 2, seed=5) - 0.5
     bounds = verifier.crown(chain, low, low + 1)
     row = verifier.margin_rows([0], [1], 3)
-    collapsed = bab.collapse(chain, low, low + 1, bounds, row[0])
+    small = collapsed.collapse(chain, low, low + 1, bounds, row[0])
     signs = np.zeros((n, 15), np.int8)
-    signs[:, collapsed.units] = (np.abs(_normal(n, len(collapsed.units), seed=6)) < 0.4) * np.sign(
+    signs[:, small.units] = (np.abs(_normal(n, len(small.units), seed=6)) < 0.4) * np.sign(
         _normal(n, 1, seed=8)
     )
     lines = [
@@ -284,13 +284,13 @@ def beta_crown():
     assert (signs != 0).any(1).all() and all(line.unstable.any() for line in lines)
     yield "central", _vjp(lambda a, b: bound(a, b).value, vjp, slopes, betas, method="central")
 
-    signs, values = signs[:, collapsed.units], np.where(signs == 0, slopes, betas)[:, collapsed.units]
-    part = bab.backward(collapsed, signs, values)
-    gradient = bab.gradient(signs, part, bab.forward(collapsed, part)[0])
+    signs, values = signs[:, small.units], np.where(signs == 0, slopes, betas)[:, small.units]
+    part = collapsed.backward(small, signs, values)
+    gradient = collapsed.gradient(signs, part, collapsed.forward(small, part)[0])
     yield (
         "central",
         _vjp(
-            lambda v: bab.backward(collapsed, signs, v).bound,
+            lambda v: collapsed.backward(small, signs, v).bound,
             lambda dy: dy[:, None] * gradient,
             values,
             method="central",

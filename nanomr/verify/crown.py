@@ -8,7 +8,6 @@ derived by hand. ``docs/derivations/crown.md``.
 All in the dtype of the chain: float64 for what is claimed, float32 only to search.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -249,11 +248,11 @@ class Found(NamedTuple):
 
 def alpha_crown(
     chain: Chain, box: Box, lines, rows, owner, *, steps: int = 20, rate: float = 0.5, decay: float = 0.98,
-    target: float = 0.0, stop: Callable | None = None,
+    target: float = 0.0,
 ) -> Found:  # fmt: skip
     """Better lower bounds of ``rows . logits`` than :func:`lower`: projected Adam over the slopes, the best kept.
 
-    A row is left alone once its bound is above ``target``, a number or (S,). ``stop()``: true when time is up.
+    A row is left alone once its bound is above ``target``, a number or (S,).
     """
     owner, rows = np.asarray(owner), np.asarray(rows, chain.dtype)
     slopes = [line.lower[owner].copy() for line in lines]
@@ -261,7 +260,7 @@ def alpha_crown(
     first, second = ([np.zeros_like(s) for s in slopes] for _ in range(2))
     for step in range(steps + 1):
         left = np.flatnonzero(~(best.value > target))
-        if len(left) == 0 or (step and stop is not None and stop()):
+        if len(left) == 0:
             break
         part = [s[left] for s in slopes]
         bound = lower(chain, box, lines, rows[left], owner[left], part)

@@ -55,22 +55,12 @@ def _climb(w, c, n, rest, k):
 
 
 @_jit
-def least(w, c, k):
-    """Lower bounds of w . y, w (S, D), over the y in [-1, 1] with c . y + k <= 0: (S,).
+def least(factors, start, columns, values, c, k):
+    """Lower bounds of w . y over the y in [-1, 1] with c . y + k <= 0, for w = factors (S, U) @ the matrix (U, D) of a
+    :class:`Rows`: (bounds, multipliers m), (S,) each.
 
-    Of the dual, max over m >= 0 of m k - |w + m c|, a concave function: every m gives a bound, bisection a good one.
-    """
-    best = np.empty(len(w))
-    for i in range(len(w)):
-        best[i] = _climb(w[i], c, len(c), 0.0, k)[0]
-    return best
-
-
-@_jit
-def least_of_sums(factors, start, columns, values, c, k):
-    """:func:`least` of factors (S, U) @ the matrix (U, D) of a :class:`Rows`: (bounds, multipliers m), (S,) each.
-
-    A multiplier is a float32 number, and its bound is that number's.
+    Of the dual, max over m >= 0 of m k - |w + m c|, a concave function: every m gives a bound, bisection a good one. A
+    multiplier is a float32 number, and its bound is that number's.
     """
     best, m = np.empty(len(factors)), np.empty(len(factors))
     total, last = np.empty(len(c)), np.full(len(c), -1)  # w, and the row that each of its entries is of

@@ -1,10 +1,11 @@
 """Can the margin of one image come down to a threshold in its box? A mixed-integer program, decided by HiGHS.
 
 The big-M model of Tjeng, Xiao and Tedrake (2019), collapsed: only the ReLUs that are unstable in the box get
-variables, and everything between them is multiplied out by carrying rows backwards through the layers. The question is
-put as "margin <= threshold: infeasible?", not "how small is the margin?": that is the faster one by far.
+variables, and everything between them is multiplied out (:mod:`~nanomr.verify.collapsed`). The question is put as
+"margin <= threshold: infeasible?", not "how small is the margin?": that is the faster one by far.
 
-Before the solver starts, :func:`restrict` draws the ReLUs' bounds in: only images with margin <= threshold matter.
+It begins where the root of a tree (:mod:`~nanomr.verify.bab`) ends: with bounds of the ReLUs' inputs at the images with
+margin <= threshold alone.
 """
 
 import multiprocessing
@@ -18,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from . import crown
+from .bab import branch_and_bound
 from .chain import Chain
-from .halfspace import least
+from .collapsed import Collapsed, collapse
+from .crown import margin_rows
 
 SMALL = 1e-9  # HiGHS drops matrix entries up to this size
 SLACK = 1e-8  # every bound and the threshold are this much (relatively) looser than asked for: rounding stays inside
@@ -201,11 +203,17 @@ def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
         slack = 1e-6 * (1 + abs(z))
         if not ((z >= z_low - slack) & (z <= z_high + slack)).all():
             return done("error", "a ReLU's bounds are wrong: the middle of the box is outside of them")
-    relus = restrict(chain, low, high, relus, label, rival, threshold=threshold,
-                     stop=lambda: time.process_time() - begin > 0.5 * cpu_limit)  # fmt: skip
-    if relus is None:
-        return done("infeasible", "bounds where margin <= threshold")
-    program = build(chain, low, high, relus, label, rival, threshold)
+    root = branch_and_bound(
+        chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=0.5 * cpu_limit, rounds=8, max_domains=1
+    )
+    if root.status == "proved":
+        return done("infeasible", "the tree's root")
+    if root.status == "candidate":
+        return done("candidate", "the tree's root")._replace(image=root.image)
+    if root.root is None or not np.isfinite(root.root).all():
+        return done("error", "bounds that are not finite")
+    net = collapse(chain, low, high, relus, margin_rows([label], [rival], chain.classes)[0])
+    program = build(net, *root.root, threshold)
     for values in (program.value, program.column_low, program.column_high, program.cost, program.row_high):
         if not (abs(values[values != np.inf]) < LARGE).all():
             return done("error", "the model's numbers are not finite, or too large")
@@ -221,92 +229,26 @@ def _answer(found, low, high, threshold, used):
     return found._replace(image=image, bound=bound, seconds=found.seconds + used)
 
 
-# --- what is known where the margin is small --------------------------------------------------------------------------
-
-
-def restrict(chain: Chain, low, high, relus, label: int, rival: int, *, threshold=0.0, rounds=8, stop=None):
-    """``relus`` drawn in to the images of the box (1, H, W, C) with margin <= threshold; None if there are none.
-
-    A linear bound c . x + k <= margin leaves the half-space c . x + k <= threshold, and bounds of a ReLU's input over
-    box and half-space are again linear bounds: w . x >= w . x + m (c . x + k - threshold) for every m >= 0. Tighter
-    bounds make a better c . x + k, and so on, for as long as it pays, at most ``rounds`` times (the output-constrained
-    bounds of Kotha et al., 2023, with bisection in the place of their gradient search).
-    """
-    box, owner = crown.Box.between(low, high), np.zeros(1, int)
-    radius = box.radius.ravel()
-    rows = crown.margin_rows([label], [rival], chain.classes)
-    limit = threshold + SLACK * (1 + abs(threshold))
-    relus = [(z_low.copy(), z_high.copy()) for z_low, z_high in relus]
-    previous = np.inf
-    for _ in range(rounds):
-        lines = [crown.Lines.around(*bounds) for bounds in relus]
-        found = crown.alpha_crown(chain, box, lines, rows, owner, steps=20, target=limit, stop=stop)
-        gap = limit - found.value[0]
-        if gap < 0:
-            return None
-        if not gap < 0.9 * previous or (stop is not None and stop()):
-            break
-        previous = gap
-        bound = crown.lower(chain, box, lines, rows, owner, found.slopes)
-        c = bound.image.ravel() * radius
-        k = bound.value[0] + abs(c).sum() - limit
-        for layer, (z_low, z_high) in enumerate(relus):
-            flat_low, flat_high = z_low.reshape(-1), z_high.reshape(-1)  # views: contiguous
-            units = np.flatnonzero((flat_low < 0) & (flat_high > 0))
-            for first in range(0, len(units), crown.ROWS // 2):
-                part = units[first : first + crown.ROWS // 2]
-                sides = np.zeros((2 * len(part), flat_low.size))
-                sides[np.arange(len(part)), part] = 1
-                sides[len(part) + np.arange(len(part)), part] = -1
-                sides = sides.reshape(-1, *z_low.shape[1:])
-                linear = crown.lower(chain, box, lines[:layer], sides, np.zeros(len(sides), int))
-                w = linear.image.reshape(len(sides), -1) * radius
-                value = linear.value + abs(w).sum(1) + least(w, c, k)
-                value -= SLACK * (1 + abs(value))
-                flat_low[part] = np.maximum(flat_low[part], value[: len(part)])
-                flat_high[part] = np.minimum(flat_high[part], -value[len(part) :])
-            # Units that were stable before are left out: there rounding alone may have put low above high, by an ulp
-            # (a box of one point). NaN, which is not >, goes on, and proves nothing.
-            if (flat_low[units] > flat_high[units]).any():
-                return None
-            lines[layer] = crown.Lines.around(z_low, z_high)
-    return relus
-
-
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: float = 0.0) -> Program:
-    """The collapsed big-M model of "margin <= threshold", for one image's box and ReLU bounds (leading 1 each).
+def build(net: Collapsed, low, high, threshold: float = 0.0) -> Program:
+    """The big-M model of "margin <= threshold", from bounds (U,) of the unstable ReLUs' inputs.
 
-    Variables: the pixels, as t in [-1, 1] with x = centre + radius t; of every unstable ReLU its output a in [0, up],
-    the slack s = a - z in [0, down] and a binary d, with a <= up d and s <= down (1 - d). One dense row a - s = z each.
+    Variables: the pixels, as t in [-1, 1], their places in the box; of every unstable ReLU its output a in [0, up], the
+    slack s = a - z in [0, down] and a binary d, with a <= up d and s <= down (1 - d). One dense row a - s = z each.
     """
-    centre, radius = 0.5 * (low + high).ravel(), 0.5 * (high - low).ravel()
-    unstable = [(z_low < 0) & (z_high > 0) for z_low, z_high in relus]
-    counts = [int(u.sum()) for u in unstable]
-    units, pixels = sum(counts), radius.size
-    ends = pixels + np.concatenate([[0], np.cumsum(counts)]).astype(int)
-    weight, bias = np.zeros((units + 1, pixels + units)), np.zeros(units + 1)
-    for k in range(len(relus) + 1):
-        if k == len(relus):
-            rows = crown.margin_rows([label], [rival], chain.classes)
-        else:
-            rows = np.zeros((counts[k], unstable[k].size))
-            rows[np.arange(counts[k]), np.flatnonzero(unstable[k])] = 1
-            rows = rows.reshape(-1, *unstable[k].shape[1:])
-        at = slice(ends[k] - pixels, ends[k] - pixels + len(rows))
-        for first in range(at.start, at.stop, crown.ROWS):
-            part = slice(first, min(first + crown.ROWS, at.stop))
-            _carry(chain, relus, unstable, rows[part.start - at.start : part.stop - at.start], k, ends,
-                   weight[part], bias[part])  # fmt: skip
-    bias += weight[:, :pixels] @ centre
-    weight[:, :pixels] *= radius
+    pixels = net.image.shape[1]
+    weight = np.block([[net.image, net.between], [net.row_image, net.row_units]])
+    bias = np.append(net.bias, net.row_bias)
+    on, unstable = low >= 0, (low < 0) & (high > 0)  # what these bounds make stable is folded in as well
+    through = weight[:, pixels:][:, on] @ np.linalg.inv(np.eye(on.sum()) - net.between[np.ix_(on, on)])
+    weight, bias = weight + through @ weight[:-1][on], bias + through @ bias[:-1][on]
+    weight = weight[np.append(unstable, True)][:, np.append(np.ones(pixels, bool), unstable)]
+    bias, low, high, units = bias[np.append(unstable, True)], low[unstable], high[unstable], int(unstable.sum())
 
     # A wider big-M, a wider bound or a looser threshold is a relaxation: rounding cannot cut off an image.
-    down = np.concatenate([[], *(-z_low[on] for (z_low, _), on in zip(relus, unstable, strict=True))])
-    up = np.concatenate([[], *(z_high[on] for (_, z_high), on in zip(relus, unstable, strict=True))])
-    down, up = down + SLACK * (1 + down), up + SLACK * (1 + up)
+    down, up = -low + SLACK * (1 - low), high + SLACK * (1 + high)
     threshold = threshold + SLACK * (1 + abs(threshold))
 
     # HiGHS would drop tiny entries, and with them perhaps the only counterexample. They are dropped here, and what
@@ -327,7 +269,7 @@ def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: flo
     a, s, d = (pixels + j * units + one for j in range(3))
     lengths = np.concatenate([entries.sum(1), np.full(2 * units, 2), [len(margin_at)]])
     none, ones = np.zeros(2 * units), np.ones(units)
-    edge = 1.0 * (radius > 0)
+    edge = np.ones(pixels)
     return Program(
         cost=np.concatenate([margin, none]),
         offset=float(bias[units] + below[units]),
@@ -343,18 +285,6 @@ def build(chain: Chain, low, high, relus, label: int, rival: int, threshold: flo
                               margin[margin_at]]),
         binaries=units,
     )  # fmt: skip
-
-
-def _carry(chain, relus, unstable, rows, last, ends, weight, bias):
-    """Write rows . (the output of stage ``last``) as weight . (pixels, outputs of the unstable ReLUs) + bias."""
-    for k in range(last, -1, -1):
-        stage = chain.stages[k]
-        bias += crown.inner(rows, stage.bias)
-        rows = stage.transpose(rows)
-        if k:
-            weight[:, ends[k - 1] : ends[k]] = rows[:, unstable[k - 1][0]]
-            rows = rows * (relus[k - 1][0] >= 0)  # on: passed on; off: 0; unstable: a variable
-    weight[:, : ends[0]] = rows.reshape(len(rows), -1)
 
 
 # --- HiGHS ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,233 @@
+"""The margin of one image and one rival, with the network's stable ReLUs folded into matrices, and its bounds.
+
+Between the unstable ReLUs everything is affine: :func:`collapse` multiplies it out, once, for the trees
+(:mod:`~nanomr.verify.bab`) and the MILP (:mod:`~nanomr.verify.milp`). ``docs/derivations/beta_crown.md``.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from .chain import Chain
+from .crown import Box, Lines, inner
+from .halfspace import Rows, least
+
+RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
+SLACK_64 = 1e-7  # every float64 bound is this much (relatively) looser: rounding stays inside, that of a checker too
+
+
+class Collapsed(NamedTuple):
+    """The margin as a function of the unstable ReLUs' inputs z (U,) and of y in [-1, 1] (D,), the place in the box:
+
+    z = image y + bias + between relu(z),  margin = row_image . y + row_units . relu(z) + row_bias
+
+    ``between`` is strictly lower triangular by layers, ``layers`` their slices of the units. upper, offset, lower: the
+    lines of :class:`~nanomr.verify.crown.Lines`. ``sparse``: ``image`` again. ``units``: flat unit indices.
+    """
+
+    image: np.ndarray
+    bias: np.ndarray
+    between: np.ndarray
+    row_image: np.ndarray
+    row_units: np.ndarray
+    row_bias: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    offset: np.ndarray
+    sparse: Rows
+    units: np.ndarray
+    layers: list[slice]
+
+    def single(self) -> "Collapsed":
+        """The same in float32, but for ``sparse``."""
+        return Collapsed(*(np.asarray(v, np.float32) for v in self[:-3]), *self[-3:])
+
+    def pick(self, layers) -> np.ndarray:
+        """The units' entries (U,) of arrays (1, ...), one for each ReLU layer."""
+        return _flat(layers)[self.units]
+
+    def ends(self, relus) -> list[np.ndarray]:
+        """(low, high) (U,) of the units, from those of each layer."""
+        return [self.pick(side) for side in zip(*relus, strict=True)] if relus else [np.zeros(0)] * 2
+
+
+def _flat(layers):
+    """What each ReLU layer has, (1, ...), one after another."""
+    return np.concatenate([np.zeros(0), *(np.ravel(v) for v in layers)])
+
+
+def collapse(chain: Chain, low, high, relus, row) -> Collapsed:
+    """The network in the box [low, high] (1, H, W, C), its stable ReLUs replaced by 0 or the identity.
+
+    relus: the bounds of every ReLU's input, (1, ...) each; row (K,): the margin is row . logits.
+    """
+    box, lines = Box.between(low, high), [Lines.around(*r) for r in relus]
+    places = [np.flatnonzero(line.unstable) for line in lines]
+    ends = np.cumsum([0, *map(len, places)])
+    layers, n = [slice(a, b) for a, b in pairwise(ends)], ends[-1]
+    image, bias, between = np.zeros((n + 1, low.size)), np.zeros(n + 1), np.zeros((n + 1, n))
+    for m, at in enumerate([*layers, slice(n, n + 1)]):
+        if at.start == at.stop:
+            continue
+        if m < len(lines):
+            a = np.zeros((len(places[m]), lines[m].lower.size))
+            a[np.arange(len(a)), places[m]] = 1
+            a = a.reshape(-1, *lines[m].lower.shape[1:])
+        else:
+            a = np.asarray(row, np.float64)[None]
+        for k in range(m, -1, -1):
+            bias[at] += inner(a, chain.stages[k].bias)
+            a = chain.stages[k].transpose(a)
+            if k:
+                line = lines[k - 1]
+                between[at, layers[k - 1]] = a.reshape(len(a), -1)[:, places[k - 1]]
+                a = a * np.where(line.unstable, 0, line.lower)
+        image[at] = a.reshape(len(a), -1)
+    bias += image @ box.centre.ravel()
+    image *= box.radius.ravel()
+    image_row = image[n]
+    units = np.flatnonzero(_flat([line.unstable for line in lines])).astype(np.int32)
+    own = [_flat([getattr(line, name) for line in lines])[units] for name in ("lower", "upper", "offset")]
+    image, sparse = image[:n], Rows.of(image[:n])
+    return Collapsed(image, bias[:n], between[:n], image_row, between[n], bias[n], *own, sparse, units, layers)
+
+
+# --- the bound of a domain, and its gradient --------------------------------------------------------------------------
+# A domain is a row of ``signs`` (S, U): 0 not split, +1 "z >= 0", -1 "z <= 0"; and one of ``values`` (S, U): alpha of
+# an unstable ReLU that is not split, beta of one that is.
+
+
+class Part(NamedTuple):
+    """``bound`` (S,); the coefficients on the relus (S, U) and on y (S, D); the lines in use (S, U) each."""
+
+    bound: np.ndarray
+    relus: np.ndarray
+    image: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    offset: np.ndarray
+
+
+def backward(net: Collapsed, signs, values, chords=None) -> Part:
+    """beta-CROWN bounds: the coefficient of a split ReLU's input is that on its output, or 0, minus sign beta.
+
+    ``chords``: (upper, offset) of each domain, (S, U), where they are not the network's.
+    """
+    free, on = signs == 0, (signs > 0).astype(values.dtype)
+    upper, offset = (net.upper, net.offset) if chords is None else chords
+    below, above = np.where(free, values, on), np.where(free, upper, on)
+    offset, force = np.where(free, offset, 0 * on), np.where(free, 0 * on, -signs * values)
+    relus, inputs = np.empty_like(values), np.empty_like(values)
+    for at in reversed(net.layers):
+        a = net.row_units[at] + inputs[:, at.stop :] @ net.between[at.stop :, at]
+        negative = np.minimum(a, 0)
+        relus[:, at] = a
+        inputs[:, at] = (a - negative) * below[:, at] + negative * above[:, at] + force[:, at]
+    image = inputs @ net.image
+    image += net.row_image
+    bound = inputs @ net.bias + inner(np.minimum(relus, 0), offset) + net.row_bias - abs(image).sum(1)
+    return Part(bound, relus, image, below, above, offset)
+
+
+def forward(net: Collapsed, part: Part):
+    """(z (S, U), relaxed outputs (S, U), true margins (S,), corners y (S, D)) at the minimisers of the bounds.
+
+    z and the outputs are those of the relaxed network; the margins are the network's own at the same y.
+    """
+    y = -np.sign(part.image)
+    true = y @ net.image.T + net.bias
+    z, out, kept = true.copy(), np.empty_like(true), np.empty_like(true)
+    for at in net.layers:
+        z[:, at] += out[:, : at.start] @ net.between[at, : at.start].T
+        true[:, at] += kept[:, : at.start] @ net.between[at, : at.start].T
+        lines = part.lower[:, at] * z[:, at], part.upper[:, at] * z[:, at] + part.offset[:, at]
+        out[:, at] = np.where(part.relus[:, at] >= 0, *lines)
+        kept[:, at] = np.maximum(true[:, at], 0)
+    return z, out, y @ net.row_image + kept @ net.row_units + net.row_bias, y
+
+
+def gradient(signs, part: Part, z):
+    """The derivatives of the bounds by ``values``: the positive part of the coefficient times z; -sign z for beta."""
+    return np.where(signs == 0, np.maximum(part.relus, 0) * z, -signs * z)
+
+
+class Climb(NamedTuple):
+    """The best bounds (S,) of some domains, the values (S, U) that give them; the lowest margin seen, and where."""
+
+    bound: np.ndarray
+    values: np.ndarray
+    margin: float
+    y: np.ndarray
+
+
+def climb(net: Collapsed, signs, values, scale, steps: int, target: float, chords=None) -> Climb:
+    """Adam on alpha and beta together, projected; the best of ``steps`` + 1 points. A bound > target is left alone."""
+    best, kept = np.full(len(values), -np.inf, values.dtype), values.copy()
+    margin, where, left = np.inf, np.zeros_like(net.row_image), np.arange(len(values))
+    first, second = np.zeros_like(values), np.zeros_like(values)
+    for step in range(steps + 1):
+        part = backward(net, signs, values, chords)
+        better = part.bound > best[left]
+        best[left[better]], kept[left[better]] = part.bound[better], values[better]
+        z, _, margins, y = forward(net, part)
+        if margins.min() < margin:
+            margin, where = float(margins.min()), y[margins.argmin()]
+        on = ~(part.bound > target)
+        if step == steps or not on.any():
+            break
+        slope = gradient(signs, part, z)
+        left, signs, values, first, second, slope = (
+            v if on.all() else v[on] for v in (left, signs, values, first, second, slope)
+        )
+        if chords is not None and not on.all():
+            chords = chords[0][on], chords[1][on]
+        first = 0.9 * first + 0.1 * slope
+        second = 0.999 * second + 0.001 * slope * slope
+        move = first / (1 - 0.9 ** (step + 1)) / (np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8)
+        free = signs == 0
+        values = values + DECAY**step * np.where(free, RATE, BETA_RATE * scale) * move
+        values = np.clip(values, 0, np.where(free, 1, np.inf)).astype(kept.dtype)
+    return Climb(best, kept, margin, where)
+
+
+# --- what is known where the margin is small --------------------------------------------------------------------------
+
+
+def restrict(net: Collapsed, part: Part, low, high, limit: float):
+    """(low, high, multipliers (2, U)): bounds (U,) of the units at the images of a domain with margin <= ``limit``.
+
+    ``part``: the domain's bound (1,); ``low``, ``high``: what is known already; all in float64. A bound is a linear
+    function c . y + k below the margin, so that these images lie in the half-space c . y + k <= limit; over it and the
+    box, the least of each unit's linear bounds (:func:`~nanomr.verify.halfspace.least`) is a bound of the
+    unit. These are the output-constrained bounds of Kotha et al., *Provably Bounding Neural Network Preimages*, 2023,
+    with bisection in the place of their gradient search. ``docs/derivations/beta_crown.md``.
+
+    low > high for any unit: there is no such image, and what comes after that unit's layer is left as it was.
+    """
+    low, high, multipliers = low.copy(), high.copy(), np.zeros((2, len(low)))
+    c = part.image[0]
+    k = part.bound[0] + abs(c).sum() - limit
+    for m, at in enumerate(net.layers):
+        units = at.start + np.flatnonzero((low[at] < 0) & (high[at] > 0))
+        if len(units) == 0:
+            continue
+        n, before = len(units), slice(0, at.start)
+        rows = np.concatenate([net.between[units, before], -net.between[units, before]])
+        factors, lines = np.zeros((2 * n, at.stop)), Lines.around(low[before], high[before])
+        factors[np.arange(2 * n), np.tile(units, 2)] = np.repeat([1.0, -1.0], n)
+        constant = factors[:, at] @ net.bias[at]
+        for e in reversed(net.layers[:m]):
+            a = rows[:, e] + factors[:, e.stop : at.start] @ net.between[e.stop : at.start, e]
+            negative = np.minimum(a, 0)
+            constant += negative @ lines.offset[e]
+            factors[:, e] = (a - negative) * lines.lower[e] + negative * lines.upper[e]
+        constant += factors[:, before] @ net.bias[before]
+        bound, found = least(factors, *net.sparse, c, k)
+        bound += constant
+        bound -= SLACK_64 * (1 + abs(bound))
+        multipliers[:, units] = found.reshape(2, n)
+        low[units], high[units] = np.maximum(low[units], bound[:n]), np.minimum(high[units], -bound[n:])
+        if (low > high).any():
+            break
+    return low, high, multipliers
