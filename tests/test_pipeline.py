@@ -69,6 +69,7 @@ def audit(case, outcomes):
             assert adversarial is None and min(record["bound"].values()) <= least + 1e-6
             errors = record["float32_error"]
             assert record["verified_float32"] == all(b > errors[t] for t, b in record["bound"].items())
+            assert record["stage"] == max(record["how"].values(), key=pipeline.METHODS.index)
             assert {t for t, how in record["how"].items() if how in ("alpha-crown", "bab")} == {
                 name.split("/")[0] for name in proof
             }

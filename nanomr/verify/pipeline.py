@@ -19,6 +19,7 @@ from .rounding import float32_errors
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
+METHODS = ("crown", "alpha-crown", "bab", "milp")  # to exclude a rival, in their order; milp leaves no proof to check
 PROVED = 1e-7  # a float64 bound of a margin above this is above 0 whatever its rounding, or a checker's, was
 FOR_FLOAT32 = 0.04  # of an image's time, for the attempt to prove a margin for float32 as well
 
@@ -144,7 +145,6 @@ class Verifier:
         record["solver"] = {}
         todo = sorted((b, t) for t, b in record["bound"].items() if not b > _target(record["float32_error"][t]))
         verdict, adversarial = "verified", None
-        stage = "alpha-crown" if "alpha-crown" in record["how"].values() else "crown"
         for bound, t in todo:
             if bound > PROVED:  # already, but not for float32
                 tree = branch_and_bound(
@@ -159,12 +159,13 @@ class Verifier:
             answer = self._settle(tried, low, high, relus, record, int(t), left)
             solved += answer.solver_seconds
             record["solver"][t] = answer.notes
-            stage = answer.stage
             if answer.verdict != "proved":
-                verdict, adversarial = answer.verdict, answer.adversarial
+                verdict, adversarial, stage = answer.verdict, answer.adversarial, answer.stage
                 break
             record["how"][t], record["bound"][t] = answer.stage, answer.bound
             proof |= {f"{t}/{name}": value for name, value in answer.proof.items()}
+        if verdict == "verified":
+            stage = max(record["how"].values(), key=METHODS.index)
         record |= {"verdict": verdict, "stage": stage}
         spent = time.process_time() - start + solved
         record["seconds"] = round(used + spent, 4)
