@@ -260,9 +260,7 @@ def beta_crown():
     row = verifier.margin_rows([0], [1], 3)
     small = collapsed.collapse(chain, low, low + 1, bounds, row[0])
     signs = np.zeros((n, 15), np.int8)
-    signs[:, small.units] = (np.abs(_normal(n, len(small.units), seed=6)) < 0.4) * np.sign(
-        _normal(n, 1, seed=8)
-    )
+    signs[:, small.units] = (np.abs(_normal(n, len(small.units), seed=6)) < 0.4) * np.sign(_normal(n, 1, seed=8))
     lines = [
         verifier.Lines.around(np.where(sign > 0, np.maximum(a, 0), a), np.where(sign < 0, np.minimum(b, 0), b))
         for sign, (a, b) in zip(np.split(signs, [6, 11], axis=1), bounds, strict=True)

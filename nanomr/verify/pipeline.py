@@ -89,11 +89,18 @@ class Verifier:
         run.charge("crown", left)
         run.close_verified("crown")
 
-        open_ = np.flatnonzero(~(bound.value > error))
+        target = _target(error)
+        open_ = np.flatnonzero(~(bound.value > target))
         if len(open_):
             images_ = np.unique(left[owner[open_]])
             found = alpha_crown(
-                self.chain, box, lines, rows[open_], owner[open_], steps=options.alpha_steps, target=error[open_]
+                self.chain,
+                box,
+                lines,
+                rows[open_],
+                owner[open_],
+                steps=options.alpha_steps,
+                target=target[open_],
             )
             # the slopes as the proof will have them
             slopes = [s.astype(np.float32).astype(np.float64) for s in found.slopes]
@@ -289,9 +296,9 @@ class _Screening:
         return [Outcome(*parts) for parts in zip(self.records, self.proofs, self.adversarial, strict=True)]
 
 
-def _target(error: float) -> float:
+def _target(error):
     """What a margin's bound is to exceed: the float32 error, if there is a bound on it."""
-    return max(error, PROVED) if error < np.inf else PROVED
+    return np.where(error < np.inf, np.maximum(error, PROVED), PROVED)
 
 
 def _finish(record: dict):
