@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from nanomr import checkpoint, models
 from nanomr.layers import BatchNorm2d, Linear, Normalize
 from nanomr.models import Model
 from nanomr.verify import crown, rounding
+from nanomr.verify.bab import branch_and_bound
 from nanomr.verify.chain import Chain
 
 certificate = pytest.importorskip("nanomr.verify.certificate", reason="SciPy is not installed (nanomr[verify])")
@@ -118,7 +120,7 @@ def test_agrees_with_the_verifier(name, rng, tmp_path):
 
 def four_leaves(draw, unstable, limit=None):
     """A proof of four leaves: one unstable ReLU is split, and then another in each half. A few slopes are of stable
-    ReLUs, where they mean nothing. With a limit, the first leaf gets a restricted child (node 7)."""
+    ReLUs. With a limit, the first leaf gets a restricted child (node 7)."""
     units = draw.permutation(np.flatnonzero(unstable))[: max(3, 3 * int(unstable.sum()) // 4)]
     units = np.append(units, draw.permutation(np.flatnonzero(~unstable))[:20]).astype(np.int32)
     a, b, c = 1 + units[:3]
@@ -154,12 +156,13 @@ def test_leaves_agree_with_the_verifier(name, rng, tmp_path):
     default = np.concatenate([crown.Lines.around(*r).lower.ravel() for r in relus])
     for sign, value in zip(proof["signs"], proof["values"], strict=True):
         z_low, z_high, slopes, forces = flat[0].copy(), flat[1].copy(), default.copy(), np.zeros_like(default)
-        slopes[proof["units"]] = value
+        slopes[proof["units"]] = np.where(sign == 0, value, sign > 0)
         for unit, s, b in zip(proof["units"], sign, value, strict=True):
             if s:
                 z_low[unit], z_high[unit] = (0, z_high[unit]) if s > 0 else (z_low[unit], 0)
                 forces[unit] = -s * b
         lines = [crown.Lines.around(*r) for r in zip(layers(z_low), layers(z_high), strict=True)]
+        lines = [line._replace(unstable=np.ones_like(line.unstable)) for line in lines]  # the slopes are given for all
         box = crown.Box.between(low, high)
         values.append(crown.lower(chain, box, lines, row, [0], layers(slopes), layers(forces)).value[0])
     plain = certificate.check_image(network, image, 0, 0.02).bound[2]
@@ -168,6 +171,27 @@ def test_leaves_agree_with_the_verifier(name, rng, tmp_path):
     assert abs(ours - min(values)) <= 1e-12 * max(1, abs(min(values)))
     assert len(set(values)) == 4
     assert certificate.check_image(network, image, 0, 0.02, {2: proof}).bound[2] == max(plain, ours)
+
+
+@pytest.mark.parametrize("rounds", [0, 4])
+@pytest.mark.parametrize("name", ["mlp", "mlp, batch norm"])
+def test_the_verifiers_trees_are_proofs(name, rounds, rng, tmp_path):
+    """Rounding errors included, though the two round differently: as little as 1e-9 may not turn a sign round."""
+    model = randomise(NETWORKS[name](), rng)
+    network, chain, eps, domains = read(model, tmp_path), Chain(model), 0.05, []
+    for image, share in itertools.product([picture(model, rng) for _ in range(6)], (0.2, 0.35, 0.5)):
+        low, high = crown.image_box(image[None], eps)
+        relus, logits = crown.crown(chain, low, high), chain.forward(image[None])[0][0]
+        for rival, bound in certificate.check_image(network, image, 0, eps).bound.items():
+            threshold = bound + share * (logits[0] - logits[rival] - bound)
+            tree = branch_and_bound(
+                chain, low, high, relus, 0, rival, threshold=threshold, rounds=rounds, max_domains=100
+            )
+            if tree.status == "proved":
+                domains.append(tree.domains)
+                found = certificate.check_image(network, image, 0, eps, {rival: tree.proof}).bound[rival]
+                assert threshold < tree.bound <= found <= tree.bound + 1e-5 * (1 + abs(tree.bound))
+    assert max(domains) >= 5
 
 
 # --- in exact arithmetic ----------------------------------------------------------------------------------------------
@@ -488,7 +512,7 @@ def test_restricted_bounds_are_those_of_the_formula(times, rng, tmp_path):
         for column, unit in enumerate(units):
             if sign[column]:
                 force[unit] = -sign[column] * value[column]
-            elif low[unit] < 0 < high[unit]:
+            else:
                 slopes[0, unit] = value[column]
         c, k = plain_backward(maps, np.array([1.0, -1, 0]), [slopes[:, s] for s in at], [force[s] for s in at])
         for layer, s in enumerate(at):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .chain import Chain
-from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collapse, forward, restrict
+from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collapse, forward, is_empty, restrict
 from .crown import Box, Found, Lines, inner, margin_rows
 
 CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
@@ -251,13 +251,12 @@ def branch_and_bound(
         return x[0] if inner(row, chain.forward(x)[0])[0] <= threshold else None
 
     def bounds_64(domains: list[Domain]) -> list[Part]:
-        """What is claimed of each domain: bounds (1,) in float64, on the safe side."""
+        """The bound (1,) of each domain in float64."""
         if not domains:
             return []
         signs, values = np.stack([d.signs for d in domains]), np.stack([d.values for d in domains]).astype(np.float64)
         lines = Lines.around(*(np.stack(side) for side in zip(*(d.bounds for d in domains), strict=True)))
         part = backward(exact, signs, values, (lines.upper, lines.offset))
-        part = part._replace(bound=part.bound - SLACK_64 * (1 + abs(part.bound)))
         return [Part(*(v[i : i + 1] for v in part)) for i in range(len(domains))]
 
     def close(domains: list[Domain], bounds) -> np.ndarray:
@@ -266,8 +265,9 @@ def branch_and_bound(
         done = np.zeros(len(domains), bool)
         ready = np.flatnonzero(bounds > target)
         for i, part in zip(ready, bounds_64([domains[i] for i in ready]), strict=True):
-            if part.bound[0] > limit:
-                done[i], least = True, min(least, part.bound[0])
+            bound = part.bound[0] - SLACK_64 * (1 + abs(part.bound[0]))
+            if bound > limit:
+                done[i], least = True, min(least, bound)
                 proof.rows[domains[i].node] = domains[i].signs, domains[i].values
         return done
 
@@ -281,12 +281,12 @@ def branch_and_bound(
                 proof.rows[domain.node] = domain.signs, domain.values
                 node = proof.add(domain.node, 0)
                 proof.multipliers.append(multipliers.astype(np.float32))
-                if (known[0] > known[1]).any():
+                if is_empty(*known):
                     proof.rows[node] = 0 * domain.signs, 0 * domain.values
                     drawn.append(None)
                     continue
-                stable = (domain.signs == 0) & ~((known[0] < 0) & (known[1] > 0))
-                signs = np.where(stable, np.where(known[0] >= 0, 1, -1), domain.signs).astype(np.int8)
+                stable = (domain.signs == 0) & ((known[0] >= SLACK_64) | (known[1] <= -SLACK_64))
+                signs = np.where(stable, np.where(known[0] > 0, 1, -1), domain.signs).astype(np.int8)
                 drawn.append(Domain(node, signs, np.where(stable, 0, domain.values), Frame.of(*known)))
             gaps = gaps[[d is not None for d in drawn]]
             drawn = [d for d in drawn if d is not None]

@@ -371,7 +371,7 @@ def _bound(network, reached, row, low, high, tree: Proof, i: int):
     _demand((low[units] >= 0)[signs > 0].all() and (high[units] <= 0)[signs < 0].all(),
             "a sign is not what the splits and restrictions above it say")  # fmt: skip
     lower, upper, offset, force = lines = np.array(_lines(low, high))
-    lower[units] = np.where(signs != 0, signs > 0, np.where(offset[units] > 0, values, lower[units]))
+    lower[units] = np.where(signs != 0, signs > 0, values)  # of a stable ReLU, too: alpha z <= relu(z) for every z
     upper[units] = np.where(signs != 0, signs > 0, upper[units])
     offset[units] = np.where(signs != 0, 0, offset[units])
     force[units] = -signs * values

@@ -14,7 +14,7 @@ from .crown import Box, Lines, inner
 from .halfspace import Rows, least
 
 RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
-SLACK_64 = 1e-7  # every float64 bound is this much (relatively) looser: rounding stays inside, that of a checker too
+SLACK_64 = 1e-6  # by how much (relatively) float64 must show a thing: a checker whose rounding differs sees it, too
 
 
 class Collapsed(NamedTuple):
@@ -203,7 +203,7 @@ def restrict(net: Collapsed, part: Part, low, high, limit: float):
     unit. These are the output-constrained bounds of Kotha et al., *Provably Bounding Neural Network Preimages*, 2023,
     with bisection in the place of their gradient search. ``docs/derivations/beta_crown.md``.
 
-    low > high for any unit: there is no such image, and what comes after that unit's layer is left as it was.
+    Where a unit's bounds leave no image (:func:`is_empty`), those of later layers are left as they were.
     """
     low, high, multipliers = low.copy(), high.copy(), np.zeros((2, len(low)))
     c = part.image[0]
@@ -225,9 +225,13 @@ def restrict(net: Collapsed, part: Part, low, high, limit: float):
         constant += factors[:, before] @ net.bias[before]
         bound, found = least(factors, *net.sparse, c, k)
         bound += constant
-        bound -= SLACK_64 * (1 + abs(bound))
         multipliers[:, units] = found.reshape(2, n)
         low[units], high[units] = np.maximum(low[units], bound[:n]), np.minimum(high[units], -bound[n:])
-        if (low > high).any():
+        if is_empty(low, high):
             break
     return low, high, multipliers
+
+
+def is_empty(low, high) -> bool:
+    """Do these bounds leave no image? NaN, which is not above anything, does not say so."""
+    return bool((low > high + SLACK_64 * (1 + abs(high))).any())
