@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nanomr import __version__, checkpoint, cli, data, metrics, plots
 from nanomr.errors import UserError
-from nanomr.verify import attack, certificate, milp, onnx_io, pipeline, results, vnnlib
+from nanomr.verify import attack, certificate_results, milp, onnx_io, pipeline, results, vnnlib
 from nanomr.verify.chain import Chain
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches
@@ -243,7 +243,7 @@ def check(args) -> int:
             f"{args.check}: image {max(records)} is not in the data set ({len(dataset.test_labels)} images)"
         )
     with tqdm(total=len(records), desc="checking", unit="img", disable=None) as bar:
-        found = certificate.check_results(
+        found = certificate_results.check_results(
             args.check, cli.weights_file(args.weights), metrics.as_float(dataset.test_images), dataset.test_labels,
             predict=lambda x: model.forward(x)[0].argmax(1), progress=lambda done, _: bar.update(done - bar.n),
         )  # fmt: skip

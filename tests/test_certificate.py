@@ -22,8 +22,10 @@ from nanomr.verify import crown, rounding
 from nanomr.verify.bab import branch_and_bound
 from nanomr.verify.chain import Chain
 
-certificate = pytest.importorskip("nanomr.verify.certificate", reason="SciPy is not installed (nanomr[verify])")
-CertificateError = certificate.CertificateError
+pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
+from nanomr.verify import certificate, certificate_network, certificate_results
+from nanomr.verify.certificate_network import CertificateError, read_network
+
 EPS, SEED = 0.05, 16  # the seed: of a network some of whose 30 images are robust, and some not
 exact = np.frompyfunc(Fraction, 1, 1)  # float -> Fraction: no error
 
@@ -75,7 +77,7 @@ NETWORKS = {
 
 def read(model, folder):
     model.save(Path(folder) / "model.safetensors")
-    return certificate.read_network(folder)
+    return read_network(folder)
 
 
 def rivals(network, label):
@@ -108,7 +110,7 @@ def test_agrees_with_the_verifier(name, rng, tmp_path):
     network = network._replace(slack=0.0)  # without the rounding terms: the same bounds
     ours = list(certificate.check_image(network, image, label, eps).bound.values())
     np.testing.assert_allclose(ours, theirs.value, rtol=0, atol=1e-12 * scale)
-    reached = certificate._reach(network, *certificate._image_box(image, eps))
+    reached = certificate.reach(network, *certificate._image_box(image, eps))
     mine = [r for r in reached if r.lines]
     assert len(mine) == len(relus)
     for r, (z_low, z_high) in zip(mine, relus, strict=True):
@@ -166,7 +168,7 @@ def test_leaves_agree_with_the_verifier(name, rng, tmp_path):
         box = crown.Box.between(low, high)
         values.append(crown.lower(chain, box, lines, row, [0], layers(slopes), layers(forces)).value[0])
     plain = certificate.check_image(network, image, 0, 0.02).bound[2]
-    reached = certificate._reach(network, *certificate._image_box(image, 0.02))
+    reached = certificate.reach(network, *certificate._image_box(image, 0.02))
     ours = certificate._replay(network, reached, row, proof)
     assert abs(ours - min(values)) <= 1e-12 * max(1, abs(min(values)))
     assert len(set(values)) == 4
@@ -231,7 +233,7 @@ def test_no_image_is_below_a_bound(tmp_path_factory, seed, eps):
     model = tiny(draw)
     network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
     box = certificate._image_box(image, eps)
-    reached = certificate._reach(network, *box)
+    reached = certificate.reach(network, *box)
     unstable = np.concatenate([r.lines.offset > 0 for r in reached if r.lines])
     unstable[:3] = True  # a split of a stable ReLU is a fair one, too
     proof = four_leaves(draw, unstable)
@@ -252,7 +254,7 @@ def test_bounds_are_never_worse_than_intervals(tmp_path_factory, seed):
     model = tiny(draw, (8, 6, 6, 6, 3))
     network = read(model, tmp_path_factory.mktemp("m"))
     low, high = certificate._image_box(picture(model, draw), 0.4)
-    reached = certificate._reach(network, low, high)
+    reached = certificate.reach(network, low, high)
     for k, (weight, bias) in enumerate(rational(model)[:-1]):
         weight, bias = weight.astype(float), bias.astype(float)
         middle, width = weight @ (0.5 * (low + high)) + bias, abs(weight) @ (0.5 * (high - low))
@@ -272,9 +274,9 @@ def test_rounding_errors_of_the_backward_pass_are_covered(tmp_path_factory, seed
     model = tiny(draw)
     network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
     box = certificate._image_box(image, 0.1)
-    reached = certificate._reach(network, *box)
+    reached = certificate.reach(network, *box)
     row = np.eye(3)[0] - np.eye(3)[1]
-    ours = certificate._lower(network, reached, row[None])[0]
+    ours = certificate.lower(network, reached, row[None])[0]
     a, value = exact(row), Fraction(0)
     for (weight, bias), r in zip(reversed(maps), reversed(reached), strict=True):
         value += a @ bias
@@ -302,12 +304,12 @@ def test_rounding_errors_at_one_image_are_covered(tmp_path_factory, seed):
     network, maps = read(model, tmp_path_factory.mktemp("m")), rational(model)
     x = picture(model, draw).astype(float).ravel()
     *inputs, logits = forward(maps, x)
-    reached = certificate._reach(network, x, x.copy())
+    reached = certificate.reach(network, x, x.copy())
     for r, z in zip(reached[1:], inputs, strict=True):
         assert (exact(r.low) <= z).all() and (z <= exact(r.high)).all()
         assert (r.high - r.low <= 1e-8).all()
     row = np.eye(3)[[0]] - np.eye(3)[[2]]
-    low, high = (certificate._lower(network, reached, row)[0], -certificate._lower(network, reached, -row)[0])
+    low, high = (certificate.lower(network, reached, row)[0], -certificate.lower(network, reached, -row)[0])
     assert low <= logits[0] - logits[2] <= high
     assert high - low <= 1e-8
 
@@ -385,7 +387,7 @@ def test_trees_hold_for_every_image(tmp_path_factory, seed, eps, share):
     model = tiny(draw)
     network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
     box = certificate._image_box(image, eps)
-    reached = certificate._reach(network, *box)
+    reached = certificate.reach(network, *box)
     points = exact_points(maps, box, draw)
     margins = [logits[0] - logits[1] for _, logits in points]
     least, most = float(min(margins)), float(max(margins))
@@ -415,7 +417,7 @@ def test_rounding_errors_of_a_restriction_are_covered(tmp_path_factory, seed):
     x = picture(model, draw).astype(float).ravel()
     *inputs, logits = forward(maps, x)
     z, margin = np.concatenate(inputs[1:]), logits[0] - logits[1]
-    reached = certificate._reach(network, x, x.copy())
+    reached = certificate.reach(network, x, x.copy())
     wide = [r._replace(low=r.low - 1, high=r.high + 1) if r.lines else r for r in reached]  # all unstable, for now
     low, high = (np.array(v) for v in ends(wide))
     low, high = np.minimum(low, -1.0), np.maximum(high, 1.0)
@@ -436,7 +438,7 @@ def test_rounding_errors_of_a_slice_are_covered(seed, scales):
     w = -m[:, None] * c + draw.normal(0, 1e-14 * scales[0], (5, n)) * m[:, None]
     k, limit = draw.normal(0, scales[1], 2)
     v = -m * (k - limit) * (1 + draw.normal(0, 1e-14, 5))
-    network = certificate.Network([], (), 8 * certificate.gamma(n + 16, certificate.U64))
+    network = certificate_network.Network([], (), 8 * certificate_network.gamma(n + 16, certificate.U64))
     found = certificate._least_of_slice(network, box, w, v, m, c, k - limit, abs(k) + abs(limit))
     for i in range(5):
         row = exact(w[i]) + Fraction(m[i]) * exact(c)
@@ -473,7 +475,7 @@ def unstable_network(draw, folder, eps, at_least, **more):
     while True:
         model = tiny(draw, **more)
         network, box = read(model, folder), certificate._image_box(picture(model, draw), eps)
-        reached = certificate._reach(network, *box)
+        reached = certificate.reach(network, *box)
         low, high = ends(reached)
         units = np.flatnonzero((low < 0) & (high > 0)).astype(np.int32)
         if len(units) >= at_least:
@@ -490,7 +492,7 @@ def test_restricted_bounds_are_those_of_the_formula(times, rng, tmp_path):
     others = np.setdiff1d(np.arange(18), units)  # stable: of no use, and left alone
     units = np.concatenate([rng.permutation(units)[:-2], others]).astype(np.int32)
     u = int(units[0])
-    limit = float(certificate._lower(network, reached, np.array([[1.0, -1, 0]]))[0]) + 0.01
+    limit = float(certificate.lower(network, reached, np.array([[1.0, -1, 0]]))[0]) + 0.01
     slopes = np.clip((high > -low)[units] + rng.uniform(-0.1, 0.1, (2 * times, len(units))), 0, 1)
     proof = {
         "units": units,
@@ -553,7 +555,7 @@ def test_restrictions_prove_more(rng, tmp_path):
     row, gains = np.array([[1.0, -1, 0]]), []
     for _ in range(10):
         network, maps, box, reached, units = unstable_network(rng, tmp_path, 0.15, 5)
-        plain = float(certificate._lower(network, reached, row)[0])
+        plain = float(certificate.lower(network, reached, row)[0])
         worst = min(logits[0] - logits[1] for _, logits in exact_points(maps, box, rng, 40))
         found = {}
         for limit in (plain - 1e-3, plain + 0.5 * (float(worst) - plain), float(worst), float(worst) + 1, 1e6, 1e300):
@@ -571,7 +573,7 @@ def test_an_empty_node_hands_it_down(rng, tmp_path):
     """Whatever is split or restricted below an empty node is empty."""
     network, _, _, reached, units = unstable_network(rng, tmp_path, 0.15, 5)
     row, unit = np.array([[1.0, -1, 0]]), int(units[0]) + 1
-    limit = float(certificate._lower(network, reached, row)[0]) - 1e-3
+    limit = float(certificate.lower(network, reached, row)[0]) - 1e-3
     proof = restricted_root(reached, units, limit, 1e6)
     proof["parent"] = np.array([-1, 0, 1, 1, 3], np.int32)
     proof["split"] = np.array([0, 0, unit, -unit, 0], np.int32)
@@ -599,7 +601,7 @@ def test_a_node_of_one_point_is_not_empty(rng, tmp_path):
 def test_the_order_of_the_nodes_does_not_matter(rng, tmp_path):
     model = tiny(rng)
     network, image = read(model, tmp_path), picture(model, rng)
-    reached = certificate._reach(network, *certificate._image_box(image, 0.15))
+    reached = certificate.reach(network, *certificate._image_box(image, 0.15))
     row = np.array([[1.0, -1, 0]])
     for _ in range(20):
         proof, _ = random_tree(rng, *ends(reached), 0.2)
@@ -628,7 +630,7 @@ def test_a_corrupted_tree_is_refused_or_harmless(tmp_path_factory, seed):
     model = tiny(draw)
     network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
     box = certificate._image_box(image, 0.15)
-    reached = certificate._reach(network, *box)
+    reached = certificate.reach(network, *box)
     margins = [logits[0] - logits[1] for _, logits in exact_points(maps, box, draw)]
     for _ in range(10):
         proof, _ = random_tree(draw, *ends(reached), float(draw.choice(margins)))
@@ -648,7 +650,7 @@ def test_a_corrupted_tree_is_refused_or_harmless(tmp_path_factory, seed):
 def test_a_limit_without_restrictions_means_nothing(rng, tmp_path):
     model = tiny(rng)
     network, image = read(model, tmp_path), picture(model, rng)
-    reached = certificate._reach(network, *certificate._image_box(image, 0.1))
+    reached = certificate.reach(network, *certificate._image_box(image, 0.1))
     proof, found = four_leaves(rng, np.ones(11, bool)), []
     for limit in (np.inf, -np.inf, np.nan, -1e9):
         proof["limit"][0] = limit
@@ -770,7 +772,7 @@ def test_the_float32_error_of_an_unstable_relu_counts(tmp_path):
     model.children["fc1"].params["bias"][0] = -1 - 500 * 2.0**-24
     model.children["fc2"].params["weight"][0, 0] = 4
     network = read(model, tmp_path)
-    reached = certificate._reach(network, *certificate._image_box(image, 1e-4))
+    reached = certificate.reach(network, *certificate._image_box(image, 1e-4))
     assert reached[2].low[0] < 0 < reached[2].high[0]
     error = certificate.check_image(network, image, 0, 1e-4).float32_error[1]
     assert 4 * 499 * 2.0**-24 <= error <= (N + 20) * 2.0**-24 * 1.002 * 8
@@ -847,7 +849,7 @@ def proved(rng, tmp_path):
     """(network, image, proof) for the rival 1 of the label 0: a proof that is accepted."""
     model = tiny(rng)
     network, image = read(model, tmp_path), picture(model, rng)
-    low, high = ends(certificate._reach(network, *certificate._image_box(image, 0.2)))
+    low, high = ends(certificate.reach(network, *certificate._image_box(image, 0.2)))
     proof = four_leaves(rng, (low < 0) & (high > 0), 0.1)
     certificate.check_image(network, image, 0, 0.2, {1: proof})
     return network, image, proof
@@ -944,12 +946,12 @@ FAULTS = {  # the nodes of the rows are 3, 4, 5, 6, 7
     "a unit out of range": (changed("units", 0, 11), "no such ReLU"),
     "a unit below 0": (changed("units", 0, -1), "no such ReLU"),
     "a unit too many": (replaced("units", by=lambda u: np.append(u, [u.sum() * 0])), "two columns|rows of signs"),
-    "a unit too few": (replaced("units", by=lambda u: u[:-1]), ROWS),
+    "a unit too few": (replaced("units", by=lambda u: u[:-1]), "rows of multipliers"),
     "units as floats": (replaced("units", by=lambda u: u.astype(float)), "units: integers must be"),
     "signs as floats": (replaced("signs", by=lambda u: u.astype(float)), "signs: integers must be"),
     "values as integers": (replaced("values", by=lambda a: a.astype(int)), "values: integers must be"),
     "complex multipliers": (replaced("multipliers", by=lambda a: a + 0j), "multipliers: integers must be"),
-    "no values": (lambda proof: proof.pop("values"), "must hold units, parent, split, signs, values, mult"),
+    "no values": (lambda proof: proof.pop("values"), "must hold units, parent, split, multipliers, limit, signs, val"),
     "an array more": (lambda proof: proof.update(more=proof["units"]), "must hold units, parent, split"),
     "the old format": (old_format, "list of leaves, as older versions wrote it"),
 }
@@ -1035,12 +1037,12 @@ def test_a_network_with_a_fault_is_refused(change, message, rng, tmp_path):
     change(tensors, metadata)
     checkpoint.save_tensors(tmp_path / "model.safetensors", tensors, metadata)
     if message is None:  # finite weights, but float32 would overflow
-        network = certificate.read_network(tmp_path)
+        network = read_network(tmp_path)
         with pytest.raises(CertificateError, match="too large for float32"):
             certificate.check_image(network, picture(model, rng), 0, 0.1)
         return
     with pytest.raises(CertificateError, match=message) as error:
-        certificate.read_network(tmp_path)
+        read_network(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -1049,7 +1051,7 @@ def test_a_kernel_that_the_metadata_does_not_say_is_refused(tmp_path):
     metadata["architecture"] = metadata["architecture"] | {"kernel": 5}  # the padding would be another
     checkpoint.save_tensors(tmp_path / "model.safetensors", tensors, metadata)
     with pytest.raises(CertificateError, match="not 5x5"):
-        certificate.read_network(tmp_path)
+        read_network(tmp_path)
 
 
 # --- the results of a run ---------------------------------------------------------------------------------------------
@@ -1131,7 +1133,7 @@ class Run:
 
     def check(self, **more):
         more = {"predict": self.predict} | more
-        return certificate.check_results(self.folder, self.folder, self.images, self.labels, **more)
+        return certificate_results.check_results(self.folder, self.folder, self.images, self.labels, **more)
 
 
 @pytest.fixture
@@ -1347,7 +1349,7 @@ def test_the_counterexample_may_touch_the_box(tmp_path):
 
     def check(adversarial, image, eps):
         pair = (np.full((1, 1, 1), v, np.float32) for v in (adversarial, image))
-        certificate._check_counterexample(network, *pair, 1, eps)
+        certificate_results._check_counterexample(network, *pair, 1, eps)
 
     check(0.75, 0.5, 0.25)
     with pytest.raises(CertificateError, match="outside"):
@@ -1361,9 +1363,11 @@ def test_the_counterexample_may_touch_the_box(tmp_path):
 
 
 def test_the_checker_shares_nothing_with_the_verifier():
-    tree = ast.parse(Path(certificate.__file__).read_text(encoding="utf-8"))
-    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
-    assert names == {"checkpoint", "errors"}
-    plain = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    plain |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-    assert not any(name.startswith("nanomr") for name in plain)
+    own = {"certificate", "certificate_network", "certificate_results"}
+    for name in own:
+        tree = ast.parse((Path(certificate.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+        assert names <= own | {"checkpoint", "errors"}
+        plain = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        plain |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        assert not any(name.startswith("nanomr") for name in plain)

@@ -70,7 +70,7 @@ def audit(case, outcomes):
             errors = record["float32_error"]
             assert record["verified_float32"] == all(b > errors[t] for t, b in record["bound"].items())
             assert record["stage"] == max(record["how"].values(), key=pipeline.METHODS.index)
-            assert {t for t, how in record["how"].items() if how in ("alpha-crown", "bab")} == {
+            assert {t for t, how in record["how"].items() if how in ("alpha-crown", "bab", "hull")} == {
                 name.split("/")[0] for name in proof
             }
         else:
@@ -91,11 +91,16 @@ def gives_up(*_, **__):
     return Tree("timeout", None, -np.inf, None, 1, 0.0)
 
 
-WITHOUT = {
-    "attacks": {"paper_pgd", "targeted_pgd"},
-    "attacks and slopes": {"paper_pgd", "targeted_pgd", "alpha_crown"},
-    "attacks and trees": {"paper_pgd", "targeted_pgd", "branch_and_bound"},
-    "all but the MILP": {"paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"},
+ATTACKS = {"paper_pgd", "targeted_pgd"}
+BOUNDS = {"alpha_crown", "branch_and_bound", "hull"}
+WITHOUT = {  # what is left out: (which of the stages, one that then has something to do)
+    "attacks": (ATTACKS, "bab"),
+    "attacks and slopes": (ATTACKS | {"alpha_crown"}, "bab"),
+    "attacks and trees": (ATTACKS | {"branch_and_bound"}, "hull"),
+    "attacks, trees and hulls": (ATTACKS | {"branch_and_bound", "hull"}, "milp"),
+    "all but hulls": (ATTACKS | {"alpha_crown", "branch_and_bound"}, "hull"),
+    "all but the MILP": (ATTACKS | BOUNDS, "milp"),
+    "nothing": (set(), "pgd"),
 }
 
 
@@ -104,7 +109,7 @@ WITHOUT = {
 @given(network=networks(), eps=eps_values)
 def test_any_stages_that_are_left_come_to_the_same(left_out, network, eps):
     with pytest.MonkeyPatch.context() as patch:
-        blind(patch, WITHOUT[left_out])
+        blind(patch, WITHOUT[left_out][0])
         case = Case(network, eps)
         audit(case, case.verdicts())
 
@@ -120,23 +125,23 @@ def blind(patch, stages):
     def no_slopes(*arguments, steps, **options):
         return crown(*arguments, steps=0, **options)
 
-    for stage in stages:
+    for stage in stages - {"hull"}:
         fake = {"alpha_crown": no_slopes, "branch_and_bound": gives_up}.get(stage, no_attack)
         patch.setattr(pipeline, stage, fake)
+    if "hull" in stages:
+        patch.setattr(pipeline.hull, "search", gives_up)
 
 
-@pytest.mark.parametrize("left_out", [*WITHOUT, None])
+@pytest.mark.parametrize("left_out", WITHOUT)
 def test_the_tests_above_see_images_of_both_kinds(left_out, monkeypatch):
-    blind(monkeypatch, WITHOUT.get(left_out, ()))
+    blind(monkeypatch, WITHOUT[left_out][0])
     seen = set()
     for seed in range(12):
         for eps in (0.05, 0.2):
             for outcome in Case(network_of(seed), eps).verdicts():
                 seen.add((outcome.record["verdict"], outcome.record["stage"]))
-    assert {"verified", "attacked" if left_out is None else "falsified"} <= {verdict for verdict, _ in seen}
-    stages = {stage for _, stage in seen}
-    assert {None: "pgd", "attacks": "bab", "attacks and slopes": "bab"}.get(left_out, "milp") in stages
-    assert "crown" in stages
+    assert {"verified", "attacked" if left_out == "nothing" else "falsified"} <= {verdict for verdict, _ in seen}
+    assert {"crown", WITHOUT[left_out][1]} <= {stage for _, stage in seen}
 
 
 def network_of(seed):
@@ -148,7 +153,7 @@ def network_of(seed):
 
 
 def test_nothing_is_verified_when_every_method_gives_up(monkeypatch):
-    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    blind(monkeypatch, ATTACKS | BOUNDS)
     monkeypatch.setattr(InProcess, "decide", lambda *_, **__: milp.Answer("timeout", None, np.nan, 0, 0.0, "no"))
     verdicts = {o.record["verdict"] for seed in range(10) for o in Case(network_of(seed), 0.2).verdicts()}
     assert "unknown" in verdicts and "falsified" not in verdicts
@@ -156,7 +161,7 @@ def test_nothing_is_verified_when_every_method_gives_up(monkeypatch):
 
 @pytest.mark.parametrize("status", ["error", "timeout", "candidate"])
 def test_only_infeasible_is_a_proof_and_a_candidate_must_err(status, monkeypatch):
-    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    blind(monkeypatch, ATTACKS | BOUNDS)
 
     def answer(chain, low, high, *_, **__):  # a candidate that does not err: the middle of the box
         return milp.Answer(status, 0.5 * (low + high)[0], 0.0, 0, 0.0, "said so")
@@ -175,7 +180,7 @@ def test_bounds_that_are_not_numbers_verify_nothing(monkeypatch):
         bound = real(*arguments, **options)
         return Bound(np.full_like(bound.value, np.nan), bound.image, bound.relus)
 
-    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    blind(monkeypatch, ATTACKS | BOUNDS)
     monkeypatch.setattr(InProcess, "decide", lambda *_, **__: milp.Answer("timeout", None, np.nan, 0, 0.0, "no"))
     monkeypatch.setattr(pipeline, "lower", broken)
     verdicts = {o.record["verdict"] for seed in range(5) for o in Case(network_of(seed), 0.01).verdicts()}
@@ -183,7 +188,7 @@ def test_bounds_that_are_not_numbers_verify_nothing(monkeypatch):
 
 
 def test_the_time_limit_is_kept_and_said(monkeypatch):
-    blind(monkeypatch, ("paper_pgd", "targeted_pgd", "alpha_crown", "branch_and_bound"))
+    blind(monkeypatch, ATTACKS | BOUNDS)
     case = Case(network_of(1), 0.2)
     case.verifier.settings = case.verifier.settings._replace(time_limit=1e-9)
     verdicts = {o.record["verdict"] for o in case.verdicts()}
@@ -271,8 +276,9 @@ def test_a_larger_float32_error_costs_claims_for_float32_but_no_proof(size, monk
         for record, proof, _ in outcomes:
             assert (record["verdict"] == "verified") == (real[seed, record["id"]] == "verified")
             claimed += record["verified_float32"]
-            trees = [t for t, notes in record.get("solver", {}).items() if "for float32" in notes[0]]
-            proved = [t for t in trees if record["how"][t] == "bab"]
+            notes = record.get("solver", {})
+            trees = [t for t in notes if not any("margin > 0:" in note for note in notes[t])]  # for float32 alone
+            proved = [t for t in trees if record["how"][t] in ("bab", "hull")]
             assert all(record["bound"][t] > size and f"{t}/split" in proof for t in proved)
             by_tree += len(proved)
     assert (claimed > 0 and by_tree > 0) if size < np.inf else (claimed == by_tree == 0)

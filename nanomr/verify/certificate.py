@@ -1,151 +1,28 @@
 """Checks a verifier's results without trusting it: rigorous bounds, rounding errors included.
 
-Nothing here is shared with the verifier: the network becomes sparse matrices built by this file's own loops, and a
+Nothing here is shared with the verifier: the network becomes sparse matrices (``certificate_network.py``), and a
 proof is a tree of cases with numbers (slopes, multipliers) of which *any* valid choice gives true bounds. So backward
 passes in float64, minus bounds on their own rounding errors, decide. ``docs/soundness.md`` derives every term.
+``certificate_results.py`` holds what a run claims to it.
 """
 
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
-from fractions import Fraction
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array, diags_array, issparse
+from scipy.sparse import csr_array, issparse
 
-from ..checkpoint import load_tensors, read_json, read_jsonl
-from ..errors import UserError
+from .certificate_network import U32, U64, CertificateError, Network, demand, gamma
 
-U64, U32 = 2.0**-53, 2.0**-24  # unit roundoffs
 TINY = 1e-200  # far more than all underflow together, as no activation exceeds LARGEST
-LARGEST, WIDEST = 1e30, 2**18  # of an activation; of a layer
+LARGEST = 1e30  # of an activation
 ROWS = 512  # carried back at once
-BATCH_NORM_EPS = 1e-5
-ARRAYS = {"units": "i", "parent": "i", "split": "i", "signs": "i", "values": "f", "multipliers": "f", "limit": "f"}
-BROKEN, UNFINISHED = ("attacked", "falsified", "misclassified"), ("timeout", "unknown", "error")
-FINISHED = ("verified", *BROKEN)
-UNCHECKABLE = ("milp",)  # ways to exclude a rival that leave no proof: HiGHS
-
-
-class CertificateError(UserError):
-    """A claim that does not hold, or that cannot be checked."""
-
-
-def gamma(n, u):
-    """n u / (1 - n u): the relative error of n roundings in a row. Higham 2002, lemma 3.1."""
-    return n * u / (1 - n * u)
-
-
-def _demand(fine, message: str):
-    if not fine:
-        raise CertificateError(message)
-
-
-# --- the network, as matrices -----------------------------------------------------------------------------------------
-
-
-class Map(NamedTuple):
-    """y = weight x + bias, images flattened in NHWC order; x is relu(the map's input) if ``relu``."""
-
-    relu: bool
-    weight: csr_array
-    absolute: csr_array  # |weight|
-    bias: np.ndarray
-    size: np.ndarray  # |bias|, or the absolute sum of what it was computed from
-    extra: int  # float32 roundings of a term beside those of the product and the sum
-
-
-class Network(NamedTuple):
-    maps: list[Map]
-    input_shape: tuple
-    slack: float  # rounding error of any sum of the checker's, per unit of the sum's absolute value
-
-
-def read_network(path) -> Network:
-    """The network in a safetensors file of :meth:`nanomr.models.Model.save` (or a run folder): small_cnn or mlp.
-
-    A batch norm ``bn<i>`` may follow the i-th layer. Raises CertificateError for another network, a tensor too many
-    or of the wrong shape, and weights that are not finite float32.
-    """
-    tensors, metadata = load_tensors(_weights_file(path))
-    tensors = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
-    try:
-        architecture = metadata["architecture"]
-        if architecture["name"] == "small_cnn":
-            kernel = architecture["kernel"]
-            padding = {4: (1, 1, 1, 1), 5: (1, 2, 1, 2)}[kernel]
-            wrong = [name for name in ("conv1", "conv2") if tensors[f"{name}.weight"].shape[2:] != (kernel, kernel)]
-            _demand(not wrong, f"{wrong}: the kernels are not {kernel}x{kernel}")
-            shape, names = (32, 32, 3), ["conv1", "conv2", "fc1", "fc2"]
-        else:
-            _demand(architecture["name"] == "mlp", f"the checker knows small_cnn and mlp, not {architecture['name']!r}")
-            shape, names = tuple(architecture["input_shape"]), [f"fc{i}" for i in range(1, len(architecture["sizes"]))]
-            padding = None
-        return _build(tensors, shape, names, padding)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CertificateError(f"{path} is not the network that its metadata says: {error}") from None
-
-
-def _build(tensors, shape, names, padding) -> Network:
-    def take(name):
-        value = tensors.pop(name)
-        _demand(value.dtype == np.float32 and np.isfinite(value).all(), f"{name}: must be finite float32 numbers")
-        return value.astype(np.float64)
-
-    def add(weight, bias, size, extra, relu=False):
-        weight = csr_array(weight)
-        fits = len(bias) == weight.shape[0] and (not maps or weight.shape[1] == maps[-1].weight.shape[0])
-        _demand(fits and max(weight.shape) <= WIDEST, f"a layer of {weight.shape} numbers does not fit here")
-        _demand(np.isfinite(weight.data).all() and np.isfinite(bias).all(), "a standard deviation or variance is 0")
-        maps.append(Map(relu, weight, abs(weight), bias, size, extra))
-
-    maps: list[Map] = []
-    input_shape = shape
-    mean, std = (np.broadcast_to(take(f"normalize.{name}").ravel(), shape).ravel() for name in ("mean", "std"))
-    with np.errstate(divide="ignore", invalid="ignore"):  # refused by ``add``
-        add(diags_array(1 / std), -mean / std, abs(mean / std), extra=2)
-    for i, name in enumerate(names, 1):
-        weight, bias = take(f"{name}.weight"), take(f"{name}.bias")
-        if weight.ndim == 4:
-            weight, shape = _convolution(weight, shape, 2, padding)
-            bias = np.tile(bias, shape[0] * shape[1])
-        else:
-            if len(shape) == 3:  # PyTorch flattens CHW, we HWC
-                h, w, c = shape
-                weight = weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1).reshape(len(weight), h * w * c)
-            shape = (len(weight),)
-        add(weight, bias, abs(bias), extra=0, relu=i > 1)
-        if f"bn{i}.weight" in tensors:
-            tensors.pop(f"bn{i}.num_batches_tracked", None)
-            weight, bias, mean, var = (take(f"bn{i}.{n}") for n in ("weight", "bias", "running_mean", "running_var"))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                scale = weight / np.sqrt(var + BATCH_NORM_EPS)
-                terms = np.tile([scale, bias - mean * scale, abs(bias) + abs(mean * scale)], math.prod(shape[:-1]))
-            add(diags_array(terms[0]), terms[1], terms[2], extra=10)
-    _demand(not tensors, f"the file holds {min(tensors, default='')!r}, which the checker has no place for")
-    n = max(max(m.weight.shape) for m in maps) + 16 * len(maps)
-    return Network(maps, input_shape, 8 * gamma(n, U64))
-
-
-def _convolution(weight, shape, stride, padding):
-    """(its matrix, (height, width, channels) of its output), for weight (out, in, kh, kw)."""
-    (h, w, c), (out, channels, kh, kw), (top, bottom, left, right) = shape, weight.shape, padding
-    _demand(channels == c, f"a convolution of {channels} channels does not fit an image of {c}")
-    ho, wo = (h + top + bottom - kh) // stride + 1, (w + left + right - kw) // stride + 1
-    rows, columns, values = [], [], []
-    for i, j, p, q in np.ndindex(ho, wo, kh, kw):
-        y, x = stride * i + p - top, stride * j + q - left
-        if 0 <= y < h and 0 <= x < w:  # outside is padding: zeros behind the normalisation
-            o, k = np.indices((out, c))
-            rows.append((i * wo + j) * out + o)
-            columns.append((y * w + x) * c + k)
-            values.append(weight[:, :, p, q])
-    rows, columns, values = (np.concatenate(part, None) for part in (rows, columns, values))
-    return coo_array((values, (rows, columns)), (ho * wo * out, h * w * c)), (ho, wo, out)
+TREE = {"units": "i", "parent": "i", "split": "i", "multipliers": "f", "limit": "f"}  # arrays, and their kinds
+LINES = {"signs": "i", "values": "f"}  # of a tree whose nodes have slopes and betas
+PROGRAMS = {  # of one whose nodes have the multipliers of a linear program
+    "below": "f", "chord": "f", "weights": "f", "cut_unit": "i", "cut_start": "i", "cut_index": "i", "cut_value": "f"
+}  # fmt: skip
 
 
 # --- rigorous bounds --------------------------------------------------------------------------------------------------
@@ -171,6 +48,7 @@ class Reach(NamedTuple):
 
 
 def _lines(low, high) -> Lines:
+    """The triangle's chord above each unstable ReLU, and 0 or z below it, whichever is nearer."""
     unstable = (low < 0) & (high > 0)
     upper = np.where(unstable, np.clip(high / np.where(unstable, high - low, 1), 0, 1), low >= 0)
     offset = np.where(unstable, np.maximum(-upper * low, (1 - upper) * high) * (1 + 1e-15) + TINY, 0)
@@ -203,7 +81,7 @@ def _least(box: Reach, c):
     return 0.5 * (c @ (box.low + box.high) - abs(c) @ (box.high - box.low))
 
 
-def _lower(network: Network, reached: list[Reach], a):
+def lower(network: Network, reached: list[Reach], a):
     """Lower bounds of the rows ``a`` (S, units), dense or sparse, times the output of the map ``len(reached) - 1``."""
     c, k = _linear(network, reached, a)
     return k + _least(reached[0], c)
@@ -215,7 +93,7 @@ def _both(at, width: int):
     return csr_array((np.where(n < len(at), 1.0, -1.0), (n, np.tile(at, 2))), (len(n), width))
 
 
-def _reach(network: Network, low, high) -> list[Reach]:
+def reach(network: Network, low, high) -> list[Reach]:
     """What every map's input can be, for images in [low, high] (flat): intervals, and CROWN where they leave a ReLU
     unstable."""
     reached: list[Reach] = []
@@ -226,14 +104,14 @@ def _reach(network: Network, low, high) -> list[Reach]:
                 unstable = np.flatnonzero((low < 0) & (high > 0))
                 for first in range(0, len(unstable), ROWS // 2):
                     at = unstable[first : first + ROWS // 2]
-                    bound = _lower(network, reached, _both(at, len(low)))
+                    bound = lower(network, reached, _both(at, len(low)))
                     low[at] = np.maximum(low[at], bound[: len(at)])
                     high[at] = np.minimum(high[at], -bound[len(at) :])
             lines = _lines(low, high)
             x_low, x_high = np.maximum(low, 0), np.maximum(high, 0)
         largest = np.maximum(abs(x_low), abs(x_high))
         size = m.absolute @ largest + m.size
-        _demand((size < LARGEST).all(), "an activation may be NaN or too large for float32")
+        demand((size < LARGEST).all(), "an activation may be NaN or too large for float32")
         reached.append(Reach(low, high, largest, size, lines))
         middle = m.weight @ (0.5 * (x_low + x_high)) + m.bias
         width = m.absolute @ (0.5 * (x_high - x_low)) + network.slack * size + TINY
@@ -267,13 +145,13 @@ def check_image(network: Network, image, label: int, eps: float, proofs: Mapping
     see ``docs/soundness.md``. Raises CertificateError for a proof that is not one. A NaN bound proves nothing: compare
     with ``bound > threshold``.
     """
-    _demand(math.isfinite(eps) and eps >= 0, f"eps must be a finite number >= 0, not {eps}")
-    rivals, rows = _margins(network, image, label)
+    demand(math.isfinite(eps) and eps >= 0, f"eps must be a finite number >= 0, not {eps}")
+    rivals, rows = margins(network, image, label)
     with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are refused, or prove nothing
-        reached = _reach(network, *_image_box(image, eps))
-        bound = dict(zip(rivals, _lower(network, reached, rows).tolist(), strict=True))
+        reached = reach(network, *_image_box(image, eps))
+        bound = dict(zip(rivals, lower(network, reached, rows).tolist(), strict=True))
         for rival, proof in (proofs or {}).items():
-            _demand(rival in bound, f"a proof for the rival {rival}, which is none")
+            demand(rival in bound, f"a proof for the rival {rival}, which is none")
             try:
                 bound[rival] = max(bound[rival], _replay(network, reached, rows[[rivals.index(rival)]], proof))
             except CertificateError as error:
@@ -282,26 +160,25 @@ def check_image(network: Network, image, label: int, eps: float, proofs: Mapping
     return Checked(bound, dict(zip(rivals, error.tolist(), strict=True)))
 
 
-def _margins(network: Network, image, label: int):
+def margins(network: Network, image, label: int):
     """(rivals, rows (rivals, classes)): row . logits = logit[label] - logit[rival]. Checks the image, too."""
-    _demand(image.shape == network.input_shape and image.dtype == np.float32,
+    demand(image.shape == network.input_shape and image.dtype == np.float32,
             f"an image must be float32 {network.input_shape}, not {image.dtype} {image.shape}")  # fmt: skip
-    _demand(((image >= 0) & (image <= 1)).all(), "an image must be in [0, 1]")
+    demand(((image >= 0) & (image <= 1)).all(), "an image must be in [0, 1]")
     classes = len(network.maps[-1].bias)
-    _demand(0 <= label < classes, f"there is no class {label}")
+    demand(0 <= label < classes, f"there is no class {label}")
     rivals = [t for t in range(classes) if t != label]
     return rivals, np.eye(classes)[label] - np.eye(classes)[rivals]
 
 
-class Proof(NamedTuple):
-    """A tree of cases; node 0 is the root. ``signs`` and ``values`` have a row for each leaf and each node with a
-    restricted child, ``multipliers`` one for each restricted node; ``row`` and ``rank`` (N,): which."""
+class Tree(NamedTuple):
+    """A tree of cases; node 0 is the root. ``row`` and ``rank`` (N,): which row of the nodes' numbers, and of
+    ``multipliers`` (R, 2, U), is a node's: leaves and nodes with a restricted child have the one, restricted nodes the
+    other."""
 
     units: np.ndarray
     parent: np.ndarray
     split: np.ndarray
-    signs: np.ndarray
-    values: np.ndarray
     multipliers: np.ndarray
     limit: float
     children: list[list[int]]
@@ -309,42 +186,103 @@ class Proof(NamedTuple):
     rank: np.ndarray
 
 
-def _read_proof(proof, relus: int) -> Proof:
-    """The proof in these arrays, for a network of so many ReLUs, if it is one."""
-    _demand("alpha" not in proof, "a list of leaves, as older versions wrote it, is no proof any more: verify again")
-    _demand(set(proof) == set(ARRAYS), f"a proof must hold {', '.join(ARRAYS)}")
-    arrays = {name: np.asarray(proof[name]) for name in ARRAYS}
-    wrong = [name for name, kind in ARRAYS.items() if arrays[name].dtype.kind != kind]
-    _demand(not wrong, f"{', '.join(wrong)}: integers must be integers, and floats floats")
+class Slopes(NamedTuple):
+    """The rows (B, U) of beta-CROWN's nodes: signs -1, 0, 1; alpha where the sign is 0, otherwise beta."""
+
+    signs: np.ndarray
+    values: np.ndarray
+
+
+class Programs(NamedTuple):
+    """The multipliers of the nodes' linear programs, ``below`` and ``chord`` (B, U), ``weights`` (B, K) of the cuts:
+
+        relu(z[unit]) <= pixels . x + outputs . a + (the least offset for which that holds in a box)
+
+    with x the image, a the units' outputs. fold_pixels . x + fold_outputs . a + fold_constant is below -z[unit]."""
+
+    below: np.ndarray
+    chord: np.ndarray
+    weights: np.ndarray
+    unit: np.ndarray
+    pixels: csr_array
+    outputs: csr_array
+    fold_pixels: np.ndarray
+    fold_outputs: np.ndarray
+    fold_constant: np.ndarray
+
+
+def _read_tree(network: Network, reached: list[Reach], proof) -> tuple[Tree, Slopes | Programs]:
+    """The proof in these arrays, if it is one."""
+    demand("alpha" not in proof, "a list of leaves, as older versions wrote it, is no proof any more: verify again")
+    kinds = TREE | (PROGRAMS if "below" in proof else LINES)
+    demand(set(proof) == set(kinds), f"a proof must hold {', '.join(kinds)}")
+    arrays = {name: np.asarray(proof[name]) for name in kinds}
+    wrong = [name for name, kind in kinds.items() if arrays[name].dtype.kind != kind]
+    demand(not wrong, f"{', '.join(wrong)}: integers must be integers, and floats floats")
+    relus = sum(len(r.low) for r in reached if r.lines)
     units, parent, split = (arrays[name].astype(np.int64) for name in ("units", "parent", "split"))
-    signs, values, multipliers, limit = (arrays[name] for name in ("signs", "values", "multipliers", "limit"))
+    multipliers, limit = arrays["multipliers"], arrays["limit"]
     fits = units.ndim == parent.ndim == 1 and parent.shape == split.shape and limit.shape == (1,)
-    _demand(fits, "the shapes of units, parent, split and limit do not fit")
-    _demand(((units >= 0) & (units < relus)).all() and ((split >= -relus) & (split <= relus)).all(), "no such ReLU")
-    _demand(len(np.unique(units)) == len(units), "a ReLU has two columns")
+    demand(fits, "the shapes of units, parent, split and limit do not fit")
+    demand(((units >= 0) & (units < relus)).all() and ((split >= -relus) & (split <= relus)).all(), "no such ReLU")
+    demand(len(np.unique(units)) == len(units), "a ReLU has two columns")
     fine = len(parent) > 0 and parent[0] == -1 and split[0] == 0
-    _demand(fine and ((parent >= 0) & (parent < np.arange(len(parent))))[1:].all(), "the nodes are not a tree")
+    demand(fine and ((parent >= 0) & (parent < np.arange(len(parent))))[1:].all(), "the nodes are not a tree")
     children: list[list[int]] = [[] for _ in parent]
     for node, above in enumerate(parent[1:].tolist(), 1):
         children[above].append(node)
-    kinds = [sorted(split[nodes].tolist()) for nodes in children]  # none, [0] or [-s, s]
-    _demand(all(kind in ([], [0]) or (len(kind) == 2 and kind[0] == -kind[1] < 0) for kind in kinds),
+    forks = [sorted(split[nodes].tolist()) for nodes in children]  # none, [0] or [-s, s]
+    demand(all(fork in ([], [0]) or (len(fork) == 2 and fork[0] == -fork[1] < 0) for fork in forks),
             "the children of a node do not cover it")  # fmt: skip
-    row, rank = np.cumsum([kind in ([], [0]) for kind in kinds]) - 1, np.cumsum(split == 0) - 2  # the root: split 0
-    _demand(signs.shape == values.shape == (row[-1] + 1, len(units)), "the rows of signs and values do not fit")
-    _demand(multipliers.shape == (rank[-1] + 1, 2, len(units)), "the rows of multipliers do not fit")
-    _demand(((signs >= -1) & (signs <= 1)).all(), "a sign is not -1, 0 or 1")  # the absolute of int8's least is < 0
-    _demand(((values >= 0) & np.isfinite(values)).all(), "a slope or a multiplier beta is not a number >= 0")
-    _demand((values <= 1)[signs == 0].all(), "a slope alpha is above 1")
-    _demand(((multipliers >= 0) & np.isfinite(multipliers)).all(), "a multiplier is not a number >= 0")
-    _demand(rank[-1] < 0 or np.isfinite(limit).all(), "the limit is not a number")
-    return Proof(units, parent, split, signs, values, multipliers, float(limit[0]), children, row, rank)
+    row, rank = np.cumsum([fork in ([], [0]) for fork in forks]) - 1, np.cumsum(split == 0) - 2  # the root: split 0
+    demand(multipliers.shape == (rank[-1] + 1, 2, len(units)), "the rows of multipliers do not fit")
+    demand(((multipliers >= 0) & np.isfinite(multipliers)).all(), "a multiplier is not a number >= 0")
+    demand(rank[-1] < 0 or np.isfinite(limit).all(), "the limit is not a number")
+    tree = Tree(units, parent, split, multipliers, float(limit[0]), children, row, rank)
+    shape = (row[-1] + 1, len(units))
+    if "below" in proof:
+        return tree, _read_programs(network, reached, units, shape, arrays)
+    signs, values = arrays["signs"], arrays["values"]
+    demand(signs.shape == values.shape == shape, "the rows of signs and values do not fit")
+    demand(((signs >= -1) & (signs <= 1)).all(), "a sign is not -1, 0 or 1")  # the absolute of int8's least is < 0
+    demand(((values >= 0) & np.isfinite(values)).all(), "a slope or a multiplier beta is not a number >= 0")
+    demand((values <= 1)[signs == 0].all(), "a slope alpha is above 1")
+    return tree, Slopes(signs, values)
+
+
+def _read_programs(network: Network, reached: list[Reach], units, shape, arrays) -> Programs:
+    names = "below", "chord", "weights", "cut_value"
+    below, chord, weights, value = (arrays[name].astype(np.float64) for name in names)
+    unit, start, index = (arrays[name].astype(np.int64) for name in ("cut_unit", "cut_start", "cut_index"))
+    pixels, k = math.prod(network.input_shape), len(unit)
+    fits = unit.ndim == start.ndim == index.ndim == 1 and index.shape == value.shape and len(start) == k + 1
+    demand(below.shape == chord.shape == shape and weights.shape == (shape[0], k) and fits, "the rows do not fit")
+    fine = all(((numbers >= 0) & np.isfinite(numbers)).all() for numbers in (below, chord, weights))
+    demand(fine and np.isfinite(value).all(), "a multiplier is not a number >= 0, or a coefficient none")
+    demand(((unit >= 0) & (unit < len(units))).all(), "a cut is above no unit")
+    fits = start[0] == 0 and start[-1] == len(index) and (np.diff(start) >= 0).all()
+    demand(fits and ((index >= 0) & (index < pixels + len(units))).all(), "a cut's numbers are of no pixel or unit")
+    cuts = csr_array((value, index, start), (k, pixels + len(units)))
+    fold_pixels, fold_outputs, fold_constant = (np.zeros((k, n)) for n in (pixels, len(units), 1))
+    known, first = [], 0
+    for r in reached:
+        if r.lines:
+            here = np.flatnonzero((units[unit] >= first) & (units[unit] < first + len(r.low)))
+            for some in np.split(here, range(ROWS, len(here), ROWS)):
+                rows = csr_array((np.full(len(some), -1.0), (np.arange(len(some)), units[unit[some]] - first)),
+                                 (len(some), len(r.low)))  # fmt: skip
+                fold_pixels[some], fold_constant[some, 0], fold_outputs[some] = _fold(network, known, rows, units)
+            first += len(r.low)
+        known.append(r)
+    return Programs(below, chord, weights, unit, cuts[:, :pixels], cuts[:, pixels:], fold_pixels, fold_outputs,
+                    fold_constant[:, 0])  # fmt: skip
 
 
 def _replay(network: Network, reached: list[Reach], row, proof) -> float:
     """A lower bound of row (1, classes) . logits, from the arrays of a proof."""
     low, high = (np.concatenate([[], *(r[side] for r in reached if r.lines)]) for side in (0, 1))
-    tree = _read_proof(proof, len(low))
+    tree, rows = _read_tree(network, reached, proof)
+    bound_of = _bound_by_slopes if isinstance(rows, Slopes) else _bound_by_program
     bound = tree.limit if len(tree.multipliers) else np.inf  # of the images with margin > limit
     stack = [(0, low, high)]
     while stack:
@@ -355,20 +293,20 @@ def _replay(network: Network, reached: list[Reach], row, proof) -> float:
         elif split < 0:
             high[-split - 1] = min(high[-split - 1], 0)
         elif node > 0:
-            c, k = _bound(network, reached, row, low, high, tree, tree.row[above])
+            c, k = bound_of(network, reached, row, low, high, tree.units, rows, tree.row[above])
             multipliers = tree.multipliers[tree.rank[node]].astype(np.float64)
             _restrict(network, reached, low, high, tree.units, multipliers, c, k, tree.limit)
         stack += [(child, low, high) for child in tree.children[node]]
         if not tree.children[node] and not (low > high).any():  # else no image is left: NaN is not above anything
-            c, k = _bound(network, reached, row, low, high, tree, tree.row[node])
+            c, k = bound_of(network, reached, row, low, high, tree.units, rows, tree.row[node])
             bound = np.minimum(bound, k + _least(reached[0], c))
     return float(bound)
 
 
-def _bound(network, reached, row, low, high, tree: Proof, i: int):
+def _bound_by_slopes(network, reached, row, low, high, units, rows: Slopes, i: int):
     """(c (pixels,), k): c . x + k <= row . logits where the ReLUs' inputs are in [low, high], by row i of a proof."""
-    units, signs, values = tree.units, tree.signs[i], tree.values[i].astype(np.float64)
-    _demand((low[units] >= 0)[signs > 0].all() and (high[units] <= 0)[signs < 0].all(),
+    signs, values = rows.signs[i], rows.values[i].astype(np.float64)
+    demand((low[units] >= 0)[signs > 0].all() and (high[units] <= 0)[signs < 0].all(),
             "a sign is not what the splits and restrictions above it say")  # fmt: skip
     lower, upper, offset, force = lines = np.array(_lines(low, high))
     lower[units] = np.where(signs != 0, signs > 0, values)  # of a stable ReLU, too: alpha z <= relu(z) for every z
@@ -378,6 +316,85 @@ def _bound(network, reached, row, low, high, tree: Proof, i: int):
     parts = iter(np.split(lines, np.cumsum([len(r.low) for r in reached if r.lines]), axis=1))
     c, k = _linear(network, [r._replace(lines=Lines(*next(parts))) if r.lines else r for r in reached], row)
     return c[0], k[0]
+
+
+def _bound_by_program(network, reached, row, low, high, units, rows: Programs, i: int):
+    """The same, by the multipliers of a linear program: with z the units' inputs, a their outputs,
+
+        row . logits >= row . logits - below (a - z) - chord (upper z + offset - a) - weights (cut - a)
+
+    Every bracket is >= 0. What is left of a is at least its least in the bounds."""
+    lines, a_low, a_high = _lines(low, high), np.maximum(low[units], 0), np.maximum(high[units], 0)
+    used = np.flatnonzero(rows.weights[i])
+    below, chord, weights = rows.below[i], rows.chord[i], rows.weights[i][used]
+    pixels, outputs, x = rows.pixels[used], rows.outputs[used], reached[0]
+    slack = network.slack + 8 * gamma(len(used) + len(units) + 16, U64)
+
+    # The least offsets for which the cuts are above 0, and above z, in this box.
+    fold = tuple(part[used] for part in (rows.fold_pixels, rows.fold_outputs, rows.fold_constant))
+    zero, size = _least_of_both(x, a_low, a_high, pixels, outputs)
+    offset = -zero + slack * size + TINY
+    input_, size = _least_of_both(x, a_low, a_high, pixels + fold[0], outputs + fold[1])
+    size += abs(fold[0]) @ x.largest + abs(fold[1]) @ a_high + abs(fold[2])
+    offset = np.maximum(offset, -(input_ + fold[2]) + slack * size + TINY)
+
+    size = abs(pixels) @ x.largest + abs(outputs) @ a_high + abs(offset)
+    carried, total = -(weights @ outputs), np.bincount(rows.unit[used], weights, len(units))
+    value, charge = -(weights @ offset) - chord @ lines.offset[units], weights @ size + chord @ lines.offset[units]
+    upper = total + chord
+
+    def cross(a, first, r, z_size):
+        """The coefficients ``a`` (1, n) on the outputs of a layer of ReLUs become those on its inputs."""
+        nonlocal value, charge
+        inside = np.flatnonzero((units >= first) & (units < first + len(r.low)))
+        at, every = units[inside] - first, slice(first, first + len(r.low))
+        line = Lines(*(part[every] for part in lines))
+        left = a[0, at] + carried[inside] - below[inside] + upper[inside]
+        value += np.minimum(left, 0) @ a_high[inside] + np.maximum(left, 0) @ a_low[inside]
+        charge += (abs(a[0, at]) + abs(carried[inside]) + below[inside] + upper[inside]) @ a_high[inside]
+        charge += (below[inside] + chord[inside]) @ z_size[at]
+        a[0, at] = 0
+        value += 0.5 * ((a - abs(a)) @ line.offset)[0]
+        a = a * np.where(a > 0, line.lower, line.upper)
+        a[0, at] = below[inside] - chord[inside] * line.upper[at]
+        return a
+
+    a, first = row, len(low)
+    for m, r, before in zip(reversed(network.maps), reversed(reached), [*reversed(reached[:-1]), None], strict=True):
+        value += (a @ m.bias)[0]
+        charge += (abs(a) @ r.size)[0]
+        a = a @ m.weight
+        if m.relu:
+            first -= len(r.low)
+            a = cross(a, first, r, before.size)
+    return a[0] - weights @ pixels, value - slack * charge - TINY
+
+
+def _least_of_both(box: Reach, a_low, a_high, pixels, outputs):
+    """(the least of pixels . x + outputs . a (K,), its absolute sum): x in the box, a in [a_low, a_high]."""
+    size = abs(pixels) @ box.largest + abs(outputs) @ a_high
+    of_a = 0.5 * (outputs @ (a_low + a_high) - abs(outputs) @ (a_high - a_low))
+    return 0.5 * (pixels @ (box.low + box.high) - abs(pixels) @ (box.high - box.low)) + of_a, size
+
+
+def _fold(network: Network, reached: list[Reach], a, units):
+    """(c, k, q): c . x + q . (the outputs of ``units``) + k is below the rows ``a`` (S, units), times the output of the
+    map ``len(reached) - 1``; other ReLUs are between their lines. k has paid for all rounding errors up to here."""
+    value, charge, kept = np.zeros(a.shape[0]), np.zeros(a.shape[0]), np.zeros((a.shape[0], len(units)))
+    first = sum(len(r.low) for r in reached if r.lines)
+    for m, r in zip(reversed(network.maps[: len(reached)]), reversed(reached), strict=True):
+        value += a @ m.bias
+        charge += abs(a) @ r.size
+        a = a @ m.weight
+        a = a.toarray() if issparse(a) else a
+        if m.relu:
+            first -= len(r.low)
+            inside = np.flatnonzero((units >= first) & (units < first + len(r.low)))
+            kept[:, inside] = a[:, units[inside] - first]
+            a[:, units[inside] - first] = 0
+            value += 0.5 * ((a - abs(a)) @ r.lines.offset)
+            a = a * np.where(a > 0, r.lines.lower, r.lines.upper)
+    return a, value - network.slack * charge - TINY, kept
 
 
 def _restrict(network, reached, low, high, units, multipliers, c, k, limit):
@@ -393,7 +410,7 @@ def _restrict(network, reached, low, high, units, multipliers, c, k, limit):
                 unit, m = units[part], multipliers[:, part].ravel()
                 w, v = _linear(network, known, _both(unit - at.start, len(r.low)))
                 bound = _least_of_slice(network, reached[0], w, v, m, c, k - limit, abs(k) + abs(limit))
-                _demand(np.isfinite(bound).all(), "a restriction's bound is not a number")
+                demand(np.isfinite(bound).all(), "a restriction's bound is not a number")
                 low[unit] = np.maximum(low[unit], bound[: len(part)])
                 high[unit] = np.minimum(high[unit], -bound[len(part) :])
             r = r._replace(lines=_lines(low[at], high[at]))
@@ -423,7 +440,7 @@ def _float32_error(network: Network, reached: list[Reach], rows):
         carried = m.absolute @ error
         terms = (m.absolute != 0) @ (x > 0).astype(float) + 1 + m.extra  # exact zeros add no rounding
         own = (1 + network.slack / U32) * gamma(terms, U32) * (r.size + carried) + 2.0**-124 * (terms + x.sum())
-        _demand((own < LARGEST).all(), "a float32 error is NaN or too large")
+        demand((own < LARGEST).all(), "a float32 error is NaN or too large")
         steps.append((m, r, error, own))
         error = carried + own
     total, a = np.zeros(len(rows)), rows
@@ -435,111 +452,3 @@ def _float32_error(network: Network, reached: list[Reach], rows):
             total += abs(a) @ np.where(on | off, 0, error)
             a = a * on
     return total
-
-
-# --- the results of a run ---------------------------------------------------------------------------------------------
-
-
-def check_results(folder, weights, images, labels, predict: Callable | None = None, progress: Callable | None = None):
-    """A report on every claim in the folder of a run of ``verify_small.py``, for the same weights and images.
-
-    images (N, H, W, C) float32 in [0, 1] and labels (N,), by the ids of the results. ``predict(images)``: labels, by
-    the deployed float32 forward pass, which counterexamples must fool as well. ``progress(done, total)``.
-
-    Returns a dict: how many ``images`` there are, and how many of each ``verdicts``; of the verified ones, how many
-    are ``confirmed`` (rigorous in real arithmetic), confirmed for ``float32``, and ``solver_only`` (HiGHS excluded a
-    rival, tolerance 1e-9, which leaves no proof); how many ``counterexamples`` are confirmed; and the lists
-    ``refused`` and ``contradictions`` of {"id", "reason"}: neither may have an entry. Raises UserError when files are
-    missing or the weights are others.
-    """
-    folder, report = Path(folder), Counter(confirmed=0, float32=0, solver_only=0, counterexamples=0)
-    config, files = read_json(folder / "config.json"), sorted(folder.glob("results*.jsonl"))
-    _demand(files, f"{folder} holds no results.jsonl: give the --out folder of a run of verify_small.py")
-    try:
-        known, eps = config["weights"]["sha256"], float(config["eps"])
-    except (KeyError, TypeError, ValueError):
-        raise CertificateError(f"{folder / 'config.json'} does not name the weights' sha256 and eps") from None
-    network, file = read_network(weights), _weights_file(weights)
-    _demand(hashlib.sha256(file.read_bytes()).hexdigest() == known, f"{file} is not the file that was verified")
-    refused, contradictions, last = [], [], {}
-    for record in (record for file in files for record in read_jsonl(file)):
-        i, verdict = record.get("id"), record.get("verdict")
-        _demand(type(i) is int and 0 <= i < len(images), f"{folder}: a result is about image {i}, which is none")
-        before = last.get(i, {}).get("verdict")
-        if {before, verdict} in [{"verified", broken} for broken in BROKEN]:
-            contradictions.append({"id": i, "reason": f"{before} on one line, {verdict} on another"})
-        if before not in FINISHED or verdict in FINISHED:
-            last[i] = record
-    for done, (i, record) in enumerate(last.items(), 1):
-        verdict, image, label = record.get("verdict"), images[i], int(labels[i])
-        try:
-            _demand(record.get("label") == label, f"the label is {label}, not {record.get('label')}")
-            if verdict in ("attacked", "falsified"):
-                _check_counterexample(network, _load(folder, i), image, label, eps, predict)
-                report["counterexamples"] += 1
-            elif verdict == "misclassified":
-                _check_counterexample(network, image, image, label, eps, predict)
-            elif verdict == "verified":
-                if (folder / "counterexamples" / f"{i:05d}.npz").exists():
-                    contradictions.append({"id": i, "reason": "verified, but a counterexample was saved"})
-                report.update(_check_verified(network, folder, record, image, label, eps))
-            else:
-                _demand(verdict in UNFINISHED, f"unknown verdict {verdict!r}")
-        except UserError as error:
-            refused.append({"id": i, "reason": str(error)})
-        if progress:
-            progress(done, len(last))
-    verdicts = dict(Counter(record.get("verdict") for record in last.values()))
-    return {"images": len(last), "verdicts": verdicts, **report, "refused": refused, "contradictions": contradictions}
-
-
-def _weights_file(path) -> Path:
-    path = Path(path)
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def _check_verified(network, folder, record, image, label, eps) -> list[str]:
-    """The counts of the report that a verified image adds to."""
-    how, claims, tensors = record.get("how") or {}, record.get("bound") or {}, {}
-    _demand(isinstance(how, dict) and isinstance(claims, dict), "how and bound must have an entry for each rival")
-    if (file := folder / "proofs" / f"{record['id']:05d}.safetensors").exists():
-        tensors, _ = load_tensors(file)
-    proofs: dict[int, dict] = {}
-    for name, value in tensors.items():
-        rival, _, array = name.partition("/")
-        _demand(rival.isdecimal(), f"{file.name}: {name!r} belongs to no rival")
-        proofs.setdefault(int(rival), {})[array] = value
-    checked = check_image(network, image, label, eps, proofs)
-    rivals = [t for t in checked.bound if how.get(str(t)) not in UNCHECKABLE]
-    for t in rivals:
-        bound, claim = checked.bound[t], claims.get(str(t))
-        _demand(bound > 0, f"rival {t}: the margin is only proved to be above {bound:.3g}")
-        _demand(isinstance(claim, float | int) and claim <= bound + 1e-6 * (1 + abs(bound)),
-                f"rival {t}: the bound {claim} is claimed, {bound:.9g} proved")  # fmt: skip
-    float32 = all(checked.bound[t] > checked.float32_error[t] for t in rivals)
-    _demand(float32 or not record.get("verified_float32"), "claimed for float32, which is not proved")
-    if len(rivals) < len(checked.bound):
-        return ["solver_only"]
-    return ["confirmed", "float32"] if float32 else ["confirmed"]
-
-
-def _load(folder: Path, i: int):
-    file = folder / "counterexamples" / f"{i:05d}.npz"
-    try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return arrays["adversarial"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise CertificateError(f"{file.name}: no counterexample can be read ({error})") from None
-
-
-def _check_counterexample(network, adversarial, image, label, eps, predict=None):
-    """Raise CertificateError unless ``adversarial`` is in the box, exactly, and certainly not the label's."""
-    _, rows = _margins(network, adversarial, label)
-    x, x0 = adversarial.astype(np.float64).ravel(), image.astype(np.float64).ravel()
-    distance = abs(x - x0)  # rounded: never from above eps to below it, but perhaps onto it
-    doubtful = np.flatnonzero(distance == eps)
-    inside = all(abs(Fraction(x[i]) - Fraction(x0[i])) <= Fraction(eps) for i in doubtful)
-    _demand((distance <= eps).all() and inside, "the counterexample is outside of the box")
-    upper = -_lower(network, _reach(network, x, x.copy()), -rows)  # bounds of the margins at this very point
-    _demand((upper <= 0).any(), f"the counterexample is not misclassified: its margin may be {upper.min():.3g}")
-    _demand(predict is None or int(predict(adversarial[None])[0]) != label, "float32 classifies it as its label")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import models
+from . import hull
 from .attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
 from .bab import Proof, branch_and_bound
 from .chain import Chain
@@ -19,9 +20,13 @@ from .rounding import float32_errors
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
-METHODS = ("crown", "alpha-crown", "bab", "milp")  # to exclude a rival, in their order; milp leaves no proof to check
+METHODS = ("crown", "alpha-crown", "bab", "hull", "milp")  # to exclude a rival, in their order
 PROVED = 1e-7  # a float64 bound of a margin above this is above 0 whatever its rounding, or a checker's, was
-FOR_FLOAT32 = 0.04  # of an image's time, for the attempt to prove a margin for float32 as well
+# What a rival is tried by: the method, whether for float32 as well, and its share of the time that the image has left.
+# Most need the first for a tenth of a second, and nearly all others the second for one. Only the MILP leaves no proof.
+ATTEMPTS = (
+    ("bab", True, 0.02), ("hull", True, 0.1), ("hull", False, 0.3), ("bab", False, 0.1), ("milp", False, 1.0)
+)  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -153,24 +158,18 @@ class Verifier:
         todo = sorted((b, t) for t, b in record["bound"].items() if not b > _target(record["float32_error"][t]))
         verdict, adversarial = "verified", None
         for bound, t in todo:
-            if bound > PROVED:  # already, but not for float32
-                tree = branch_and_bound(
-                    self.chain, low, high, relus, record["label"], int(t), threshold=record["float32_error"][t],
-                    cpu_limit=FOR_FLOAT32 * left(),
-                )  # fmt: skip
-                record["solver"][t] = [f"bab, for float32: {tree.status}, {tree.domains} domains, {tree.seconds:.2f} s"]
-                if tree.status == "proved":
-                    record["how"][t], record["bound"][t] = "bab", tree.bound
-                    proof |= {f"{t}/{name}": value for name, value in tree.proof.items()}
-                continue
-            answer = self._settle(tried, low, high, relus, record, int(t), left)
+            proved = bound > PROVED  # already, but not for float32
+            attempts = [a for a in ATTEMPTS if a[1]] if proved else ATTEMPTS
+            answer = self._settle(tried, low, high, relus, record, int(t), left, attempts)
             solved += answer.solver_seconds
             record["solver"][t] = answer.notes
-            if answer.verdict != "proved":
+            if answer.verdict == "proved":
+                record["how"][t], record["bound"][t] = answer.stage, answer.bound
+                proof = {name: value for name, value in proof.items() if not name.startswith(f"{t}/")}
+                proof |= {f"{t}/{name}": value for name, value in answer.proof.items()}
+            elif not proved or answer.verdict == "falsified":
                 verdict, adversarial, stage = answer.verdict, answer.adversarial, answer.stage
                 break
-            record["how"][t], record["bound"][t] = answer.stage, answer.bound
-            proof |= {f"{t}/{name}": value for name, value in answer.proof.items()}
         if verdict == "verified":
             stage = max(record["how"].values(), key=METHODS.index)
         record |= {"verdict": verdict, "stage": stage}
@@ -180,15 +179,12 @@ class Verifier:
         _finish(record)
         return Outcome(record, proof if verdict == "verified" else {}, adversarial)
 
-    def _settle(self, tried, low, high, relus, record, rival, left) -> "_Answer":
-        """One rival, by trees and by the MILP in turn: what the one takes minutes for may be easy for the other.
-
-        Most are settled by the first attempt, in a tenth of a second, for float32 too.
-        """
+    def _settle(self, tried, low, high, relus, record, rival, left, attempts) -> "_Answer":
+        """One rival, by trees, linear programs and the MILP in turn."""
         label, error = record["label"], record["float32_error"][str(rival)]
-        attempts = [("bab", error, FOR_FLOAT32), ("bab", 0.0, 0.08), ("milp", 0.0, 0.6), ("bab", 0.0, 1.0)]
-        notes, solved, stage = [], 0.0, "bab"
-        for stage, threshold, share in attempts:
+        notes, solved, stage = [], 0.0, attempts[0][0]
+        for stage, for_float32, share in attempts:
+            threshold = error if for_float32 else 0.0
             budget = share * (left() - solved)
             if not (np.isfinite(threshold) and budget > 0):
                 continue
@@ -201,9 +197,8 @@ class Verifier:
                 proved, proof, bound = answer.status == "infeasible", {}, threshold
                 effort = f"{answer.message}, {answer.nodes} nodes"
             else:
-                answer = branch_and_bound(
-                    self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget
-                )
+                search = branch_and_bound if stage == "bab" else hull.search
+                answer = search(self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget)
                 proved, proof, bound = answer.status == "proved", answer.proof, answer.bound
                 effort = f"{answer.status}, {answer.domains} domains"
             notes.append(f"{stage}, margin > {threshold:.2g}: {effort}, {answer.seconds:.2f} s")

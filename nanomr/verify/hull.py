@@ -1,0 +1,352 @@
+"""Linear programs over the convex hulls of ReLUs: one image, one rival. ``docs/derivations/hull.md``.
+
+CROWN's lines bound a ReLU by its own input z alone. But z is a weighted sum of numbers that each have a range of their
+own, and the convex hull of max(z, 0) over that box is smaller than the triangle over z (Anderson et al., *Strong
+mixed-integer programming formulations for trained neural networks*, 2020). Its facets are exponentially many; the one
+that a program's solution violates most is found by sorting, and added as a cut.
+
+HiGHS solves the programs. Nothing is taken from it but multipliers, rounded to float32, of which any choice >= 0 gives
+a true bound: that is evaluated in float64 here, and again by the checker.
+"""
+
+import heapq
+import time
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+
+from .bab import Proof, Tree
+from .chain import Chain
+from .collapsed import SLACK_64, Collapsed, Part, collapse, is_empty, restrict
+from .crown import Box, Lines, inner, margin_rows
+
+ROUNDS, ENOUGH = 6, 0.8  # times that a node's bounds are drawn in, while what is missing shrinks to that share
+PASSES, PAYS = 6, 0.9  # programs before that, with more cuts each, while what is missing shrinks to that share
+SECONDS = 3.0  # CPU time of one program: HiGHS stalls in a few
+VIOLATED = 1e-5  # by how much a cut must cut off the solution
+OPTIONS = {"output_flag": False, "threads": 1, "presolve": "off", "small_matrix_value": 1e-12}
+
+
+class Cuts(NamedTuple):
+    """relu(z[unit]) <= coefficients . v + offset, for v = (x, a): x the pixels, a (U,) the units' outputs.
+
+    ``units`` (K,), ``coefficients`` (K, D + U) float32. The least offset follows (:func:`offsets`): any coefficients
+    are a cut.
+    """
+
+    units: np.ndarray
+    coefficients: np.ndarray
+
+    def __getitem__(self, at) -> "Cuts":
+        return Cuts(self.units[at], self.coefficients[at])
+
+    def plus(self, other: "Cuts") -> "Cuts":
+        return Cuts(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+
+
+class Duals(NamedTuple):
+    """Multipliers >= 0 of a node's program, float32: of a >= z and of the chord (U,), of each cut (K,)."""
+
+    below: np.ndarray
+    chord: np.ndarray
+    cuts: np.ndarray
+
+
+class Problem(NamedTuple):
+    """The collapsed network and what cuts need of it: ``weight`` (U, D + U), z = weight v + bias, and the ``scale``
+    (D + U,) of v: y in [-1, 1] stands for a pixel's place in the box of that radius."""
+
+    net: Collapsed
+    weight: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, net: Collapsed, radius) -> "Problem":
+        return cls(net, np.hstack([net.image, net.between]), np.append(radius.ravel(), np.ones(len(net.units))))
+
+    def box(self, low, high):
+        """(low, high) (D + U,) of v = (y, a), from those (U,) of the units' inputs."""
+        edge = np.ones(self.net.image.shape[1])
+        return np.append(-edge, np.maximum(low, 0)), np.append(edge, np.maximum(high, 0))
+
+
+def offsets(problem: Problem, cuts: Cuts, low, high):
+    """(K,): the least offsets with which the cuts are above 0 and above z, so above the ReLU, for all v in the box."""
+    box, c = problem.box(low, high), cuts.coefficients * problem.scale
+    above = -_least(c, *box)
+    return np.maximum(above, _greatest(problem.weight[cuts.units] - c, *box) + problem.net.bias[cuts.units])
+
+
+def _least(c, low, high):
+    return np.minimum(c, 0) @ high + np.maximum(c, 0) @ low
+
+
+def _greatest(c, low, high):
+    return -_least(-c, low, high)
+
+
+def separate(problem: Problem, low, high, v, chosen=None) -> Cuts:
+    """For each unstable unit the facet that ``v`` (D + U,) violates, if one is, by more than VIOLATED.
+
+    Let f_i in [0, 1] be the place of input i on the way from where it makes z least to where it makes z greatest, and
+    g_i what z gains on that way, so that z = least + g . f. For s_i in [0, 1] with s . g = the greatest z, s . (g f)
+    is above 0, and above z: the rest of g is -least. The lowest one at f has s_i = 1 for the smallest f_i.
+    """
+    net, (v_low, v_high) = problem.net, problem.box(low, high)
+    d, units, rows = net.image.shape[1], [], []
+    for unit in np.flatnonzero((low < 0) & (high > 0)):
+        at = np.flatnonzero(problem.weight[unit] * (v_high - v_low))
+        w, span = problem.weight[unit, at], (v_high - v_low)[at]
+        gain = abs(w) * span
+        share = (v[at] - v_low[at]) / span
+        share = np.where(w > 0, share, 1 - share)
+        top = net.bias[unit] + _greatest(problem.weight[unit], v_low, v_high)
+        if not 0 < top < gain.sum():
+            continue
+        order = np.argsort(share)
+        before = np.append(0, np.cumsum(gain[order]))[:-1]
+        s = np.clip((top - before) / gain[order], 0, 1)
+        if v[d + unit] > (s * gain[order] * share[order]).sum() + VIOLATED:
+            row = np.zeros(len(v))
+            row[at[order]] = s * w[order]
+            units.append(unit)
+            rows.append((row / np.where(problem.scale > 0, problem.scale, 1)).astype(np.float32))
+    return Cuts(np.array(units, np.int64), np.array(rows, np.float32).reshape(-1, len(v)))
+
+
+def evaluate(problem: Problem, cuts: Cuts, duals: Duals, low, high) -> Part:
+    """The bound (1,) that multipliers give, and the linear function of y below the margin that it is the least of.
+
+        margin >= margin - below (a - z) - chord (upper z + offset - a) - cuts (coefficients . v + offset - a)
+
+    whatever is left of each a is at least its least over the bounds.
+    """
+    net, box = problem.net, problem.box(low, high)
+    d, (below, chord, weights) = net.image.shape[1], (np.asarray(v, np.float64) for v in duals)
+    lines, used = Lines.around(low, high), np.flatnonzero(weights)
+    cuts, weights = cuts[used], weights[used]
+    bound = net.row_bias - chord @ lines.offset - weights @ offsets(problem, cuts, low, high)
+    carried = -weights @ (cuts.coefficients * problem.scale)
+    image, outputs, inputs = net.row_image + carried[:d], net.row_units + carried[d:], np.zeros(len(low))
+    upper = chord + np.bincount(cuts.units, weights, len(low))
+    for at in reversed(net.layers):
+        left = outputs[at] + inputs[at.stop :] @ net.between[at.stop :, at] - below[at] + upper[at]
+        bound += _least(left, box[0][d:][at], box[1][d:][at])
+        inputs[at] = below[at] - chord[at] * lines.upper[at]
+    image += inputs @ net.image
+    bound += inputs @ net.bias - abs(image).sum()
+    return Part(np.array([bound]), None, image[None], None, None, None)
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """min margin over (y, z, a): z = weight v + bias, a >= z, a below its chord and the cuts."""
+
+    def __init__(self, problem: Problem, low, high, cuts: Cuts):
+        import highspy
+
+        self.problem, self.low, self.high = problem, low, high
+        net, (v_low, v_high) = problem.net, problem.box(low, high)
+        self.pixels, self.units = d, u = net.image.shape[1], len(low)
+        lines, eye, none = Lines.around(low, high), np.eye(u), np.full(u, np.inf)
+        lp, empty = highspy.HighsLp(), np.zeros((u, d))
+        lp.num_col_, lp.num_row_ = d + 2 * u, 3 * u
+        lp.col_cost_ = np.concatenate([net.row_image, np.zeros(u), net.row_units])
+        lp.offset_ = float(net.row_bias)
+        lp.col_lower_ = np.concatenate([v_low[:d], -none, v_low[d:]])
+        lp.col_upper_ = np.concatenate([v_high[:d], none, v_high[d:]])
+        lp.row_lower_ = np.concatenate([net.bias, 0 * low, -none])
+        lp.row_upper_ = np.concatenate([net.bias, none, lines.offset])
+        blocks = [[-net.image, eye, -net.between], [empty, -eye, eye], [empty, -np.diag(lines.upper), eye]]
+        start, index, value = _compressed(np.block(blocks))
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = start, index, value
+        self.optimal, self.highs = highspy.HighsModelStatus.kOptimal, highspy.Highs()
+        for name, option in OPTIONS.items():
+            self.highs.setOptionValue(name, option)
+        self.highs.passModel(lp)
+        self.stop = np.inf
+        self.highs.cbSimplexInterrupt.subscribe(lambda event: time.process_time() > self.stop and event.interrupt())
+        self.add(cuts)
+
+    def add(self, cuts: Cuts):
+        """More rows: cuts."""
+        k, d, u = len(cuts.units), self.pixels, self.units
+        c = cuts.coefficients * self.problem.scale
+        rows = np.hstack([-c[:, :d], np.zeros((k, u)), -c[:, d:]])
+        rows[np.arange(k), d + u + cuts.units] += 1
+        start, index, value = _compressed(rows)
+        top = offsets(self.problem, cuts, self.low, self.high)
+        if k:
+            self.highs.addRows(k, np.full(k, -np.inf), top, len(value), start[:-1], index, value)
+
+    def solve(self, seconds: float):
+        """(v (D + U,), z (U,), Duals), or None where HiGHS finds no optimum in that CPU time."""
+        self.stop = time.process_time() + seconds
+        self.highs.run()
+        if self.highs.getModelStatus() != self.optimal:
+            return None
+        found, d, u = self.highs.getSolution(), self.pixels, self.units
+        y, z, a = np.split(np.array(found.col_value), [d, d + u])
+        _, below, chord, cuts = np.split(np.array(found.row_dual), [u, 2 * u, 3 * u])
+        return np.append(y, a), z, Duals(*(np.maximum(m, 0).astype(np.float32) for m in (below, -chord, -cuts)))
+
+
+def _compressed(matrix):
+    """(start, index, value) of its rows."""
+    row, column = np.nonzero(matrix)
+    start = np.append(0, np.cumsum(np.bincount(row, minlength=len(matrix))))
+    return start.astype(np.int32), column.astype(np.int32), matrix[row, column]
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """A node of the tree: its number, bounds (U,) of the units' inputs, and the numbers of the cuts to begin with."""
+
+    number: int
+    low: np.ndarray
+    high: np.ndarray
+    cuts: np.ndarray
+
+
+class Bounded(NamedTuple):
+    """What the programs of a node said: the best bound, how it came about, which cuts, and where to split."""
+
+    part: Part
+    duals: Duals
+    cuts: np.ndarray
+    unit: int
+
+
+def search(
+    chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, cpu_limit: float = 60.0
+) -> Tree:
+    """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
+
+    As :func:`~nanomr.verify.bab.branch_and_bound`, whose trees have more and cheaper nodes: ``chain`` in float64,
+    relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.crown.crown` gives them. At each node the bounds are drawn in
+    to the images with margin <= threshold, as there, by the program's linear function; then the unit is split whose
+    upper side costs most. Gives up after ``cpu_limit`` seconds of CPU time, and where HiGHS fails. Needs highspy.
+    """
+    begin, visited = time.process_time(), 0
+    if not all(np.isfinite(side).all() for r in relus for side in r):
+        return Tree("timeout", None, np.nan, None, 0, 0.0)
+    row, box = margin_rows([label], [rival], chain.classes), Box.between(low, high)
+    net = collapse(chain, low, high, relus, row[0])
+    problem, limit, proof = Problem.of(net, box.radius), threshold + SLACK_64 * (1 + abs(threshold)), Proof(net.units)
+    d, pool = net.image.shape[1], Cuts(np.zeros(0, np.int64), np.zeros((0, low.size + len(net.units)), np.float32))
+
+    def end(status, bound, image=None):
+        arrays = None
+        if status == "proved":
+            theta = limit if proof.multipliers else np.inf
+            arrays, bound = _arrays(proof, pool, d, theta), min(bound, theta)
+        return Tree(status, image, float(bound), arrays, visited, time.process_time() - begin)
+
+    def left():
+        return cpu_limit - (time.process_time() - begin)
+
+    def programs(node: Node):
+        """(Bounded or None, a counterexample or None): programs with more and more cuts."""
+        nonlocal pool, visited
+        visited += 1
+        at, best, image = node.cuts, None, None
+        program = Program(problem, node.low, node.high, pool[at])
+        for attempt in range(PASSES):
+            solution = program.solve(min(SECONDS, left())) if left() > 0 else None
+            if solution is None:
+                break
+            v, z, duals = solution
+            part, gap = evaluate(problem, pool[at], duals, node.low, node.high), np.inf
+            if best is None or part.bound[0] > best.part.bound[0]:
+                gap = np.inf if best is None else limit - best.part.bound[0]
+                cost = np.bincount(pool.units[at], duals.cuts, len(z)) + duals.chord
+                unstable = (node.low < 0) & (node.high > 0)
+                loss = np.where(unstable, cost * (v[d:] - np.maximum(z, 0)) + 1e-9 * (node.high - node.low), -1)
+                unit = int(loss.argmax()) if unstable.any() else -1
+                best = Bounded(part, duals, at, unit)
+            x = np.clip(box.centre + v[:d].reshape(low.shape) * box.radius, low, high)
+            if inner(row, chain.forward(x)[0])[0] <= threshold:
+                return best, x[0]
+            if closed(best) or (attempt and limit - part.bound[0] > PAYS * gap) or attempt == PASSES - 1:
+                break
+            cuts = separate(problem, node.low, node.high, v)
+            if not len(cuts.units):
+                break
+            at = np.append(at, len(pool.units) + np.arange(len(cuts.units)))
+            pool = pool.plus(cuts)
+            program.add(cuts)
+        return best, image
+
+    def closed(found: Bounded) -> bool:
+        bound = found.part.bound[0]
+        return bool(bound - SLACK_64 * (1 + abs(bound)) > limit)
+
+    heap, tie, least = [(-np.inf, 0, Node(0, *net.ends(relus), np.zeros(0, np.int64)))], count(1), np.inf
+    while heap:
+        worst, _, node = heapq.heappop(heap)
+        gap = np.inf
+        for turn in range(ROUNDS + 1):
+            if left() <= 0:
+                return end("timeout", min(worst, least))
+            found, image = programs(node)
+            if image is not None:
+                return end("candidate", min(worst, least), image)
+            if found is None:
+                return end("timeout", min(worst, least))
+            proof.rows[node.number] = found.duals, found.cuts
+            bound, missing = found.part.bound[0], limit - found.part.bound[0]
+            if closed(found):
+                least = min(least, bound - SLACK_64 * (1 + abs(bound)))
+                break
+            if turn == ROUNDS or missing > ENOUGH * gap:  # split
+                if found.unit < 0:
+                    return end("timeout", min(worst, least))
+                del proof.rows[node.number]
+                for sign in (1, -1):
+                    number = proof.add(node.number, int(sign * (net.units[found.unit] + 1)))
+                    child = Node(number, node.low.copy(), node.high.copy(), found.cuts[found.duals.cuts > 0])
+                    (child.low if sign > 0 else child.high)[found.unit] = 0
+                    heapq.heappush(heap, (bound, next(tie), child))
+                break
+            gap = missing
+            bounds = *_, multipliers = restrict(net, found.part, node.low, node.high, limit)
+            number = proof.add(node.number, 0)
+            proof.multipliers.append(multipliers.astype(np.float32))
+            node = Node(number, *bounds[:2], found.cuts[found.duals.cuts > 0])
+            if is_empty(node.low, node.high):
+                nothing = np.zeros((3, len(net.units)), np.float32)
+                proof.rows[number] = Duals(*nothing[:2], nothing[2, :0]), node.cuts[:0]
+                break
+    return end("proved", least)
+
+
+def _arrays(proof: Proof, pool: Cuts, pixels: int, limit: float) -> dict[str, np.ndarray]:
+    """The arrays of a proof file (``docs/soundness.md``), with the cuts that it uses."""
+    rows = [proof.rows[node] for node in sorted(proof.rows)]
+    used = np.unique(np.concatenate([at[duals.cuts > 0] for duals, at in rows]))
+    weights = np.zeros((len(rows), len(used)), np.float32)
+    for row, (duals, at) in zip(weights, rows, strict=True):
+        on = duals.cuts > 0
+        row[np.searchsorted(used, at[on])] = duals.cuts[on]
+    start, index, value = _compressed(pool.coefficients[used])
+    shape = (len(proof.multipliers), 2, len(proof.units))
+    return {
+        "units": proof.units,
+        "parent": np.array(proof.parents, np.int32),
+        "split": np.array(proof.splits, np.int32),
+        "below": np.array([duals.below for duals, _ in rows]),
+        "chord": np.array([duals.chord for duals, _ in rows]),
+        "weights": weights,
+        "cut_unit": pool.units[used].astype(np.int32),
+        "cut_start": start,
+        "cut_index": index,
+        "cut_value": value,
+        "multipliers": np.array(proof.multipliers, np.float32).reshape(shape),
+        "limit": np.array([limit]),
+    }
