@@ -17,6 +17,7 @@ from nanomr.layers import PairBatch
 from nanomr.ops import reference as ops
 from nanomr.verify import collapsed
 from nanomr.verify import crown as verifier
+from nanomr.verify import hull as hulls
 from nanomr.verify.chain import Chain
 
 BOUNDS = {"complex": 1e-12, "central": 1e-6}
@@ -300,11 +301,47 @@ def _relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
+def hull():
+    net = models.mlp((4, 6, 5, 4, 3), input_shape=(1, 2, 2)).astype(np.float64)
+    net.weights[...] = 0.7 * _normal(*net.weights.shape, seed=1)
+    chain, low = Chain(net), 0.2 * _normal(1, 1, 2, 2, seed=5) - 0.5
+    relus = verifier.crown(chain, low, low + 1)
+    small = collapsed.collapse(chain, low, low + 1, relus, verifier.margin_rows([0], [1], 3)[0])
+    problem, (u_low, u_high), u = hulls.Problem.of(small, np.full(4, 0.5)), small.ends(relus), len(small.units)
+    assert u >= 8 and len(small.layers) == 3
+    owners = np.repeat(np.arange(u), 2)
+    mask = problem.weight[owners] != 0  # inputs of the unit
+    cuts = hulls.Cuts(owners, (0.5 * mask * _normal(2 * u, 4 + u, seed=2)).astype(np.float32))
+    lines, box, d = verifier.Lines.around(u_low, u_high), problem.box(u_low, u_high), 4
+    tops = hulls.offsets(problem, cuts, u_low, u_high)
+    unit = np.hstack([np.zeros((u, d)), np.eye(u)])  # picks a
+    brackets = np.vstack([  # each >= 0: rows times v, plus constants
+        unit - problem.weight, lines.upper[:, None] * problem.weight - unit,
+        cuts.coefficients * problem.scale - unit[cuts.units],
+    ])  # fmt: skip
+    constants = np.concatenate([-small.bias, lines.upper * small.bias + lines.offset, tops])
+    objective = np.append(small.row_image, small.row_units)
+
+    def value(below, chord, weights):
+        return hulls.evaluate(problem, cuts, hulls.Duals(below, chord, weights), u_low, u_high).bound
+
+    def vjp(dy, *multipliers):
+        c = objective - np.concatenate(multipliers) @ brackets
+        v = np.where(c > 0, *box)
+        slope = -(brackets @ v + constants)
+        alone = small.row_bias - np.concatenate(multipliers) @ constants + c @ v
+        assert abs(alone - value(*multipliers)[0]) < 1e-12
+        return tuple(dy[0] * part for part in np.split(slope, [u, 2 * u]))
+
+    start = [np.abs(0.3 * _normal(n, seed=seed)) for n, seed in ((u, 3), (u, 4), (2 * u, 6))]
+    yield "central", _vjp(value, lambda dy: vjp(dy, *start), *start, method="central")
+
+
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
         linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, sinkhorn, intrinsic, hamming, laplacian,
-        pair_batch, crown, beta_crown,
+        pair_batch, crown, beta_crown, hull,
     )
 }  # fmt: skip
 

@@ -23,9 +23,12 @@ from .crown import Box, Lines, inner, margin_rows
 
 ROUNDS, ENOUGH = 6, 0.8  # times that a node's bounds are drawn in, while what is missing shrinks to that share
 PASSES, PAYS = 6, 0.9  # programs before that, with more cuts each, while what is missing shrinks to that share
-SECONDS = 3.0  # CPU time of one program: HiGHS stalls in a few
+SECONDS = 2.0  # CPU time of one program: HiGHS stalls in a few
 VIOLATED = 1e-5  # by how much a cut must cut off the solution
-OPTIONS = {"output_flag": False, "threads": 1, "presolve": "off", "small_matrix_value": 1e-12}
+# Scaling by largest values: with HiGHS's own choice more programs stall.
+OPTIONS = {
+    "output_flag": False, "threads": 1, "presolve": "off", "small_matrix_value": 1e-12, "simplex_scale_strategy": 4
+}  # fmt: skip
 
 
 class Cuts(NamedTuple):

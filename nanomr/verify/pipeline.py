@@ -22,11 +22,26 @@ FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
 METHODS = ("crown", "alpha-crown", "bab", "hull", "milp")  # to exclude a rival, in their order
 PROVED = 1e-7  # a float64 bound of a margin above this is above 0 whatever its rounding, or a checker's, was
-# What a rival is tried by: the method, whether for float32 as well, and its share of the time that the image has left.
-# Most need the first for a tenth of a second, and nearly all others the second for one. Only the MILP leaves no proof.
+
+
+class Attempt(NamedTuple):
+    """One way to settle a rival: the stage, for float32 as well or not, its share of the time that is left, options."""
+
+    stage: str
+    for_float32: bool
+    share: float
+    options: dict = {}  # noqa: RUF012
+
+
+# Small trees take a tenth of a second; where they do not, programs with cuts are faster than larger ones. Only the MILP
+# leaves no proof.
 ATTEMPTS = (
-    ("bab", True, 0.02), ("hull", True, 0.1), ("hull", False, 0.3), ("bab", False, 0.1), ("milp", False, 1.0)
-)  # fmt: skip
+    Attempt("bab", True, 0.1, {"max_domains": 100}),
+    Attempt("hull", True, 0.1),
+    Attempt("hull", False, 0.3),
+    Attempt("bab", False, 0.1),
+    Attempt("milp", False, 1.0),
+)
 
 
 class Settings(NamedTuple):
@@ -159,7 +174,7 @@ class Verifier:
         verdict, adversarial = "verified", None
         for bound, t in todo:
             proved = bound > PROVED  # already, but not for float32
-            attempts = [a for a in ATTEMPTS if a[1]] if proved else ATTEMPTS
+            attempts = [a for a in ATTEMPTS if a.for_float32] if proved else ATTEMPTS
             answer = self._settle(tried, low, high, relus, record, int(t), left, attempts)
             solved += answer.solver_seconds
             record["solver"][t] = answer.notes
@@ -182,8 +197,8 @@ class Verifier:
     def _settle(self, tried, low, high, relus, record, rival, left, attempts) -> "_Answer":
         """One rival, by trees, linear programs and the MILP in turn."""
         label, error = record["label"], record["float32_error"][str(rival)]
-        notes, solved, stage = [], 0.0, attempts[0][0]
-        for stage, for_float32, share in attempts:
+        notes, solved, stage = [], 0.0, ""
+        for stage, for_float32, share, options in attempts:
             threshold = error if for_float32 else 0.0
             budget = share * (left() - solved)
             if not (np.isfinite(threshold) and budget > 0):
@@ -198,7 +213,8 @@ class Verifier:
                 effort = f"{answer.message}, {answer.nodes} nodes"
             else:
                 search = branch_and_bound if stage == "bab" else hull.search
-                answer = search(self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget)
+                options = {"threshold": threshold, "cpu_limit": budget, **options}
+                answer = search(self.chain, low, high, relus, label, rival, **options)
                 proved, proof, bound = answer.status == "proved", answer.proof, answer.bound
                 effort = f"{answer.status}, {answer.domains} domains"
             notes.append(f"{stage}, margin > {threshold:.2g}: {effort}, {answer.seconds:.2f} s")
