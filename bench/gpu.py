@@ -175,8 +175,8 @@ def our_convolutions(clock) -> dict:
             plan.sum_splits(partial, dw)
 
         found[conv.name] = {
-            "forward": clock.us(lambda x=x, w=w, y=y, p=plans[0]: p.launch(x, w, None, y)),
-            "input gradient": clock.us(lambda dy=dy, w=w, dx=dx, p=plans[1]: p.launch(dy, w, None, dx)),
+            "forward": clock.us(lambda x=x, w=w, y=y, p=plans[0]: p.launch(x, w, None, None, y)),
+            "input gradient": clock.us(lambda dy=dy, w=w, dx=dx, p=plans[1]: p.launch(dy, w, None, None, dx)),
             "weight gradient": clock.us(weights),
         }
     return found

@@ -134,7 +134,8 @@ PICTURES = {  # which arguments are stored as bfloat16; the others stay float32
     "batchnorm_statistics": (0,),
     "batchnorm": (0,),
     "batchnorm_parameter_gradient": (0, 1),
-    "batchnorm_backward": (0, 1),
+    "batchnorm_backward": (0, 1, 7),
+    "scale_channels": (0, 2),
     "average_pool": (0,),
     "average_pool_backward": (0,),
 }
@@ -147,7 +148,7 @@ PICTURES = {  # which arguments are stored as bfloat16; the others stay float32
 def test_bfloat16_kernels_agree_with_the_reference(device, operation, data):
     """The inputs are bfloat16 to begin with, so that only what is stored is rounded."""
     args = [
-        rounded(a).astype(BF16) if i in PICTURES[operation] else a
+        rounded(a).astype(BF16) if i in PICTURES[operation] and a is not None else a
         for i, a in enumerate(data.draw(OPERATIONS[operation].draw))
     ]
     numbers = [exact(a) for a in args]
@@ -187,9 +188,10 @@ def conv_arguments(g, case):
 
 
 def check_convolutions(device, g, x_shape, w_shape, stride, padding):
-    """y, dx, dw and db of one convolution, in bfloat16, against the reference."""
+    """y and dx, with and without something added, dw and db of a convolution, in bfloat16, against the reference."""
     x, w, b, dy = conv_arguments(g, (x_shape, w_shape, stride, padding))
-    x_, dy_ = device.asarray(x.astype(BF16)), device.asarray(dy.astype(BF16))
+    plus, plus_dx = (rounded(g.standard_normal(shape)) for shape in (dy.shape, x_shape))
+    x_, dy_, plus_, plus_dx_ = (device.asarray(a.astype(BF16)) for a in (x, dy, plus, plus_dx))
     w_, b_ = device.asarray(w), device.asarray(b)
     window, numbers = (stride, padding), [a.astype(np.float64) for a in (x, w, b, dy)]
 
@@ -198,9 +200,14 @@ def check_convolutions(device, g, x_shape, w_shape, stride, padding):
         return function(*args), tuple(TOLERANCE * s for s in as_tuple(sizes))
 
     x64, w64, b64, dy64 = numbers
+    plus64, plus_dx64 = exact(plus), exact(plus_dx)
     check(gpu.conv2d(x_, w_, b_, *window), *expected(reference.conv2d, x64, w64, b64, *window), "y", BF16)
+    found = gpu.conv2d(x_, w_, None, *window, plus_)
+    check(found, *expected(reference.conv2d, x64, w64, None, *window, plus64), "y + plus", BF16)
     found = gpu.conv2d_input_gradient(dy_, w_, *window, x_shape)
     check(found, *expected(reference.conv2d_input_gradient, dy64, w64, *window, x_shape), "dx", BF16)
+    found = gpu.conv2d_input_gradient(dy_, w_, *window, x_shape, plus_dx_)
+    check(found, *expected(reference.conv2d_input_gradient, dy64, w64, *window, x_shape, plus_dx64), "dx + plus", BF16)
     found = gpu.conv2d_weight_gradient(x_, dy_, w_shape, *window)
     check(found, *expected(reference.conv2d_weight_gradient, x64, dy64, w_shape, *window), "dw, db", np.float32)
     again = gpu.conv2d_weight_gradient(x_, dy_, w_shape, *window)
@@ -306,7 +313,11 @@ def test_batchnorm_relu_in_one_pass(device, hamming, dtype, shape, rng):
     dx = reference.batchnorm_backward(dz, x64, normal64[0], normal64[2], normal64[3], dgamma, dbeta)
     m = x64.size / c
     of_dx = d_slack + (x_hat * of_gamma + of_beta) / m + TOLERANCE * (x_hat * np.abs(dgamma) + np.abs(dbeta)) / m
-    check(found[0], dx, of_dx * np.abs(gamma * inv_std), "dx")
+    of_dx = of_dx * np.abs(gamma * inv_std)
+    check(found[0], dx, of_dx, "dx")
+    plus = rounded(rng.standard_normal(shape)).astype(dtype)
+    found = gpu.batchnorm_relu_backward(device.asarray(dy), *on, *(extra or (None, None)), device.asarray(plus))
+    check(found[0], dx + exact(plus), of_dx + TOLERANCE * np.abs(exact(plus)), "dx + plus", x.dtype)
 
 
 # --- losses, optimiser, randomness ------------------------------------------------------------------------------------
@@ -509,6 +520,58 @@ def test_a_manifold_step(device, dtype, rng, monkeypatch):
     allowed = 1e-4 if dtype == "float32" else 1.5 * distance(noisy, *gradients)
     assert distance(found, *gradients) <= allowed
     assert distance(control, *gradients) > 2 * allowed, "the test would not notice a missing term"
+
+
+@on_device
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        ((8, 8, 1), {}),
+        ((8, 8, 1), {"activated_identity": True}),
+        ((8, 16, 2), {}),
+        ((8, 16, 2), {"out_shortcut": False}),
+        ((5, 12, 2), {}),  # channels that are filled up
+        ((5, 5, 1), {}),
+    ],
+    ids=str,
+)
+def test_residual_sums(device, channels, options, train, rng, monkeypatch):
+    """float32: a block's y, dx and gradients are the reference's. bfloat16: near them (within ReLUs that take the other
+    branch; a missing term would be half of all), and no pass only adds."""
+    block, x = layers.PreActBlock(*channels, **options), rounded(rng.standard_normal((3, 6, 6, channels[0])))
+    dy = rounded(rng.standard_normal((3, 6 // channels[2], 6 // channels[2], channels[1])))
+    for _, layer in block.walk():
+        layer.params = {name: p + rng.standard_normal(p.shape, np.float32) / 4 for name, p in layer.params.items()}
+
+    def passes(x, dy):
+        for _, layer in block.walk():
+            layer.grads = {}
+        y, cache = block.forward(x, train=train)
+        dx = block.backward(dy, cache)
+        gradients = {f"{path}.{n}": to_numpy(g) for path, layer in block.walk() for n, g in layer.grads.items()}
+        assert y.dtype == dx.dtype == x.dtype
+        return {"y": exact(to_numpy(y)), "dx": exact(to_numpy(dx))} | gradients
+
+    compute_with(monkeypatch, reference)
+    expected = passes(exact(x), exact(dy))
+    for _, layer in block.walk():
+        layer.params = {name: device.asarray(p) for name, p in layer.params.items()}
+        layer.buffers = {name: device.asarray(p) for name, p in layer.buffers.items()}
+    compute_with(monkeypatch, gpu)
+    names, launch = [], gpu._launch
+
+    def noted(file, defines, name, *rest):
+        names.append(name)
+        launch(file, defines, name, *rest)
+
+    monkeypatch.setattr(gpu, "_launch", noted)
+    for dtype, tolerance in ((np.float32, 1e-4), (BF16, 0.2)):
+        names.clear()
+        found = passes(device.asarray(x.astype(dtype)), device.asarray(dy.astype(dtype)))
+        for name, value in expected.items():
+            assert np.linalg.norm(found[name] - value) <= tolerance * np.linalg.norm(value), (dtype, name)
+    assert "convolve" in names and "add" not in names
 
 
 @on_device
@@ -763,6 +826,15 @@ def convolve_something(g):
     check_convolutions(np, g, (5, 8, 8, 24), (3, 3, 24, 16), 1, ALL_ROUND)
 
 
+def add_something(g):
+    check_convolutions(np, g, (2, 7, 6, 16), (3, 3, 16, 24), 2, ALL_ROUND)
+    dy, x, plus = (g.standard_normal((6, 3, 3, 8)).astype(np.float32) for _ in range(3))
+    gamma, beta = (g.standard_normal(8).astype(np.float32) for _ in range(2))
+    arguments = dy, x, gamma, beta, 0 * beta, 1 + 0 * beta, 8.0, np.ones(2, np.float32)
+    expected = gpu.batchnorm_relu_backward(*arguments)[0] + plus
+    np.testing.assert_allclose(gpu.batchnorm_relu_backward(*arguments, plus)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def normalize_something(g):
     x = g.standard_normal((12, 5, 5, 16)).astype(np.float32)
     check(gpu.batchnorm_statistics(x), reference.batchnorm_statistics(exact(x)), (1e-5, 1e-5), "statistics")
@@ -804,15 +876,15 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
     ),
     "the result's tile is written too early": (
         "conv.cu",
-        "constexpr int PITCH = BN + SKEW;\n  const int lane = threadIdx.x % 32;\n  __syncthreads();",
-        "constexpr int PITCH = BN + SKEW;\n  const int lane = threadIdx.x % 32;",
+        "c = threadIdx.x % (BN / CHUNK) * CHUNK;\n  __syncthreads();",
+        "c = threadIdx.x % (BN / CHUNK) * CHUNK;",
         convolve_something,
         None,
     ),
     "... and read too early": (
         "conv.cu",
-        "  __syncthreads();\n  for (int i = threadIdx.x; i < BM",
-        "  for (int i = threadIdx.x; i < BM",
+        "  __syncthreads();\n  if (n0 + c >= channels) return;",
+        "  if (n0 + c >= channels) return;",
         convolve_something,
         None,
     ),
@@ -839,10 +911,38 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
     ),
     "a pixel too many": (
         "conv.cu",
-        "if (m >= pixels || n0",
-        "if (m > pixels || n0",
+        "to[i] = m < pixels ?",
+        "to[i] = m <= pixels ?",
         convolve_something,
         "out of bounds",
+    ),
+    "a chunk too many": (
+        "conv.cu",
+        "  if (n0 + c >= channels) return;",
+        "  if (n0 + c > channels) return;",
+        convolve_something,
+        "out of bounds",
+    ),
+    "a sum of the wrong pixels": (  # which are the right ones where the stride is 1
+        "conv.cu",
+        "*(const Chunk*)(plus + to[i])",
+        "*(const Chunk*)(plus + (long long)m * channels + n0 + c)",
+        add_something,
+        None,
+    ),
+    "a sum that is rounded twice": (
+        "conv.cu",
+        "four.at[k] + shift",
+        "[&] { bf16 y; assign(y, four.at[k]); return to_float(y); }() + shift",
+        add_something,
+        None,
+    ),
+    "a sum with the same image for all branches": (
+        "normalize.cu",
+        "+= more.at[b][k]",
+        "+= more.at[0][k]",
+        add_something,
+        None,
     ),
     "a row behind the tile": (
         "conv.cu",
@@ -907,7 +1007,7 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_are_caught(device, fault, rng, monkeypatch):
     if fault is None:
-        for run in (convolve_something, normalize_something, multiply_something):
+        for run in (convolve_something, add_something, normalize_something, multiply_something):
             run(rng)
         return
     file, right, wrong, run, words = FAULTS[fault]
@@ -991,7 +1091,8 @@ def test_machine_code(instantiation, arch):
         if name in ("convolve", "weight_gradient"):
             assert "HMMA.16816.F32.BF16" in code.instructions, f"{name} does not use tensor cores"
             assert {i.split(".")[0] for i in code.instructions} >= {"LDGSTS", "LDSM"}, name
-        if any(d in defines for d in ("WIDTH=8", "WIDTH=4")) and name in ("activate", "normalize_backward", "add"):
+        wide = any(d in defines for d in ("WIDTH=8", "WIDTH=4")) and name in ("activate", "normalize_backward", "add")
+        if wide or name == "convolve":  # there: what is added to the result, and the result
             assert {"LDG.E.128.CONSTANT", "STG.E.128"} <= code.instructions, f"{name} does not move 16 bytes at a time"
 
 

@@ -127,10 +127,10 @@ class Tile:
         return f"DIRECTION={direction}", *(f"{name}={value}" for name, value in sizes)
 
     def shared(self, direction: int) -> int:
-        """Bytes of dynamic shared memory: the tiles on their way, or the result's tile, whichever is more."""
+        """Bytes of dynamic shared memory: the tiles on their way, or the result's in float32, whichever is more."""
         a = self.bk * (self.bm + 8) if direction == WEIGHT else self.bm * (self.bk + 8)
         b = self.bn * (self.bk + 8) if direction == INPUT else self.bk * (self.bn + 8)
-        return 2 * max(self.stages * (a + b), self.bm * (self.bn + 8) if direction != WEIGHT else 0)
+        return max(2 * self.stages * (a + b), 4 * self.bm * (self.bn + 8) if direction != WEIGHT else 0)
 
 
 NARROW, WIDE, TALL = Tile(128, 64), Tile(128, 128), Tile(192, 64)
@@ -238,25 +238,29 @@ def _weights(w):
     return _resize_rows(w.reshape(kh, kw, -1), _eights(c) * _eights(co)).reshape(kh, kw, _eights(c), _eights(co))
 
 
-def conv2d(x, w, b, stride, padding):
+def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
     if not _has_kernels(x, "bfloat16"):
-        return _im2col_conv2d(x, w, b, stride, padding)
+        y = _im2col_conv2d(x, w, b, stride, padding)
+        return y if plus is None else add(y, plus)
     xp, x, w, co = array_module(x), _bf16(x, _eights(x.shape[3])), _weights(w), shape[3]
     y = xp.empty((*shape[:3], w.shape[3]), x.dtype)
     if b is not None:
         b = _ready(_resize_rows(_ready(b, np.float32), w.shape[3]))
-    conv_plan(FORWARD, x.shape, w.shape, stride, tuple(padding)).launch(x, w, b, y)
+    plus = None if plus is None else _bf16(plus, w.shape[3])
+    conv_plan(FORWARD, x.shape, w.shape, stride, tuple(padding)).launch(x, w, b, plus, y)
     return _resize_rows(y, co)
 
 
-def conv2d_input_gradient(dy, w, stride, padding, x_shape):
+def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     if not _has_kernels(dy, "bfloat16"):
-        return _im2col_input_gradient(dy, w, stride, padding, x_shape)
+        dx = _im2col_input_gradient(dy, w, stride, padding, x_shape)
+        return dx if plus is None else add(dx, plus)
     xp, c, w = array_module(dy), x_shape[3], _weights(w)
     dy = _bf16(dy, w.shape[3])
     dx = xp.empty((*x_shape[:3], w.shape[2]), dy.dtype)
-    conv_plan(INPUT, dx.shape, w.shape, stride, tuple(padding)).launch(dy, w, None, dx)
+    plus = None if plus is None else _bf16(plus, w.shape[2])
+    conv_plan(INPUT, dx.shape, w.shape, stride, tuple(padding)).launch(dy, w, None, plus, dx)
     return _resize_rows(dx, c)
 
 
@@ -417,18 +421,20 @@ def _floats(*arrays):
     return [None if a is None else _ready(a, np.float32) for a in arrays]
 
 
-def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0):
-    """activation((x - mean) scale + shift), and each sample's Hamming squares (or None)."""
+def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0, plus=None):
+    """activation((x - mean) scale + shift), and each sample's Hamming squares (or None). ``plus`` is added where there
+    is no activation."""
     xp, x = array_module(x), _ready(x)
     y, arrays = xp.empty(x.shape, x.dtype), _floats(mean, scale, shift)
     sizes = (plan.channels, float(alpha))
     if plan.defines[-1] != f"ACTIVATION={HAMMING}":
-        arguments = (x, *arrays, y, None, plan.pixels, *sizes)
+        plus = None if plus is None else _like(plus, x)
+        arguments = (x, *arrays, plus, y, None, plan.pixels, *sizes)
         _launch("normalize.cu", plan.defines, "activate", (plan.blocks,), 256, arguments)
         return y, None
     n = len(x) // 3
     partial, squares = xp.empty((n, plan.parts), np.float32), xp.empty(n, np.float32)
-    arguments = (x, *arrays, y, partial, plan.pixels_per_sample, *sizes)
+    arguments = (x, *arrays, None, y, partial, plan.pixels_per_sample, *sizes)
     _launch("normalize.cu", plan.defines, "activate", (plan.parts, n), 256, arguments)
     _launch("normalize.cu", plan.defines, "sum_rows", (n,), 32, (partial, squares, plan.parts))
     return y, squares
@@ -486,10 +492,9 @@ def normalize(x, mean, std):
     return _activate(plan, x, None if mean is None else xp.broadcast_to(mean, (c,)), scale)[0]
 
 
-def scale(x, by):
-    """x (..., C) times by (C,), in x's dtype."""
+def scale_channels(x, by, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
-    return _activate(plan, x, scale=by)[0] if plan else _by_formula(lambda x, by: x * by, x, by)
+    return _activate(plan, x, scale=by, plus=plus)[0] if plan else _by_formula(reference.scale_channels, x, by, plus)
 
 
 def batchnorm_statistics(x):
@@ -542,10 +547,10 @@ def _channel_gradients(plan, dy, x, mean, scale, shift, inv_std, alpha=0.0, weig
     return dgamma, dbeta
 
 
-def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta, alpha=0.0, weight=None):
+def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta, plus, alpha=0.0, weight=None):
     xp, c = array_module(x), x.shape[-1]
-    dx = xp.empty(x.shape, x.dtype)
-    arguments = (dy, x, *_floats(mean, scale, shift, weight, inv_std, dgamma, dbeta), dx)
+    dx, plus = xp.empty(x.shape, x.dtype), None if plus is None else _like(plus, x)
+    arguments = (dy, x, *_floats(mean, scale, shift, weight, inv_std, dgamma, dbeta), plus, dx)
     sizes = (plan.pixels, plan.pixels_per_sample, c, float(alpha), c / x.size)
     _launch("normalize.cu", plan.defines, "normalize_backward", (plan.blocks,), 256, (*arguments, *sizes))
     return dx
@@ -559,28 +564,28 @@ def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     return _channel_gradients(plan, _like(dy, x), x, mean, None, None, inv_std)
 
 
-def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta):
+def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return _by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta)
+        return _by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
     x = _ready(x)
-    return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta)
+    return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
 
 
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None):
-    """(dx, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming (training
-    mode). dz is computed twice and never stored: two passes that read dy and x, one of them writes dx."""
+def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None):
+    """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming
+    (training mode). dz is computed twice and never stored: two passes that read dy and x, one of them writes dx."""
     activation = RELU if alpha is None else HAMMING
     plan, alpha = _plan(x, activation, x.shape[-1]), alpha or 0.0
     if plan is None:
         z = batchnorm(x, gamma, beta, mean, inv_std)
         dz = relu_backward(dy, z) if activation == RELU else relu_hamming_backward(dy, z, alpha, weight)
         dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
-        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta), dgamma, dbeta
+        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
     x = _ready(x)
     normal = (_like(dy, x), x, mean, gamma * inv_std, beta, inv_std)
     dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight)
-    return _normalize_backward(plan, *normal, dgamma, dbeta, alpha, weight), dgamma, dbeta
+    return _normalize_backward(plan, *normal, dgamma, dbeta, plus, alpha, weight), dgamma, dbeta
 
 
 # --- pairs and pooling ------------------------------------------------------------------------------------------------
