@@ -548,6 +548,7 @@ def test_residual_sums(device, channels, options, train, rng, monkeypatch):
         for _, layer in block.walk():
             layer.grads = {}
         y, cache = block.forward(x, train=train)
+        assert block.backward(dy, cache, param_grads=False, input_grad=False) is None
         dx = block.backward(dy, cache)
         gradients = {f"{path}.{n}": to_numpy(g) for path, layer in block.walk() for n, g in layer.grads.items()}
         assert y.dtype == dx.dtype == x.dtype
