@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import shim
 
-from nanomr.ops import gpu
+from nanomr.ops import cuda, gpu
 
 counts: Counter = Counter()
 _capture: list | None = None  # the launches of the capture under way
@@ -127,7 +127,7 @@ def asarray(x, dtype=None):
 
 class RawModule:
     def __init__(self, code, options):
-        device = gpu.source("device.cuh")
+        device = cuda.source("device.cuh")
         assert code.startswith(device) and options[0] == "-std=c++17"
         self.code, self.defines = code.removeprefix(device), tuple(o.removeprefix("-D") for o in options[1:])
         self.launcher = shim.Launcher()
@@ -212,6 +212,6 @@ class Module(types.ModuleType):
 def install(monkeypatch):
     """Be ``cupy`` for a test."""
     counts.clear()
-    gpu._function.cache_clear()
+    cuda._function.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy", Module("cupy"))
     monkeypatch.setattr(gpu, "set_tf32", lambda on: None)
