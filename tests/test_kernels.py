@@ -537,8 +537,8 @@ def test_a_manifold_step(device, dtype, rng, monkeypatch):
     ids=str,
 )
 def test_residual_sums(device, channels, options, train, rng, monkeypatch):
-    """float32: a block's y, dx and gradients are the reference's. bfloat16: near them (within ReLUs that take the other
-    branch; a missing term would be half of all), and no pass only adds."""
+    """float32: a block's y, dx and gradients are the reference's. bfloat16: y is near (0.5 % found), gradients are
+    within what a few ReLUs that take the other branch do to so few numbers (9 % found), and no pass only adds."""
     block, x = layers.PreActBlock(*channels, **options), rounded(rng.standard_normal((3, 6, 6, channels[0])))
     dy = rounded(rng.standard_normal((3, 6 // channels[2], 6 // channels[2], channels[1])))
     for _, layer in block.walk():
@@ -572,7 +572,8 @@ def test_residual_sums(device, channels, options, train, rng, monkeypatch):
         names.clear()
         found = passes(device.asarray(x.astype(dtype)), device.asarray(dy.astype(dtype)))
         for name, value in expected.items():
-            assert np.linalg.norm(found[name] - value) <= tolerance * np.linalg.norm(value), (dtype, name)
+            allowed = min(tolerance, 0.02) if name == "y" else tolerance
+            assert np.linalg.norm(found[name] - value) <= allowed * np.linalg.norm(value), (dtype, name)
     assert launcher is None or ("convolve" in names and "add" not in names)
 
 
