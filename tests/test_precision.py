@@ -232,7 +232,7 @@ def test_a_run_of_before_there_was_a_choice_is_resumed_in_float32(program):
 @pytest.mark.parametrize("attack", ["wasserstein", "pgd"])
 def test_the_program_asks_the_model_itself(program, monkeypatch, attack):
     """With a network beside it that errs at once, each image ends as without, radius and all."""
-    flags = [*FLAGS, "--n", "20", "--radius", "0.003", "--device", "cpu", "--attack", attack]
+    flags = [*FLAGS, "--n", "20", "--radius", "0.03", "--device", "cpu", "--attack", attack]
     assert program(*flags, "--out", "alone")[0] == 0
     monkeypatch.setitem(attack_cifar.PRECISIONS, "fp32", Gullible)
     assert program(*flags, "--out", "both")[0] == 0
