@@ -23,6 +23,7 @@ from .errors import UserError
 from .graph import Replayed
 from .manifold import corner_pairs
 from .methods import manifold_step, standard_step
+from .models import InBfloat16
 from .ops import gpu, ops_for
 
 SAVE_EVERY = 120  # seconds between checkpoints within an epoch
@@ -71,20 +72,6 @@ SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run is saved and can go on. The message says how."""
-
-
-class InBfloat16:
-    """A float32 model on a GPU that computes in bfloat16, and takes and gives float32 as before: for a quick look at it
-    (forward and backward, which is all that attacks need). Figures that are reported come from the model itself."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def forward(self, x, **options):
-        return self.model.forward(gpu.cast(x, gpu.bfloat16()), **options)
-
-    def backward(self, dy, cache, **options):
-        return gpu.cast(self.model.backward(dy, cache, **options), np.float32)
 
 
 class Trainer:

@@ -7,6 +7,7 @@ number taken from the host is baked in. What a capture does not allow (a look at
 """
 
 import sys
+import time
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -58,6 +59,10 @@ def run(name, function, args, kwargs):
         result = function(*args, **kwargs)
     if result is None:
         return None
+    if isinstance(result, tuple):  # frexp, nonzero
+        if _capture is not None:
+            raise NotImplementedError(f"{name} in a capture: several results")
+        return tuple(map(ndarray, result))
     result = np.asarray(result)
     if name not in MOVES and any(a.dtype.name == "bfloat16" for a in (*inputs, result)):
         raise TypeError(f"{name} of bfloat16 takes CUDA's headers")
@@ -72,6 +77,9 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         return run(ufunc.__name__, getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function, types, args, kwargs):
+        return run(function.__name__, function, args, kwargs)
 
     def __getattr__(self, name):
         value = getattr(self.a, name)
@@ -187,6 +195,27 @@ class Stream:
 Stream.null = Stream()
 
 
+class Event:
+    """A moment of the host's: what was launched before it has run already."""
+
+    def record(self, stream=None):
+        refuse_in_capture("event")
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        refuse_in_capture("wait")
+
+
+class MemoryPool:
+    malloc = None
+
+    def total_bytes(self):
+        return 1 << 20
+
+    def free_all_blocks(self):
+        refuse_in_capture("free")
+
+
 @contextmanager
 def using_allocator(_):
     yield
@@ -194,9 +223,13 @@ def using_allocator(_):
 
 class Module(types.ModuleType):
     ndarray, asarray, RawModule = ndarray, staticmethod(asarray), RawModule
+    get_default_memory_pool = MemoryPool
     cuda = types.SimpleNamespace(
-        Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=using_allocator
-    )
+        Stream=Stream, MemoryPool=MemoryPool, using_allocator=using_allocator, Event=Event,
+        Device=lambda: types.SimpleNamespace(synchronize=lambda: refuse_in_capture("wait")), is_available=lambda: True,
+        get_elapsed_time=lambda first, last: 1e3 * (last.time - first.time),
+        runtime=types.SimpleNamespace(getDeviceProperties=lambda _: {"name": b"Stand-in (CPU)"}),
+    )  # fmt: skip
 
     def __getattr__(self, name):
         if name == "lib":
