@@ -1,5 +1,6 @@
 """Profiles, markers and the fixtures that every test file may use."""
 
+import importlib
 import importlib.util
 import os
 import zlib
@@ -55,6 +56,19 @@ def _stand_in(request):
         import fake_cupy
 
         fake_cupy.install(request.getfixturevalue("monkeypatch"))
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cupy(request, monkeypatch):
+    """CuPy: the real one, or ``fake_cupy``. A test that takes it runs here before it runs on a GPU."""
+    if request.param == "stand-in":
+        import fake_cupy
+        import shim
+
+        if shim.missing():
+            pytest.skip(shim.missing())
+        fake_cupy.install(monkeypatch)
+    return importlib.import_module("cupy")
 
 
 @pytest.fixture(autouse=True)

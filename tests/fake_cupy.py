@@ -23,7 +23,8 @@ CUBLAS = {"matmul", "dot", "tensordot", "einsum", "vdot", "inner"}
 SIZES = {"nonzero", "flatnonzero", "argwhere", "unique", "compress"}
 # Held to the real CuPy in test_fake_cupy.py: options of functions and attributes of arrays that only NumPy has.
 NOT_IN_CUPY = {"initial", "where"}
-NO_ATTRIBUTES = {"ctypes", "getfield", "resize", "setfield", "setflags", "__array_interface__", "__index__"}
+NO_ATTRIBUTES = {"ctypes", "getfield", "resize", "setfield", "setflags"}
+NO_ATTRIBUTES |= {"__array_interface__", "__array_struct__", "__index__"}
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without being allowed more
 
 
