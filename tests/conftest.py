@@ -68,7 +68,9 @@ def cupy(request, monkeypatch):
         if shim.missing():
             pytest.skip(shim.missing())
         fake_cupy.install(monkeypatch)
-    return importlib.import_module("cupy")
+    yield importlib.import_module("cupy")
+    if request.param == "stand-in":
+        fake_cupy.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -245,11 +245,16 @@ class Module(types.ModuleType):
         return lambda *args, **kwargs: run(name, value, args, kwargs)
 
 
-def install(monkeypatch):
-    """Be ``cupy`` for a test."""
+def forget():
+    """Leave no kernel behind for those who want the real CuPy's, and no capture of a test that failed in the middle."""
     global _capture
-    _capture = None  # of a test that failed in the middle of one
+    _capture = None
     counts.clear()
     gpu._function.cache_clear()
+
+
+def install(monkeypatch):
+    """Be ``cupy`` for a test; :func:`forget` comes after it."""
+    forget()
     monkeypatch.setitem(sys.modules, "cupy", Module("cupy"))
     monkeypatch.setattr(gpu, "set_tf32", lambda on: None)
