@@ -231,7 +231,10 @@ def using_allocator(_):
 class Module(types.ModuleType):
     ndarray, asarray, RawModule = ndarray, staticmethod(asarray), RawModule
     cuda = types.SimpleNamespace(
-        Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=using_allocator
+        Stream=Stream,
+        MemoryPool=lambda: types.SimpleNamespace(malloc=None),
+        using_allocator=using_allocator,
+        is_available=lambda: True,
     )
 
     def __getattr__(self, name):

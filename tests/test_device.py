@@ -242,3 +242,70 @@ def test_what_the_log_says_of_a_model(cupy, rng):
     np.testing.assert_array_equal(to_numpy(found), rho)
     distance = hamming_distance(there, on + found, on - found)
     np.testing.assert_array_equal(to_numpy(distance), hamming_distance(here, images + rho, images - rho))
+
+
+# --- training: on the stand-in these are in test_kernels.py, or take --stand-in ---------------------------------------
+
+gpu_alone = pytest.mark.parametrize("cupy", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Helpers of test_kernels.py, and its network by name."""
+    tests = pytest.importorskip("test_kernels", reason="training in bfloat16 needs pip install ml_dtypes")
+    monkeypatch.setitem(models.BUILDERS, "tiny", tests.tiny_model)
+    yield tests
+    gpu.set_tf32(False)  # a setting of the whole process: float32's tests must not see it
+
+
+@gpu_alone
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(hamming_norm="sample", augment=False, clip=0.0), dict(late_norm=False), dict(method="standard")],
+    ids=str,
+)
+def test_a_graphs_steps_are_eager_steps(cupy, tiny, options, tmp_path):
+    """Bit for bit, over the end of an epoch."""
+    eager, captured = tiny.trainer_of(tmp_path, graph=False, **options), tiny.trainer_of(tmp_path, **options)
+    for _ in range(6):
+        eager.advance()
+        captured.advance()
+        tiny.assert_equal_states(tiny.state_of(captured), tiny.state_of(eager))
+    assert captured._on_device.graph is not None
+
+
+@gpu_alone
+@pytest.mark.parametrize("method", ["manifold", "standard"])
+def test_five_steps_are_the_cpus(cupy, tiny, method, tmp_path):
+    """In float32: the weights' way, and the sums for the log."""
+    here = tiny.trainer_of(tmp_path, "cpu", precision="fp32", method=method)
+    there = tiny.trainer_of(tmp_path, precision="fp32", method=method)
+    start = here.model.weights.copy()
+    for _ in range(5):
+        here.advance()
+        there.advance()
+    off = to_numpy(there.model.weights) - here.model.weights
+    assert np.linalg.norm(off) <= 1e-3 * np.linalg.norm(here.model.weights - start)
+    np.testing.assert_allclose(to_numpy(there.totals), here.totals, rtol=1e-3)
+
+
+@gpu_alone
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "tf32"])
+def test_a_run_from_end_to_end(cupy, tiny, precision, tmp_path, monkeypatch):
+    """Epochs, what the log says of the model, checkpoints; resumed in the middle, it ends at the same bits. What comes
+    after a run of tf32, the closing table, is float32's."""
+    switched, switch = [], gpu.set_tf32
+    monkeypatch.setattr(gpu, "set_tf32", lambda on: (switched.append(on), switch(on)))
+    straight = tiny.trainer_of(tmp_path / "a", precision=precision)
+    straight.run()
+    assert switched == [precision == "tf32", False]
+    assert len(straight.log) == 4 and all(np.isfinite(record["loss"]) for record in straight.log)
+    first, second = (tiny.trainer_of(tmp_path / "b", precision=precision) for _ in range(2))
+    first.open_folder()
+    for _ in range(4):
+        first.advance()
+    first.save()
+    second.resume()
+    for _ in range(4, 12):
+        second.advance()
+    np.testing.assert_array_equal(to_numpy(second.model.weights), to_numpy(straight.model.weights))
