@@ -141,7 +141,7 @@ def _blas() -> str:
 
 
 def _gpu() -> str:
-    """The devices, and whether NVRTC, which CuPy's wheels do not contain, is found."""
+    """The devices, and whether NVRTC and CUDA's headers are found: without them CuPy's wheels compile no kernel."""
     if not gpu_available():
         return "none (it takes CuPy, an NVIDIA GPU and its driver)"
     cupy = find_cupy()
@@ -157,7 +157,19 @@ def _gpu() -> str:
         found.append("NVRTC {}.{}".format(*cupy.cuda.nvrtc.getVersion()))
     except Exception as error:
         found.append(f"NVRTC does not load ({type(error).__name__}): pip install 'cupy-cuda12x[ctk]' (or cuda13x)")
+    found.append(_cuda_headers())
     return "; ".join(found)
+
+
+def _cuda_headers() -> str:
+    """Where CuPy 14 looks for CUDA's headers. It compiles nothing without, not even our kernels, which include none."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        folder = find_nvidia_header_directory("cudart")
+    except Exception as error:
+        return f"headers: {type(error).__name__}"
+    return f"headers in {folder}" if folder else "no CUDA headers: pip install 'cupy-cuda12x[ctk]' (or cuda13x)"
 
 
 if __name__ == "__main__":

@@ -221,6 +221,8 @@ class Trainer:
                 if interrupted:
                     done = f"stopped after {self.step} of {total} steps and saved"
                     raise Interrupted(f"{done}: go on with --resume {self.folder}")
+        if self.device == "gpu":
+            gpu.set_tf32(False)  # a setting of the whole process; what is reported of the model is float32
         return self.model
 
     def open_folder(self):

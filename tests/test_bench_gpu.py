@@ -52,7 +52,7 @@ def fake(monkeypatch, bench):
     monkeypatch.setattr(bench, "FLUSH", 64)
     monkeypatch.delenv("OUT", raising=False)
     yield fake_cupy
-    cuda._function.cache_clear()
+    fake_cupy.forget()
 
 
 def little(bench, **changes):

@@ -16,7 +16,7 @@ from nanomr import models
 from nanomr.attacks import pgd, report
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from nanomr.attacks.common import recheck
-from nanomr.ops import cuda, gpu
+from nanomr.ops import gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attack_cifar
@@ -166,7 +166,7 @@ def fake(monkeypatch, program):
     fake_cupy.tf32 = []
     monkeypatch.setattr(gpu, "set_tf32", fake_cupy.tf32.append)
     yield fake_cupy
-    cuda._function.cache_clear()
+    fake_cupy.forget()
 
 
 def outcome(folder):
