@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -365,19 +365,15 @@ def time_our_step(clock, work: Work, name: str) -> tuple[float, float]:
 
     cp.get_default_memory_pool().free_all_blocks()
     pool = cp.cuda.MemoryPool()
-    gpu.set_tf32(name == "ours tf32")
-    try:
-        with cp.cuda.using_allocator(pool.malloc):
-            step = our_step(work, "float32" if "32" in name else "bfloat16")
-            if name == "ours graph":
-                step = graph.Replayed(step)
-                while step.graph is None:
-                    step()
-                cp.cuda.Device().synchronize()
-            us = clock.step(step)
-            memory = pool.total_bytes() + (step.pool.total_bytes() if name == "ours graph" else 0)
-    finally:
-        gpu.set_tf32(False)
+    with cp.cuda.using_allocator(pool.malloc), gpu.tf32() if name == "ours tf32" else nullcontext():
+        step = our_step(work, "float32" if "32" in name else "bfloat16")
+        if name == "ours graph":
+            step = graph.Replayed(step)
+            while step.graph is None:
+                step()
+            cp.cuda.Device().synchronize()
+        us = clock.step(step)
+        memory = pool.total_bytes() + (step.pool.total_bytes() if name == "ours graph" else 0)
     return us, memory / 1e6
 
 
@@ -743,6 +739,7 @@ def measure(args, work: Work = FULL, torch_device: str = "cuda") -> dict:
     import cupy as cp
 
     device = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    gpu.set_tf32(False)  # whatever CUPY_TF32 says
     bench = Bench(args, work, device, torch_device)
     bench.result["cupy"] = cp.__version__
     return bench.run()

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Everything that only a GPU can show, in under 9 minutes on an H100: tests, sanitizers, figures.
+# Everything that only a GPU can show, in less than 10 minutes on an H100: tests, sanitizers, figures.
 #   sh bench/gpu_all.sh [python]
-# Each part has a time limit (530 s together), and a part that fails does not stop the next ones; the exit status tells.
+# Each part has a time limit (560 s together), and a part that fails does not stop the next ones; the exit status tells.
 # Figures: bench/results/<device>.json, written by bench/gpu.py after each of its sections. What became of the parts:
 # bench/results/<device>-tests.txt, complete after each of them. Both also lie in $OUT where that is set, with the log.
+# The first part compiles every kernel once, which takes CuPy a minute or more; pytest-xdist, if there, shares it out.
 cd "$(dirname "$0")/.." || exit 2
 python=${1:-$(command -v python || command -v python3)}
 results=${RESULTS:-bench/results}
@@ -15,7 +16,8 @@ summary=$results/$name-tests.txt
 log=$(mktemp -d) || exit 2
 trap 'rm -rf "$log"' EXIT
 mkdir -p "$results" ${OUT:+"$OUT"} || exit 2
-echo "bench/gpu_all.sh on ${device:-no GPU that nvidia-smi knows}, $(date -u +%Y-%m-%dT%H:%MZ), $("$python" --version)" > "$summary"
+device=${device:-no GPU that nvidia-smi knows}
+echo "bench/gpu_all.sh on $device, $(date -u +%Y-%m-%dT%H:%MZ), $("$python" --version)" > "$summary"
 
 note() {
   echo "== $*" | tee -a "$summary"
@@ -40,8 +42,11 @@ part() {
   note "$outcome, $(($(date +%s) - start)) s: $*"
 }
 
+workers=
+if "$python" -c "import xdist" 2> /dev/null; then workers="-n 8"; fi
 # -W default: CuPy warns of what it does not find at import; that shall not fail a test.
-part 120 12 "$python" -u -m pytest -q -W default -m gpu tests
+# shellcheck disable=SC2086
+part 200 12 "$python" -u -m pytest -q -W default -m gpu $workers tests
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     part 60 12 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -u -m pytest -q -W default -m gpu \
@@ -51,5 +56,5 @@ else
   status=1
   note "compute-sanitizer is not installed (it comes with the CUDA toolkit): nothing was sanitized"
 fi
-part 290 0 "$python" -u bench/gpu.py --budget 275 --out "$results"
+part 240 0 "$python" -u bench/gpu.py --budget 225 --out "$results"
 exit $status

@@ -4,7 +4,6 @@ Weights on disk are safetensors with PyTorch's names and layouts: ``docs/torch_t
 """
 
 import copy
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -174,21 +173,12 @@ class InTf32:
         self.model = model
 
     def forward(self, x, **options):
-        with _tf32():
+        with gpu.tf32():
             return self.model.forward(x, **options)
 
     def backward(self, dy, cache, **options):
-        with _tf32():
+        with gpu.tf32():
             return self.model.backward(dy, cache, **options)
-
-
-@contextmanager
-def _tf32():
-    gpu.set_tf32(True)
-    try:
-        yield
-    finally:
-        gpu.set_tf32(False)
 
 
 def _input(mean, std, *sizes):

@@ -214,6 +214,7 @@ def test_the_exit_code_says_that_something_failed(bench, fake, monkeypatch, caps
 STAND_IN = """#!/bin/sh
 case "$*" in
   *--version*) echo Python 3.x ;;
+  *"import xdist"*) exit $NO_XDIST ;;
   *--tool*) echo ========= ERROR SUMMARY: $2 0 errors ;;
   *--query-gpu*) echo "NVIDIA H100 80GB HBM3" ;;
   *gpu.py*) echo figures ;;
@@ -223,12 +224,15 @@ esac
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
-def test_the_script_goes_on_after_a_failure_and_keeps_a_summary(tmp_path):
-    """Each part's outcome and its last lines are in the summary, in $OUT as well; the exit code tells."""
+@pytest.mark.parametrize("xdist", [True, False])
+def test_the_script_goes_on_after_a_failure_and_keeps_a_summary(tmp_path, xdist):
+    """Each part's outcome and its last lines are in the summary, in $OUT as well; the exit code tells. Tests run side
+    by side where pytest can do that."""
     for name in ("python", "nvidia-smi", "compute-sanitizer"):
         (tmp_path / name).write_text(STAND_IN)
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": f"{tmp_path}/out", "RESULTS": f"{tmp_path}/found"}
+    environment["NO_XDIST"] = str(int(not xdist))
     command = ["sh", ROOT / "bench" / "gpu_all.sh"]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1, result.stderr
@@ -236,10 +240,11 @@ def test_the_script_goes_on_after_a_failure_and_keeps_a_summary(tmp_path):
     assert summary == (tmp_path / "out" / "nvidia-h100-80gb-hbm3-tests.txt").read_text()
     outcomes = [line.split(",")[0] for line in summary.splitlines() if line.startswith("==") and "=====" not in line]
     assert outcomes == ["== failed (1)", "== passed", "== passed", "== passed"]
+    assert ("-m pytest -q -W default -m gpu -n 8 tests\n" in summary) == xdist
     assert "1 failed, 2 passed" in summary and "memcheck 0 errors" in summary and "racecheck 0 errors" in summary
     assert "figures" in (tmp_path / "out" / "gpu_all.log").read_text() and "figures" in result.stdout
     limits = re.findall(r"^ *part (\d+)", (ROOT / "bench" / "gpu_all.sh").read_text(), re.MULTILINE)
-    assert sum(map(int, limits)) + 60 <= 530, "the lent machine's call ends at 600 s"
+    assert sum(map(int, limits)) + 60 <= 560, "the lent machine's call ends at 600 s"
 
 
 # --- PyTorch's side, on a CPU -----------------------------------------------------------------------------------------

@@ -659,7 +659,7 @@ def fake(monkeypatch):
     fake_cupy.install(monkeypatch)
     monkeypatch.setitem(models.BUILDERS, "tiny", tiny_model)
     yield fake_cupy
-    cuda._function.cache_clear()
+    fake_cupy.forget()
 
 
 def trainer_of(folder, device="gpu", graph=True, late_norm=True, **options):

@@ -216,6 +216,18 @@ def test_verdicts_are_never_in_tf32(program, fake, monkeypatch):
     assert True in fake.tf32 and len(asked) >= 3 and not any(asked)
 
 
+def test_tf32_ends_with_its_block(monkeypatch):
+    """... also by an error, and around a function in each call anew."""
+    switched = []
+    monkeypatch.setattr(gpu, "set_tf32", switched.append)
+    with pytest.raises(KeyError), gpu.tf32():
+        assert switched.pop() is True
+        raise KeyError
+    assert switched.pop() is False
+    twice = gpu.tf32()(lambda number: (switched.copy(), 2 * number))
+    assert twice(2) == ([True], 4) and twice(3) == ([True, False, True], 6) and switched[-1] is False
+
+
 def test_a_run_of_before_there_was_a_choice_is_resumed_in_float32(program):
     flags = [*FLAGS, "--device", "cpu", "--attack", "pgd", "--out", "run"]
     assert program(*flags)[0] == 0

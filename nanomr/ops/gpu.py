@@ -11,6 +11,7 @@ is launched on a CuPy array.
 """
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -100,11 +101,24 @@ def linear_weight_gradient(x, dy):
 
 
 def set_tf32(on: bool) -> None:
-    """Whether cuBLAS may round float32 factors to TF32 (10 bits of fraction) for its tensor cores. Needs a GPU."""
+    """Whether cuBLAS may round float32 factors to TF32 (10 bits of fraction) for its tensor cores. Needs a GPU.
+
+    A setting of the whole process, which the variable CUPY_TF32 may have made: programs switch it off when they begin,
+    and on for as long as :func:`tf32` lasts."""
     from cupy import _core
     from cupy._core import _routines_linalg as types
 
     _core.set_compute_type(np.float32, types.COMPUTE_TYPE_TF32 if on else types.COMPUTE_TYPE_DEFAULT)
+
+
+@contextmanager
+def tf32():
+    """In TF32 within it, and not behind it, whatever happens. Decorates functions, too."""
+    set_tf32(True)
+    try:
+        yield
+    finally:
+        set_tf32(False)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -32,8 +32,7 @@ def to_bf16(x, channels=None):
 
 
 def cast(x, dtype):
-    """``x`` (float32 or bfloat16) in the other of the two, or as it is. By our kernels: CuPy's own conversions to and
-    from bfloat16 are compiled with CUDA's headers, which need not be installed."""
+    """``x`` (float32 or bfloat16) in the other of the two, or as it is; other dtypes as NumPy and CuPy convert them."""
     if x.dtype == dtype:
         return x
     if not has_kernels(x) or np.dtype(dtype).name not in REALS:
