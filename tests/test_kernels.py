@@ -405,19 +405,35 @@ def test_the_log_is_kept_on_the_device(device):
 
 
 STEPS = st.one_of(st.integers(0, 5), st.integers(0, 2**64 - 1))
+REJECTED = dict(seed=1, step=229_419)  # draw 75 has one of the four words in 2^32 that are no good for 0 ... 8
 
 
-@on_device
-@examples(1)
-@given(count=st.integers(1, 70), seed=STEPS, step=STEPS)
-@example(count=490_000, seed=0, step=2479)  # the 977,049th draw is one of the four in 2^32 that NumPy rejects
-def test_augmentation_is_drawn_as_by_numpy(device, count, seed, step):
-    """To the bit: NumPy's Philox, its bounded integers and its doubles."""
+def test_numpy_rejects_a_draw():
+    """Where the next test needs one: NumPy takes the bits of draw 76 for it, and so on."""
+    words = streams.generator(REJECTED["seed"], streams.AUGMENT, REJECTED["step"]).bit_generator.random_raw(128)
+    halves = words.astype("<u8").view("<u4").astype(np.uint64)
+    assert np.flatnonzero(9 * halves % 2**32 < 4).tolist() == [75]
+    drawn = streams.generator(REJECTED["seed"], streams.AUGMENT, REJECTED["step"]).integers(0, 9, 200)
+    np.testing.assert_array_equal(drawn, np.delete(9 * halves >> 32, 75)[:200])
+
+
+def check_augmentation(device, count, seed, step):
     draw = streams.generator(seed, streams.AUGMENT, step)
     expected = draw.integers(0, 9, count), draw.integers(0, 9, count), draw.random(count) < 0.5
     found = gpu.draw_augmentation(count, seed, device.asarray(np.array([step], np.uint64)))
     for f, e, what in zip(found, expected, ("top", "left", "flip"), strict=True):
         np.testing.assert_array_equal(to_numpy(f), e, err_msg=what)
+
+
+@on_device
+@examples(1)
+@given(count=st.integers(1, 70), seed=STEPS, step=STEPS)
+@example(count=1500, seed=0, step=0)
+@example(count=128, **REJECTED)
+@example(count=490_000, seed=0, step=2479)  # the 977,049th is rejected
+def test_augmentation_is_drawn_as_by_numpy(device, count, seed, step):
+    """To the bit: NumPy's Philox, its bounded integers and its doubles."""
+    check_augmentation(device, count, seed, step)
 
 
 @on_device
@@ -854,6 +870,10 @@ def multiply_something(g):
     np.testing.assert_allclose(gpu.losses(logits, labels)[0][0], expected, rtol=1e-5)
 
 
+def draw_something(g):
+    check_augmentation(np, 128, **REJECTED)
+
+
 FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must fail, words of the error or None)
     "no barrier in the pipeline": (
         "conv.cu",
@@ -997,6 +1017,14 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
         multiply_something,
         None,
     ),
+    "a rejected draw is kept": ("training.cu", "rejected = true", "(void)0", draw_something, None),
+    "one thread begins anew too early": (
+        "training.cu",
+        "__syncthreads();\n  if (!rejected",
+        "if (!rejected",
+        draw_something,
+        None,
+    ),
     "a sum without barriers": (
         "training.cu",
         "half /= 2) {\n    __syncthreads();",
@@ -1011,7 +1039,7 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_are_caught(device, fault, rng, monkeypatch):
     if fault is None:
-        for run in (convolve_something, add_something, normalize_something, multiply_something):
+        for run in (convolve_something, add_something, normalize_something, multiply_something, draw_something):
             run(rng)
         return
     file, right, wrong, run, words = FAULTS[fault]

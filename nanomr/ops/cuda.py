@@ -83,14 +83,3 @@ def ceil(a, b):
 def over(count):
     """The grid of a kernel whose blocks, of 256 threads, share ``count`` numbers."""
     return (max(1, min(ceil(count, 256), 16 * BLOCKS)),)
-
-
-def by_formula(function, *arguments):
-    """``reference``'s function, bfloat16 taken as float32: for shapes that no kernel takes. Slow, and correct."""
-    dtype = next(a.dtype for a in arguments if hasattr(a, "dtype"))
-    if dtype.name != "bfloat16":
-        return function(*arguments)
-    result = function(*[a.astype(np.float32) if getattr(a, "dtype", None) == dtype else a for a in arguments])
-    single = not isinstance(result, tuple)
-    converted = [r.astype(dtype) if r.ndim > 1 else r for r in ((result,) if single else result)]
-    return converted[0] if single else tuple(converted)

@@ -228,5 +228,5 @@ def draw_augmentation(n: int, seed: int, step):
     xp = array_module(step)
     top, left, flip = (xp.empty(n, np.int32) for _ in range(3))
     arguments = (top, left, flip, n, np.uint64(seed), np.uint64(rng.AUGMENT), step)
-    launch("training.cu", (), "draw_augmentation", (1,), 1, arguments)
+    launch("training.cu", (), "draw_augmentation", (1,), 256, arguments)
     return top, left, flip

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backend import array_module
 from . import reference
-from .cuda import BLOCKS, REALS, by_formula, ceil, has_kernels, launch, ready
+from .cuda import BLOCKS, REALS, ceil, has_kernels, launch, ready
 from .gpu_elementwise import contract_pair, expand_pair, to_bf16
 
 IDENTITY, RELU, HAMMING = range(3)  # what follows a normalisation
@@ -52,6 +52,17 @@ def _plan(x, activation, channels=None):
     if not has_kernels(x):
         return None
     return pass_plan(x.shape, x.dtype.name, activation, channels)
+
+
+def _by_formula(function, *arguments):
+    """``reference``'s function, bfloat16 taken as float32: for shapes that no kernel takes. Slow, and correct."""
+    dtype = next(a.dtype for a in arguments if hasattr(a, "dtype"))
+    if dtype.name != "bfloat16":
+        return function(*arguments)
+    result = function(*[a.astype(np.float32) if getattr(a, "dtype", None) == dtype else a for a in arguments])
+    single = not isinstance(result, tuple)
+    converted = [r.astype(dtype) if r.ndim > 1 else r for r in ((result,) if single else result)]
+    return converted[0] if single else tuple(converted)
 
 
 def _floats(*arrays):
@@ -131,14 +142,14 @@ def normalize(x, mean, std):
 
 def scale_channels(x, by, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
-    return _activate(plan, x, scale=by, plus=plus)[0] if plan else by_formula(reference.scale_channels, x, by, plus)
+    return _activate(plan, x, scale=by, plus=plus)[0] if plan else _by_formula(reference.scale_channels, x, by, plus)
 
 
 def batchnorm_statistics(x):
     c = x.shape[-1]
     plan = _plan(x, IDENTITY, c)
     if plan is None:
-        return by_formula(reference.batchnorm_statistics, x)
+        return _by_formula(reference.batchnorm_statistics, x)
     xp, x = array_module(x), ready(x)
     partial = xp.empty((plan.blocks, 2, c), np.float32)
     mean, var = xp.empty(c, np.float32), xp.empty(c, np.float32)
@@ -156,7 +167,7 @@ def _normalized(activation, x, gamma, beta, mean, inv_std, alpha=0.0):
 
 def batchnorm(x, gamma, beta, mean, inv_std):
     y, _ = _normalized(IDENTITY, x, gamma, beta, mean, inv_std)
-    return by_formula(reference.batchnorm, x, gamma, beta, mean, inv_std) if y is None else y
+    return _by_formula(reference.batchnorm, x, gamma, beta, mean, inv_std) if y is None else y
 
 
 def batchnorm_relu(x, gamma, beta, mean, inv_std):
@@ -196,7 +207,7 @@ def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta,
 def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return by_formula(reference.batchnorm_parameter_gradient, dy, x, mean, inv_std)
+        return _by_formula(reference.batchnorm_parameter_gradient, dy, x, mean, inv_std)
     x = ready(x)
     return _channel_gradients(plan, _like(dy, x), x, mean, None, None, inv_std)
 
@@ -204,7 +215,7 @@ def batchnorm_parameter_gradient(dy, x, mean, inv_std):
 def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+        return _by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
     x = ready(x)
     return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
 
