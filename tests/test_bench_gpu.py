@@ -161,6 +161,8 @@ def test_every_launch_is_seen_wherever_its_module_took_it_from(bench, fake, monk
         step()
         assert elsewhere.start is not original
     assert len(seen) == fake.counts["launch"] > 50 and seen[-1] == "sgd_update"
+    of_each_file = {"convolve (forward)", "convert", "activate", "losses"}  # .cu, and so module
+    assert of_each_file <= set(seen)
     assert elsewhere.start is original is cuda.launch
     step()
     assert len(seen) == fake.counts["launch"] / 2

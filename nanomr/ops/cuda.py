@@ -80,6 +80,6 @@ def ceil(a, b):
     return -(-a // b)
 
 
-def over(count):
+def grid_over(count):
     """The grid of a kernel whose blocks, of 256 threads, share ``count`` numbers."""
     return (max(1, min(ceil(count, 256), 16 * BLOCKS)),)

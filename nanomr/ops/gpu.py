@@ -18,7 +18,7 @@ import numpy as np
 from .. import rng
 from ..backend import array_module
 from . import reference
-from .cuda import BLOCKS, bfloat16, ceil, has_kernels, launch, over, ready, runs  # noqa: F401  (bfloat16)
+from .cuda import BLOCKS, bfloat16, ceil, grid_over, has_kernels, launch, ready, runs  # noqa: F401  (bfloat16)
 from .gpu_conv import (  # noqa: F401  (offered from here)
     conv2d,
     conv2d_dw,
@@ -124,9 +124,9 @@ def tf32():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _over(name, count, arguments):
+def _launch_over(name, count, arguments):
     """Launch a kernel of training.cu over ``count`` numbers."""
-    launch("training.cu", (), name, over(count), 256, arguments)
+    launch("training.cu", (), name, grid_over(count), 256, arguments)
 
 
 def _scalar(xp, value, dtype=np.float32):
@@ -169,7 +169,7 @@ def begin_step(step, order, labels, schedule, n: int):
     """
     xp = array_module(step)
     index, chosen, now = xp.empty(n, np.int32), xp.empty(n, np.int32), xp.empty(4, np.float32)
-    _over("begin_step", n, (step, order, labels, schedule, index, chosen, now, n, len(schedule)))
+    _launch_over("begin_step", n, (step, order, labels, schedule, index, chosen, now, n, len(schedule)))
     return index, chosen, now
 
 
@@ -184,7 +184,7 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     if not (has_kernels(w, "float32") and w.flags.c_contiguous and velocity.flags.c_contiguous):
         return reference.sgd_update(w, g, velocity, lr, momentum, weight_decay)
     rate = _scalar(array_module(w), lr)
-    _over("sgd_update", w.size, (w, ready(g), velocity, w.size, rate, float(momentum), float(weight_decay)))
+    _launch_over("sgd_update", w.size, (w, ready(g), velocity, w.size, rate, float(momentum), float(weight_decay)))
 
 
 def crop_flip(images, index, top, left, flip, pad=4):
@@ -192,7 +192,7 @@ def crop_flip(images, index, top, left, flip, pad=4):
     if runs(images):
         out = xp.empty((n, h, w, c), np.float32)
         drawn = [ready(v, np.int32) for v in (index, top, left, flip)]
-        _over("crop_flip", out.size, (ready(images), *drawn, out, n, h, w, c, pad))
+        _launch_over("crop_flip", out.size, (ready(images), *drawn, out, n, h, w, c, pad))
         return out
     padded = xp.pad(images[index], ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     column = xp.arange(w)
@@ -206,7 +206,7 @@ def corners(words, shape, eps):
     xp, count = array_module(words), math.prod(shape)
     if runs(words):
         rho = xp.empty(shape, np.float32)
-        _over("corners", count, (ready(words, np.uint64), rho, count, float(eps)))
+        _launch_over("corners", count, (ready(words, np.uint64), rho, count, float(eps)))
         return rho
     bits = ((words[:, None] >> xp.arange(64, dtype=xp.uint64)) & xp.uint64(1)).ravel()[:count]
     return (xp.float32(eps) * (1 - 2 * bits.astype(xp.float32))).reshape(shape)
@@ -218,7 +218,7 @@ def draw_corners(shape, eps, seed: int, step):
     xp, count = array_module(step), math.prod(shape)
     rho = xp.empty(shape, np.float32)
     arguments = (rho, count, np.uint64(seed), np.uint64(rng.CORNERS), step, _scalar(xp, eps))
-    _over("draw_corners", ceil(count, 256), arguments)
+    _launch_over("draw_corners", ceil(count, 256), arguments)
     return rho
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..backend import array_module
 from . import reference
-from .cuda import REALS, bfloat16, has_kernels, launch, over, ready
+from .cuda import REALS, bfloat16, grid_over, has_kernels, launch, ready
 
 # --- conversions ------------------------------------------------------------------------------------------------------
 
@@ -15,7 +15,7 @@ def resize_rows(x, to):
         return x
     y = array_module(x).empty((*x.shape[:-1], to), x.dtype)
     defines, arguments = (f"REAL={REALS[x.dtype.name]}", "WIDTH=1"), (x, y, y.size, x.shape[-1], to)
-    launch("elementwise.cu", defines, "resize_rows", over(y.size), 256, arguments)
+    launch("elementwise.cu", defines, "resize_rows", grid_over(y.size), 256, arguments)
     return y
 
 
@@ -27,7 +27,7 @@ def to_bf16(x, channels=None):
     x = ready(x, np.float32)
     y = array_module(x).empty((*x.shape[:-1], channels), bfloat16())
     arguments = (x, y, y.size, x.shape[-1], channels)
-    launch("elementwise.cu", ("REAL=bf16", "WIDTH=1"), "convert", over(y.size), 256, arguments)
+    launch("elementwise.cu", ("REAL=bf16", "WIDTH=1"), "convert", grid_over(y.size), 256, arguments)
     return y
 
 
@@ -40,7 +40,7 @@ def cast(x, dtype):
     if np.dtype(dtype).name == "bfloat16":
         return to_bf16(x)
     x, y = ready(x), array_module(x).empty(x.shape, np.float32)
-    launch("elementwise.cu", ("REAL=bf16", "WIDTH=1"), "widen", over(x.size), 256, (x, y, x.size))
+    launch("elementwise.cu", ("REAL=bf16", "WIDTH=1"), "widen", grid_over(x.size), 256, (x, y, x.size))
     return y
 
 
@@ -54,7 +54,7 @@ def _moves(name, x, width_of, arrays, count, *sizes):
     count //= width
     defines = (f"REAL={REALS[x.dtype.name]}", f"WIDTH={width}")
     sizes = (s(width) if callable(s) else s for s in sizes)
-    launch("elementwise.cu", defines, name, over(count), 256, (*arrays, count, *sizes))
+    launch("elementwise.cu", defines, name, grid_over(count), 256, (*arrays, count, *sizes))
 
 
 def add(a, b):
