@@ -21,18 +21,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanomr import __version__, checkpoint, cli, data, metrics, plots
+from nanomr import __version__, checkpoint, cli, data, metrics, models, plots
 from nanomr.attacks import report as reporting
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from nanomr.attacks.common import l2, recheck
 from nanomr.attacks.wasserstein import wasserstein
 from nanomr.backend import resolve_device, to_device, to_numpy
 from nanomr.errors import UserError
+from nanomr.ops import gpu
 
 VERSIONS = {"pgd": "pgd", "autoattack": "standard", "autoattack+": "plus"}
 ALL = ("pgd", "autoattack+", "wasserstein")  # AutoAttack+ breaks whatever AutoAttack breaks
 WASSERSTEIN = {"steps": 400, "every": 10}  # ten steps at each radius: up to 0.1 (the paper's) it takes 300
 EPS = {"linf": 8 / 255, "l2": 0.5}
+PRECISIONS = {"fp32": lambda model: None, "tf32": models.InTf32, "bf16": models.InBfloat16}
 FREE = ("batch_size", "device")  # what a resumed run may change: no result depends on the first
 
 
@@ -74,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--batch-size", type=positive, default=250, help="images in a forward pass; decides no result")
     g.add_argument("--chunk", type=positive, default=250, help="images between saves: a kill loses no more than these")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
+    text = "on a GPU: of the network that the attacks see; every verdict is float32's. bf16 may be the weaker attack"
+    g.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=text)
     g.add_argument("--out", type=Path, help="run folder; default: runs/WEIGHTS-ATTACK-NORM")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out; give the same flags again")
     return p
@@ -91,8 +95,8 @@ def configure(args, attack: str, weights: dict, dataset) -> dict:
         "nanomr": __version__, "attack": attack, "norm": "wasserstein" if attack == "wasserstein" else args.norm,
         "eps": eps, "individual": args.individual and attack.startswith("autoattack"), "quick": args.quick,
         "seed": args.seed, "n": min(args.n, n) if args.n else n, "chunk": args.chunk, "batch_size": args.batch_size,
-        "device": args.device, "weights": weights, "data": {"name": dataset.name, "source": dataset.source},
-        "settings": settings,
+        "device": args.device, "precision": args.precision, "settings": settings,
+        "weights": weights, "data": {"name": dataset.name, "source": dataset.source},
     }  # fmt: skip
 
 
@@ -127,6 +131,7 @@ class Run:
         self.labels = to_device(dataset.test_labels[: config["n"]], device)
         self.ids = np.arange(config["n"])
         self.stages = stages_of(config["attack"], config["norm"], config["eps"], config["quick"])
+        self.attacked = PRECISIONS[config["precision"]](model)  # None: the model itself
 
     def open(self, resume: bool) -> bool:
         """Make the folder, or find the run in it; True when that is finished. Raises UserError."""
@@ -136,6 +141,8 @@ class Run:
         if path.exists():
             old = checkpoint.read_json(path)
             new = json.loads(json.dumps(self.config))
+            if isinstance(old, dict):
+                old.setdefault("precision", "fp32")  # runs of before there was a choice
             for key in new:
                 if key not in FREE and (not isinstance(old, dict) or old.get(key) != new[key]):
                     before = old.get(key) if isinstance(old, dict) else None
@@ -164,7 +171,7 @@ class Run:
                 else:
                     found = self._attack_chunk(part, bar, robust)
                     tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray)}
-                    checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted")})
+                    checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted", "again")})
                 robust += int((found["by"] == ROBUST).sum())
                 _append(log, self._records(part, found))
                 bar.set_postfix_str(f"robust so far {robust / part.stop:.2%}, {n - part.stop} left")
@@ -183,28 +190,46 @@ class Run:
         if self.config["attack"] != "wasserstein":
             found = cascade(
                 self.model, x, labels, self.config["eps"], self.stages, norm=self.config["norm"],
-                individual=self.config["individual"], progress=advance, **common,
+                individual=self.config["individual"], progress=advance, attacked=self.attacked, **common,
             )  # fmt: skip
             result = {"adversarial": to_numpy(found.adversarial), "by": found.by}
             if found.alone is not None:
                 result["alone"] = found.alone
-            return {**result, "seconds": found.seconds, "refuted": found.refuted}
-        n, start = part.stop - part.start, time.perf_counter()
-        adversarial, radius = self.stages[0].attack(
-            self.model, x, labels, progress=lambda done, alive: advance("wasserstein", done, n, n - done + alive),
-            **common, **self.stages[0].options,
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        adversarial, radius = to_numpy(adversarial), to_numpy(radius).astype(np.float64)
+            return {**result, "seconds": found.seconds, "refuted": found.refuted, "again": found.again}
+
+        def transported(done, alive):
+            advance("wasserstein", done, len(x), len(x) - done + alive)
+
+        return self._transport(x, labels, common, transported)
+
+    def _transport(self, x, labels, common, progress) -> dict:
+        """The Wasserstein attack's; what only a less precise network falls for is attacked once more, in float32."""
+        start, attacked = time.perf_counter(), self.attacked or self.model
         wrong = to_numpy(recheck(self.model, x, x, labels, 0.0))
-        fresh = to_numpy(self.model.forward(to_device(adversarial, self.config["device"]))[0].argmax(1) != labels)
-        claimed = ~wrong & np.isfinite(radius) & (radius <= self.config["eps"])
-        by = np.where(wrong, WRONG, np.where(claimed & fresh, 1, ROBUST))
+        adversarial, radius = to_numpy(x).copy(), np.full(len(x), np.inf)
+        by, left, refuted, again = np.where(wrong, WRONG, ROBUST), np.arange(len(x)), 0, 0
+        for network in (attacked,) if attacked is self.model else (attacked, self.model):
+            where = to_device(left, self.config["device"])
+            found, at = self.stages[0].attack(
+                network, x[where], labels[where], progress=progress if network is attacked else None,
+                **common | {"ids": common["ids"][left]}, **self.stages[0].options,
+            )  # fmt: skip
+            fresh = to_numpy(self.model.forward(found)[0].argmax(1) != labels[where])
+            found, at = to_numpy(found), to_numpy(at).astype(np.float64)
+            claimed = ~wrong[left] & np.isfinite(at) & (at <= self.config["eps"])
+            hit = claimed & fresh
+            adversarial[left[hit]], radius[left[hit]], by[left[hit]] = found[hit], at[hit], 1
+            left = left[claimed & ~fresh]
+            if network is self.model:
+                refuted = len(left)
+            else:
+                again = len(left)
+            if len(left) == 0:
+                break
         radius[wrong] = 0
-        radius[by == ROBUST] = np.inf
-        adversarial[by != 1] = to_numpy(x)[by != 1]
-        refuted = [int((claimed & ~fresh).sum())]
-        return {"adversarial": adversarial, "by": by, "radius": radius, "seconds": [seconds], "refuted": refuted}
+        seconds = time.perf_counter() - start
+        found = {"adversarial": adversarial, "by": by, "radius": radius}
+        return {**found, "seconds": [seconds], "refuted": [refuted], "again": [again]}
 
     def _read(self, path: Path, part) -> dict:
         tensors, metadata = checkpoint.load_tensors(path)
@@ -243,12 +268,13 @@ class Run:
         found = reporting.checks(
             self.model, self.x, self.labels, self.ids, joined["by"], norm=config["norm"], eps=config["eps"],
             stage=self.stages[0] if spatial else None, seed=config["seed"], steps=10 if config["quick"] else 100,
-            batch_size=config["batch_size"],
+            batch_size=config["batch_size"], attacked=self.attacked,
         )  # fmt: skip
         report = reporting.assemble(
             config, joined["by"], np.sum([p["seconds"] for p in parts], axis=0).tolist(),
             np.sum([p["refuted"] for p in parts], axis=0).tolist(), found,
             alone=joined.get("alone"), radius=joined.get("radius"),
+            again=np.sum([p["again"] for p in parts], axis=0).tolist() if self.attacked else None,
         )  # fmt: skip
         x, labels = to_numpy(self.x), to_numpy(self.labels)
         file = io.BytesIO()
@@ -392,6 +418,10 @@ def main() -> int:
     if not args.weights:
         p.error("--weights FILE is needed: the network")
     device = resolve_device(args.device)
+    if device == "cpu" and args.precision != "fp32":
+        raise UserError(f"--precision {args.precision} needs a GPU: use --precision fp32")
+    if device == "gpu":
+        gpu.set_tf32(False)  # whatever CUPY_TF32 says: verdicts are float32's
     if args.check:
         return check(args, device)
     if args.resume and not args.out:

@@ -18,6 +18,8 @@ from .errors import UserError
 # except for what looks like a package; running it a second time does no harm, since it holds no state.
 __path__: list[str] = []
 
+INSTALL = "pip install 'nanomr[cuda12]' (or [cuda13])"  # CuPy with the parts of CUDA that it needs
+
 
 def find_cupy():
     """The cupy module, imported on first use; None where it is not installed."""
@@ -64,7 +66,7 @@ def resolve_device(wanted: str) -> str:
     if wanted not in ("auto", "gpu"):
         raise UserError(f"--device must be auto, cpu or gpu, not {wanted!r}")
     if find_cupy() is None:
-        raise UserError("--device gpu needs CuPy: pip install 'nanomr[cuda12]' (or [cuda13]), or use --device cpu")
+        raise UserError(f"--device gpu needs CuPy: {INSTALL}, or use --device cpu")
     if not gpu_available():
         raise UserError("--device gpu: CuPy is installed but finds no CUDA device or driver; use --device cpu")
     return "gpu"
@@ -81,7 +83,7 @@ def report() -> list[str]:
         "BLAS": _blas,
         "CuPy": lambda: (
             _version("cupy-cuda12x", "cupy-cuda13x", "cupy")
-            or "not installed: pip install 'nanomr[cuda12]' (or [cuda13], after the driver's CUDA version)"
+            or f"not installed: {INSTALL}, after the driver's CUDA version"
         ),
         "GPU": _gpu,
         "matplotlib": lambda: _version("matplotlib") or "not installed, so no plots: pip install 'nanomr[plots]'",
@@ -141,7 +143,7 @@ def _blas() -> str:
 
 
 def _gpu() -> str:
-    """The devices, and whether NVRTC, which CuPy's wheels do not contain, is found."""
+    """The devices, and whether NVRTC and CUDA's headers are found: without them CuPy's wheels compile no kernel."""
     if not gpu_available():
         return "none (it takes CuPy, an NVIDIA GPU and its driver)"
     cupy = find_cupy()
@@ -156,8 +158,20 @@ def _gpu() -> str:
     try:
         found.append("NVRTC {}.{}".format(*cupy.cuda.nvrtc.getVersion()))
     except Exception as error:
-        found.append(f"NVRTC does not load ({type(error).__name__}): pip install 'cupy-cuda12x[ctk]' (or cuda13x)")
+        found.append(f"NVRTC does not load ({type(error).__name__}): {INSTALL}")
+    found.append(_cuda_headers())
     return "; ".join(found)
+
+
+def _cuda_headers() -> str:
+    """Where CuPy 14 looks for CUDA's headers. It compiles nothing without, not even our kernels, which include none."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        folder = find_nvidia_header_directory("cudart")
+    except Exception as error:
+        return f"headers: {type(error).__name__}"
+    return f"headers in {folder}" if folder else f"no CUDA headers: {INSTALL}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The contract of every layer:
 - ``input_grad=False`` skips dx (returns None): nobody needs the gradient of the training images.
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
+- ``plus``, which Conv2d takes both ways and BatchNorm2d in backward: an array to add to the result, in the same pass.
 """
 
 from typing import NamedTuple
@@ -145,12 +146,21 @@ class Conv2d(Affine):
             self.params["bias"] = np.zeros(out_channels, np.float32)
         self.fan_in = kernel * kernel * in_channels
 
-    def apply(self, x, bias=True):
-        b = self.params.get("bias") if bias else None
-        return ops_for(x).conv2d(x, self.params["weight"], b, self.stride, self.padding)
+    def forward(self, x, train=False, tap=None, plus=None):
+        return super().forward(x) if plus is None else (self.apply(x, plus=plus), x)
 
-    def transpose(self, dy, x):
-        return ops_for(dy).conv2d_input_gradient(dy, self.params["weight"], self.stride, self.padding, x.shape)
+    def backward(self, dy, cache, param_grads=True, input_grad=True, plus=None):
+        if plus is None or not input_grad:
+            return super().backward(dy, cache, param_grads, input_grad)
+        super().backward(dy, cache, param_grads, input_grad=False)
+        return self.transpose(dy, cache, plus)
+
+    def apply(self, x, bias=True, plus=None):
+        b = self.params.get("bias") if bias else None
+        return ops_for(x).conv2d(x, self.params["weight"], b, self.stride, self.padding, plus)
+
+    def transpose(self, dy, x, plus=None):
+        return ops_for(dy).conv2d_input_gradient(dy, self.params["weight"], self.stride, self.padding, x.shape, plus)
 
     def accumulate_from(self, x, dy, bias=True):
         ops, window = ops_for(dy), (self.params["weight"].shape, self.stride, self.padding)
@@ -321,16 +331,16 @@ class BatchNorm2d(Layer):
             y = y.full()
         return y, (x, mean, inv_std, train)
 
-    def backward(self, dy, cache, param_grads=True, input_grad=True):
+    def backward(self, dy, cache, param_grads=True, input_grad=True, plus=None):
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]
         if isinstance(dy, BehindReLU):
             dx, dgamma, dbeta = ops.batchnorm_relu_backward(
-                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus
             )
             if param_grads:
                 self.accumulate(weight=dgamma, bias=dbeta)
-            return dx
+            return dx if input_grad else None
         if param_grads or (train and input_grad):
             dgamma, dbeta = ops.batchnorm_parameter_gradient(dy, x, mean, inv_std)
         if param_grads:
@@ -338,8 +348,8 @@ class BatchNorm2d(Layer):
         if not input_grad:
             return None
         if train:
-            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta)
-        return ops.scale(dy, gamma * inv_std) if hasattr(ops, "scale") else dy * (gamma * inv_std)
+            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+        return ops.scale_channels(dy, gamma * inv_std, plus)
 
 
 class Sequential(Layer):
@@ -375,12 +385,6 @@ class Sequential(Layer):
         return dy
 
 
-def _add(a, b):
-    """a + b, by a kernel where there is one."""
-    ops = ops_for(a)
-    return ops.add(a, b) if hasattr(ops, "add") else a + b
-
-
 class PreActBlock(Layer):
     """Pre-activation residual block (He et al. 2016): y = conv2(relu(bn2(conv1(h)))) + shortcut, h = relu(bn1(x)).
 
@@ -406,23 +410,22 @@ class PreActBlock(Layer):
 
     def forward(self, x, train=False, tap=None):
         caches, h = {}, x
-        for name in ("bn1", "relu1", "conv1", "bn2", "relu2", "conv2"):
+        for name in ("bn1", "relu1", "conv1", "bn2", "relu2"):
             h, caches[name] = self.children[name].forward(h, train=train, tap=tap)
             if name == "relu1":
                 shortcut = h if self.shortcut_reads_h else x
         if self.projects:
             shortcut, caches["shortcut"] = self.children["shortcut"].forward(shortcut)
-        return _add(h, shortcut), caches
+        y, caches["conv2"] = self.children["conv2"].forward(h, plus=shortcut)
+        return y, caches
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         d_shortcut = dy
         if self.projects:
             d_shortcut = self.children["shortcut"].backward(dy, cache["shortcut"], param_grads)
         dh = dy
+        joins = "conv1" if self.shortcut_reads_h else "bn1"  # its dh is the gradient of what the shortcut reads, too
         for name in ("conv2", "relu2", "bn2", "conv1", "relu1", "bn1"):
-            if name == "relu1" and self.shortcut_reads_h:
-                dh = _add(dh, d_shortcut)
-            dh = self.children[name].backward(dh, cache[name], param_grads, input_grad or name != "bn1")
-        if not input_grad:
-            return None
-        return dh if self.shortcut_reads_h else _add(dh, d_shortcut)
+            plus = {"plus": d_shortcut} if name == joins else {}
+            dh = self.children[name].backward(dh, cache[name], param_grads, input_grad or name != "bn1", **plus)
+        return dh

@@ -24,6 +24,7 @@ from .layers import (
     ReLU,
     Sequential,
 )
+from .ops import gpu
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -149,6 +150,35 @@ class Model(Sequential):
     def save(self, path, **metadata):
         """Write a safetensors file (atomically), with the architecture and ``metadata`` (JSON-able) in its header."""
         checkpoint.save_tensors(path, self.state_dict(), {"architecture": self.architecture, **metadata})
+
+
+class InBfloat16:
+    """A float32 model on a GPU that computes in bfloat16, and takes and gives float32 as before: forward and backward,
+    all that attacks need. For a quick look at it; figures that are reported come from the model itself."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def forward(self, x, **options):
+        return self.model.forward(gpu.cast(x, gpu.bfloat16()), **options)
+
+    def backward(self, dy, cache, **options):
+        return gpu.cast(self.model.backward(dy, cache, **options), np.float32)
+
+
+class InTf32:
+    """A float32 model on a GPU whose products, and no others, round their factors to TF32."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def forward(self, x, **options):
+        with gpu.tf32():
+            return self.model.forward(x, **options)
+
+    def backward(self, dy, cache, **options):
+        with gpu.tf32():
+            return self.model.backward(dy, cache, **options)
 
 
 def _input(mean, std, *sizes):

@@ -23,6 +23,7 @@ from .errors import UserError
 from .graph import Replayed
 from .manifold import corner_pairs
 from .methods import manifold_step, standard_step
+from .models import InBfloat16, InTf32
 from .ops import gpu, ops_for
 
 SAVE_EVERY = 120  # seconds between checkpoints within an epoch
@@ -66,25 +67,12 @@ class Config:
         }
 
 
+LOOKS = {"tf32": InTf32, "bf16": InBfloat16}  # how the log looks at the network, by precision
 SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run is saved and can go on. The message says how."""
-
-
-class InBfloat16:
-    """A float32 model on a GPU that computes in bfloat16, and takes and gives float32 as before: for a quick look at it
-    (forward and backward, which is all that attacks need). Figures that are reported come from the model itself."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def forward(self, x, **options):
-        return self.model.forward(gpu.cast(x, gpu.bfloat16()), **options)
-
-    def backward(self, dy, cache, **options):
-        return gpu.cast(self.model.backward(dy, cache, **options), np.float32)
 
 
 class Trainer:
@@ -99,7 +87,7 @@ class Trainer:
         if device == "cpu" and config.precision != "fp32":
             raise UserError(f"--precision {config.precision} needs a GPU: use --precision fp32")
         if device == "gpu":
-            gpu.set_tf32(config.precision == "tf32")
+            gpu.set_tf32(False)  # whatever CUPY_TF32 says
         images, labels, held, held_labels = dataset.hold_out(config.hold_out)
         if config.train_images:
             images, labels = images[: config.train_images], labels[: config.train_images]
@@ -123,7 +111,8 @@ class Trainer:
             self.order = to_device(np.zeros(self.steps_per_epoch * config.batch_size, np.int32), device)
             self.schedule = to_device(np.zeros((self.steps_per_epoch, 4), np.float32), device)
             captured = graph and config.precision == "bf16"
-            self._on_device = Replayed(self.device_step) if captured else self.device_step
+            step = gpu.tf32()(self.device_step) if config.precision == "tf32" else self.device_step
+            self._on_device = Replayed(step) if captured else step
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +250,7 @@ class Trainer:
         loss, ce, pair, hamming, norm = (to_numpy(self.totals) / steps).tolist()
         epoch = self.step / steps
         few, few_labels = self.held[:500], self.held_labels[:500]
-        model = InBfloat16(self.model) if config.precision == "bf16" else self.model
+        model = LOOKS.get(config.precision, lambda model: model)(self.model)
         return {
             "epoch": round(epoch),
             **{"loss": loss, "cross_entropy": ce, "intrinsic": pair, "hamming": hamming, "gradient_norm": norm},

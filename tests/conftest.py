@@ -1,5 +1,6 @@
 """Profiles, markers and the fixtures that every test file may use."""
 
+import importlib
 import importlib.util
 import os
 import zlib
@@ -21,10 +22,18 @@ hypothesis.settings.register_profile("intense", max_examples=1000, deadline=None
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--stand-in",
+        action="store_true",
+        help="run the tests marked gpu on fake_cupy.py where there is no GPU: slow; it shows what would not even start",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """Skip what this machine cannot run, and say why (pytest's -ra prints it)."""
     missing = {}
-    if not gpu_available():
+    if not gpu_available() and not config.getoption("--stand-in"):
         missing["gpu"] = "no GPU: CuPy with a CUDA device is needed (see python -m nanomr.backend)"
     if importlib.util.find_spec("torch") is None:
         missing["torch"] = "PyTorch is not installed (pip install torch)"
@@ -38,6 +47,30 @@ def pytest_collection_modifyitems(items):
 def rng(request) -> np.random.Generator:
     """A generator of the test's own: the same in every run, whichever tests run before it."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(request):
+    """With ``--stand-in``, a test marked ``gpu`` finds ``fake_cupy`` where CuPy would be."""
+    if request.config.getoption("--stand-in") and request.node.get_closest_marker("gpu") and not gpu_available():
+        import fake_cupy
+
+        fake_cupy.install(request.getfixturevalue("monkeypatch"))
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cupy(request, monkeypatch):
+    """CuPy: the real one, or ``fake_cupy``. A test that takes it runs here before it runs on a GPU."""
+    if request.param == "stand-in":
+        import fake_cupy
+        import shim
+
+        if shim.missing():
+            pytest.skip(shim.missing())
+        fake_cupy.install(monkeypatch)
+    yield importlib.import_module("cupy")
+    if request.param == "stand-in":
+        fake_cupy.forget()
 
 
 @pytest.fixture(autouse=True)

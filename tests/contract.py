@@ -1,9 +1,9 @@
 """The contract of ``nanomr/layers.py`` as executable checks, and for every check the mutants that it must catch.
 
-A ``Case`` is a layer (or a model) with an input. Each check takes a case and raises AssertionError where the
-contract is broken. ``MUTANTS`` maps each check to broken versions of ``forward`` or ``backward``: the tests run the
-check on the layer itself, where it must pass, and on every mutant of it, where it must not. A check that lets a
-mutant live proves nothing.
+A ``Case`` is a layer (or a model) with an input, on a CPU or on a device (``test_device.py``). Each check takes a case
+and raises AssertionError where the contract is broken. ``MUTANTS`` maps each check to broken versions of ``forward`` or
+``backward``: the tests run the check on the layer itself, where it must pass, and on every mutant of it, where it must
+not. A check that lets a mutant live proves nothing.
 """
 
 import copy
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import nanomr as mr
+from nanomr.backend import array_module, to_device, to_numpy
 from nanomr.layers import BatchNorm2d, Layer, Normalize
 
 
@@ -28,7 +29,12 @@ class Case:
 
     def upstream(self, y, seed=1):
         """A random dy. Ones would hide errors: see test_ones_upstream_prove_nothing_of_batchnorm."""
-        return np.random.default_rng(seed).standard_normal(y.shape).astype(y.dtype)
+        return array_module(y).asarray(np.random.default_rng(seed).standard_normal(y.shape).astype(y.dtype))
+
+    def other(self):
+        """The same layer with other images."""
+        x = (exact(self.x)[::-1] * 0.7 + 0.1).astype(self.x.dtype)
+        return Case(self.layer, array_module(self.x).asarray(x), self.train)
 
 
 def prepare(layer: Layer, rng: np.random.Generator, dtype=np.float64) -> Layer:
@@ -71,11 +77,28 @@ def clear_grads(layer):
         gradient[...] = 0
 
 
-def same(found, expected, what):
+def exact(x):
+    """``x`` as a NumPy array in which numbers can be computed with: bfloat16 becomes float32."""
+    x = to_numpy(x)
+    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
+
+
+def same(found, expected, what, tolerance=None):
     """Equal to rounding: one summation order is as good as another."""
-    tolerance = 1e-12 if np.asarray(expected).dtype == np.float64 else 1e-5
+    name = expected.dtype.name if hasattr(expected, "dtype") else "float64"
+    found, expected = exact(found), exact(expected)
+    tolerance = tolerance or {"float64": 1e-12, "bfloat16": 2.0**-7}.get(name, 1e-5)
     scale = float(np.max(np.abs(expected), initial=0.0)) + 1e-30
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale, err_msg=what)
+
+
+def equal(found, expected, what):
+    np.testing.assert_array_equal(to_numpy(found), to_numpy(expected), err_msg=what)
+
+
+def overlap(a, b):
+    """Exact for NumPy; on a device, where CuPy would sort all addresses, by the ends of the two."""
+    return (np.shares_memory if array_module(a) is np else np.may_share_memory)(a, b)
 
 
 def same_grads(found, expected, what):
@@ -138,9 +161,9 @@ def check_unchanged(case):
     kept_dy = dy.copy()
     layer.backward(dy, cache)
     for found, expected, what in ((case.x, x, "x"), (y, kept_y, "y"), (dy, kept_dy, "dy")):
-        np.testing.assert_array_equal(found, expected, err_msg=f"{what} was changed")
+        equal(found, expected, f"{what} was changed")
     for name, value in slots(layer, "params").items():
-        np.testing.assert_array_equal(value, before[name], err_msg=f"{name} was changed")
+        equal(value, before[name], f"{name} was changed")
 
 
 def check_memory(case):
@@ -148,15 +171,14 @@ def check_memory(case):
     y, cache = case.forward()
     dy = case.upstream(y)
     dx = case.layer.backward(dy, cache)
-    assert not np.shares_memory(dx, case.x), "dx lies in x"
-    assert case.view or not np.shares_memory(y, case.x), "y lies in x"
-    assert case.view or not np.shares_memory(dx, dy), "dx lies in dy"
+    assert not overlap(dx, case.x), "dx lies in x"
+    assert case.view or not overlap(y, case.x), "y lies in x"
+    assert case.view or not overlap(dx, dy), "dx lies in dy"
 
 
 def check_two_caches(case):
     """Two forward passes may be alive at once, and go back in either order."""
-    other = Case(case.layer, case.x[::-1] * 0.7 + 0.1, case.train)
-    results = []
+    other, results = case.other(), []
     for first in (0, 1):
         runs = [c.forward() for c in (case, other)]
         found = [None, None]
@@ -189,7 +211,7 @@ def check_param_grads_off(case):
     lean, untouched = gradients(case, param_grads=False)
     same(lean, dx, "dx without parameter gradients")
     for name, value in untouched.items():
-        np.testing.assert_array_equal(value, 0, err_msg=f"{name} was touched")
+        equal(value, 0, f"{name} was touched")
 
 
 def check_input_grad_off(case):
@@ -268,6 +290,26 @@ class Mutant(Layer):
 
     def backward(self, dy, cache, **options):
         return self.inner.backward(dy, cache, **options)
+
+
+class FromHost(Mutant):
+    """No defect: the layer computes on the GPU, but takes and gives NumPy arrays, which is all that gradcheck knows."""
+
+    def _move(self, device):
+        for _, below in self.inner.walk():
+            for store in (below.params, below.grads, below.buffers):
+                store.update({name: to_device(value, device) for name, value in store.items()})
+
+    def forward(self, x, train=False, tap=None):
+        self._move("gpu")
+        y, cache = super().forward(to_device(x, "gpu"), train, tap)
+        return to_numpy(y), cache
+
+    def backward(self, dy, cache, **options):
+        self._move("gpu")
+        dx = super().backward(to_device(dy, "gpu"), cache, **options)
+        self._move("cpu")
+        return to_numpy(dx)
 
 
 class ScalesDx(Mutant):

@@ -7,6 +7,7 @@ number taken from the host is baked in. What a capture does not allow (a look at
 """
 
 import sys
+import time
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -14,18 +15,36 @@ from contextlib import contextmanager
 import numpy as np
 import shim
 
-from nanomr.ops import gpu
+from nanomr.ops import cuda, gpu
 
 counts: Counter = Counter()
 _capture: list | None = None  # the launches of the capture under way
 MOVES = {"reshape", "ravel", "__getitem__", "ascontiguousarray", "copy", "empty", "empty_like", "transpose", "T"}
 CUBLAS = {"matmul", "dot", "tensordot", "einsum", "vdot", "inner"}
+SIZES = {"nonzero", "flatnonzero", "argwhere", "unique", "compress"}
+# Held to the real CuPy in test_fake_cupy.py: options of functions and attributes of arrays that only NumPy has.
+NOT_IN_CUPY = {"initial", "where"}
+NO_ATTRIBUTES = {"ctypes", "getfield", "resize", "setfield", "setflags"}
+NO_ATTRIBUTES |= {"__array_interface__", "__array_struct__", "__index__"}
+DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without being allowed more
 
 
 def refuse_in_capture(what):
     counts[what] += 1
     if _capture is not None:
         raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+
+
+def as_in_cupy(name, args, kwargs):
+    """Refuse what NumPy takes and CuPy does not, and, in a capture, what makes CuPy wait for the device."""
+    if kwargs.keys() & NOT_IN_CUPY:
+        raise TypeError(f"CuPy's {name} knows no {', '.join(kwargs.keys() & NOT_IN_CUPY)}")
+    key = args[1] if name in ("__getitem__", "__setitem__") else ()
+    parts = key if isinstance(key, tuple) else (key,)
+    if name in SIZES or any(isinstance(p, ndarray) and p.a.dtype == bool for p in parts):
+        refuse_in_capture("sync")  # how long the result is depends on values
+    if any(isinstance(p, list) for p in parts):
+        refuse_in_capture("upload")
 
 
 def unwrap(x):
@@ -49,6 +68,7 @@ def run(name, function, args, kwargs):
     """A function of NumPy on device arrays: at once, or noted in a capture."""
     if name in CUBLAS:
         refuse_in_capture("cuBLAS")
+    as_in_cupy(name, args, kwargs)
     args, kwargs = unwrap(args), unwrap(kwargs)
     inputs = arrays_in((args, kwargs))
     with np.errstate(all="ignore"):
@@ -56,14 +76,22 @@ def run(name, function, args, kwargs):
             _capture.append(lambda: function(*args, **kwargs))
             return ndarray(kwargs["out"][0]) if kwargs.get("out") else None
         result = function(*args, **kwargs)
-    if result is None:
-        return None
-    result = np.asarray(result)
-    if name not in MOVES and any(a.dtype.name == "bfloat16" for a in (*inputs, result)):
-        raise TypeError(f"{name} of bfloat16 takes CUDA's headers")
-    if _capture is not None and not any(np.may_share_memory(result, a) for a in inputs):
-        _capture.append(lambda: np.copyto(result, function(*args, **kwargs)))
-    return ndarray(result)
+    if result is None or isinstance(result, bool):
+        return result
+    several = isinstance(result, (tuple, list))
+    results = [np.asarray(r) for r in (result if several else (result,))]
+    moves = name in MOVES or (name == "astype" and _capture is None)
+    if not moves and any(a.dtype.name == "bfloat16" for a in (*inputs, *results)):
+        raise TypeError(f"{name} of bfloat16: a training step leaves that to our kernels")
+    if _capture is not None and not any(np.may_share_memory(r, a) for r in results for a in inputs):
+
+        def again():
+            found = function(*args, **kwargs)
+            for r, f in zip(results, found if several else (found,), strict=True):
+                np.copyto(r, f)
+
+        _capture.append(again)
+    return type(result)(map(ndarray, results)) if several else ndarray(results[0])
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
@@ -73,7 +101,15 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         return run(ufunc.__name__, getattr(ufunc, method), inputs, kwargs)
 
+    def __array_function__(self, function, types, args, kwargs):
+        return run(function.__name__, function, args, kwargs)
+
+    def __array__(self, *_, **__):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed")
+
     def __getattr__(self, name):
+        if name in NO_ATTRIBUTES or name == "a":
+            raise AttributeError(f"CuPy's arrays have no {name}")
         value = getattr(self.a, name)
         if isinstance(value, np.ndarray):
             return ndarray(value)
@@ -108,9 +144,6 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __int__(self):
         return self._look(int)
 
-    def __index__(self):
-        return self._look(int)
-
     def __float__(self):
         return self._look(float)
 
@@ -120,21 +153,24 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
 
 def asarray(x, dtype=None):
     if isinstance(x, ndarray):
-        return run("asarray", np.asarray, (x, dtype or x.dtype), {})
+        return x if dtype in (None, x.dtype) else x.astype(dtype)
     refuse_in_capture("upload")
     return ndarray(np.array(x, dtype))
 
 
 class RawModule:
     def __init__(self, code, options):
-        device = gpu.source("device.cuh")
+        device = cuda.source("device.cuh")
         assert code.startswith(device) and options[0] == "-std=c++17"
+        assert isinstance(options, tuple) and all(isinstance(o, str) for o in options)
         self.code, self.defines = code.removeprefix(device), tuple(o.removeprefix("-D") for o in options[1:])
         self.launcher = shim.Launcher()
 
     def get_function(self, name):
         def function(grid, block, args, shared_mem=0):
             counts["launch"] += 1
+            assert shared_mem <= function.max_dynamic_shared_size_bytes, f"{name}: {shared_mem} bytes of shared memory"
+            assert all(isinstance(sizes, tuple) and min(sizes) > 0 for sizes in (grid, block)), name
             arguments = unwrap(list(args))
             assert all(isinstance(a, (np.ndarray, np.generic)) for a in arguments), name
 
@@ -143,6 +179,7 @@ class RawModule:
 
             launch() if _capture is None else _capture.append(launch)
 
+        function.max_dynamic_shared_size_bytes = DEFAULT_SHARED
         return function
 
 
@@ -187,6 +224,27 @@ class Stream:
 Stream.null = Stream()
 
 
+class Event:
+    """A moment of the host's: what was launched before it has run already."""
+
+    def record(self, stream=None):
+        refuse_in_capture("event")
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        refuse_in_capture("wait")
+
+
+class MemoryPool:
+    malloc = None
+
+    def total_bytes(self):
+        return 1 << 20
+
+    def free_all_blocks(self):
+        refuse_in_capture("free")
+
+
 @contextmanager
 def using_allocator(_):
     yield
@@ -194,9 +252,13 @@ def using_allocator(_):
 
 class Module(types.ModuleType):
     ndarray, asarray, RawModule = ndarray, staticmethod(asarray), RawModule
+    get_default_memory_pool = MemoryPool
     cuda = types.SimpleNamespace(
-        Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=using_allocator
-    )
+        Stream=Stream, MemoryPool=MemoryPool, using_allocator=using_allocator, Event=Event,
+        Device=lambda: types.SimpleNamespace(synchronize=lambda: refuse_in_capture("wait")), is_available=lambda: True,
+        get_elapsed_time=lambda first, last: 1e3 * (last.time - first.time),
+        runtime=types.SimpleNamespace(getDeviceProperties=lambda _: {"name": b"Stand-in (CPU)"}),
+    )  # fmt: skip
 
     def __getattr__(self, name):
         if name == "lib":
@@ -209,9 +271,16 @@ class Module(types.ModuleType):
         return lambda *args, **kwargs: run(name, value, args, kwargs)
 
 
-def install(monkeypatch):
-    """Be ``cupy`` for a test."""
+def forget():
+    """Leave no kernel behind for those who want the real CuPy's, and no capture of a test that failed in the middle."""
+    global _capture
+    _capture = None
     counts.clear()
-    gpu._function.cache_clear()
+    cuda._function.cache_clear()
+
+
+def install(monkeypatch):
+    """Be ``cupy`` for a test; :func:`forget` comes after it."""
+    forget()
     monkeypatch.setitem(sys.modules, "cupy", Module("cupy"))
     monkeypatch.setattr(gpu, "set_tf32", lambda on: None)

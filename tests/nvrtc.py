@@ -1,6 +1,8 @@
 """Compiles kernels for a GPU on a machine without one, by the libraries of NVIDIA's wheels, and reads the machine code.
 
 pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm      (100 MB)
+
+For CUDA 13: nvidia-cuda-nvrtc, without -cu12.
 """
 
 import ctypes
@@ -34,6 +36,11 @@ def missing() -> str | None:
     return None
 
 
+# What CuPy 14 adds on its own, besides folders of headers (cupy/cuda/compiler.py). -ftz: float32 numbers below 1e-38
+# become 0 on a GPU, whatever the emulation of tests/shim.py makes of them.
+CUPYS_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+
+
 class CompileError(Exception):
     pass
 
@@ -42,7 +49,7 @@ def compile_cubin(source: str, arch: str, defines=()) -> bytes:
     """The machine code of ``source`` for ``arch`` ("sm_90"). Raises CompileError with the compiler's messages."""
     lib, program = _library(), ctypes.c_void_p()
     lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{d}" for d in defines)]
+    options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{d}" for d in defines), *CUPYS_OPTIONS]
     failed = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
 
     def fetch(what):

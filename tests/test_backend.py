@@ -54,8 +54,12 @@ def test_the_report_without_threadpoolctl(monkeypatch):
     assert "pip install threadpoolctl" in backend._blas()
 
 
+@pytest.mark.parametrize("headers", ["/cuda/include", None])
 @pytest.mark.parametrize("nvrtc", [True, False])
-def test_the_report_of_a_gpu(monkeypatch, nvrtc):
+def test_the_report_of_a_gpu(monkeypatch, nvrtc, headers):
+    pathfinder = SimpleNamespace(find_nvidia_header_directory={"cudart": headers}.__getitem__)
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(pathfinder=pathfinder))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder)
     card = {"name": b"Card", "major": 9, "minor": 0, "totalGlobalMem": 80 * 2**30}
     cupy = fake_cupy(
         getDeviceCount=lambda: 2,
@@ -69,7 +73,8 @@ def test_the_report_of_a_gpu(monkeypatch, nvrtc):
     line = backend._gpu()
     card = "Card, compute capability 9.0, 80 GiB; "
     assert line.startswith(f"{card}{card}driver CUDA 13.0; runtime CUDA 12.9; NVRTC ")
-    assert line.endswith("NVRTC 12.9") == nvrtc
+    assert ("NVRTC 12.9; " in line) == nvrtc
+    assert line.endswith("; headers in /cuda/include" if headers else f"no CUDA headers: {backend.INSTALL}")
     assert ("does not load" in line) != nvrtc
 
 

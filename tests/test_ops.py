@@ -101,7 +101,7 @@ CHANNELS = (1, 3, 5, 8, 16, 17, 32)  # below, at, and beside the widths of vecto
 conv_cases = convolutions(batch=(1, 2, 7), channels=CHANNELS, kernel=5, stride=3, size=9, square=False)
 
 
-def _bias_or_none(g, size):
+def _normal_or_none(g, size):
     return _normal(g, size) if g.random() < 0.5 else None
 
 
@@ -112,7 +112,7 @@ def _dy(g, case):
 def _mean_and_std(g, channels):
     """One for each channel, or one for all (``mlp``'s default)."""
     channels = channels if g.random() < 0.7 else 1
-    return _bias_or_none(g, channels), 0.2 + g.random(channels, np.float32)
+    return _normal_or_none(g, channels), 0.2 + g.random(channels, np.float32)
 
 
 matrices = st.tuples(*[st.sampled_from((1, 2, 3, 7, 8, 16, 33))] * 3)
@@ -165,18 +165,19 @@ def _batchnorm(g, shape):
 
 def _batchnorm_backward(g, shape):
     x, mean, inv_std = _batchnorm_arguments(g, shape)
-    dy = _normal(g, shape)
-    return dy, x, _normal(g, shape[-1]), mean, inv_std, *reference.batchnorm_parameter_gradient(dy, x, mean, inv_std)
+    dy, gamma, plus = _normal(g, shape), _normal(g, shape[-1]), _normal_or_none(g, shape)
+    return dy, x, gamma, mean, inv_std, *reference.batchnorm_parameter_gradient(dy, x, mean, inv_std), plus
 
 
 def _centred(x, mean):
     return np.abs(x) + np.abs(mean)
 
 
-def _backward_magnitude(dy, x, gamma, mean, inv_std, dgamma, dbeta):
+def _backward_magnitude(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus):
     m = x.size // x.shape[-1]
     x_hat = _centred(x, mean) * inv_std
-    return (np.abs(dy) + (x_hat * np.abs(dgamma) + np.abs(dbeta)) / m) * np.abs(gamma) * inv_std
+    size = (np.abs(dy) + (x_hat * np.abs(dgamma) + np.abs(dbeta)) / m) * np.abs(gamma) * inv_std
+    return size if plus is None else size + np.abs(plus)
 
 
 def _parameter_gradient_magnitude(dy, x, mean, inv_std):
@@ -235,12 +236,29 @@ OPERATIONS = {
     "conv2d": Operation(
         arguments(
             conv_cases,
-            lambda g, c: (_normal(g, c.x_shape), _normal(g, c.w_shape), _bias_or_none(g, c.c_out), c.stride, c.padding),
+            lambda g, c: (
+                _normal(g, c.x_shape),
+                _normal(g, c.w_shape),
+                _normal_or_none(g, c.c_out),
+                c.stride,
+                c.padding,
+                _normal_or_none(g, c.y_shape),
+            ),
         ),
         absolute(reference.conv2d),
     ),
     "conv2d_input_gradient": Operation(
-        arguments(conv_cases, lambda g, c: (_dy(g, c), _normal(g, c.w_shape), c.stride, c.padding, c.x_shape)),
+        arguments(
+            conv_cases,
+            lambda g, c: (
+                _dy(g, c),
+                _normal(g, c.w_shape),
+                c.stride,
+                c.padding,
+                c.x_shape,
+                _normal_or_none(g, c.x_shape),
+            ),
+        ),
         absolute(reference.conv2d_input_gradient),
     ),
     "conv2d_weight_gradient": Operation(
@@ -250,7 +268,7 @@ OPERATIONS = {
     "linear": Operation(
         arguments(
             matrices,
-            lambda g, s: (_normal(g, s[:2]), _normal(g, s[1:]), _bias_or_none(g, s[2])),
+            lambda g, s: (_normal(g, s[:2]), _normal(g, s[1:]), _normal_or_none(g, s[2])),
         ),
         absolute(reference.linear),
     ),
@@ -322,6 +340,13 @@ OPERATIONS = {
     ),
     "batchnorm_backward": Operation(
         arguments(images(n=(1, 7), size=(1, 6), channels=(1, 33)), _batchnorm_backward), _backward_magnitude
+    ),
+    "scale_channels": Operation(
+        arguments(
+            images(n=(1, 7), size=(1, 6), channels=(1, 33)),
+            lambda g, s: (_normal(g, s), _normal(g, s[-1]), _normal_or_none(g, s)),
+        ),
+        absolute(reference.scale_channels),
     ),
     "average_pool": Operation(
         arguments(pool_shapes, lambda g, s: (_normal(g, (s[0][0], s[0][1] * s[1], s[0][2] * s[1], s[0][3])), s[1])),

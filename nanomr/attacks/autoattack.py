@@ -73,6 +73,7 @@ class Outcome:
     seconds: list[float]  # per stage
     refuted: list[int]  # per stage: successes it claimed that a fresh forward pass or the ball did not confirm
     alone: np.ndarray | None = None  # individual mode: (N, stages) bool, what each stage breaks by itself
+    again: list[int] = field(default_factory=list)  # per stage: images that only the less precise network fell for
 
     @property
     def fooled(self) -> np.ndarray:
@@ -81,6 +82,51 @@ class Outcome:
     def robust_after(self) -> list[int]:
         """Images still classified correctly before the first stage, after it, after the second, ..."""
         return [int(((self.by == ROBUST) | (self.by > k)).sum()) for k in range(len(self.stages) + 1)]
+
+
+def attempt(
+    stage: Stage,
+    model,
+    x,
+    labels,
+    eps: float,
+    *,
+    norm: str,
+    seed: int,
+    ids,
+    batch_size: int,
+    progress: Callable | None = None,
+    attacked=None,
+):
+    """(adversarial (N, H, W, C), broken (N,) bool, refuted, again) by one stage on ``x`` (N, H, W, C).
+
+    An image is broken when :func:`recheck` says so: a fresh forward pass of ``model``, ball, box. ``attacked`` is what
+    the stage sees, if not the model: the same network computed with less precision. What only that one falls for is
+    attacked once more, the model itself this time; ``again`` counts these images. ``refuted``: successes on the model
+    that were not confirmed.
+    """
+    xp, attacked = array_module(x), attacked or model
+    adversarial, broken = x.copy(), xp.zeros(len(x), bool)
+    left, refuted, again = xp.arange(len(x)), 0, 0
+    for network in (attacked,) if attacked is model else (attacked, model):
+        found, fooled = stage.attack(
+            network, x[left], labels[left], eps, norm=norm, seed=seed, ids=ids[to_numpy(left)], batch_size=batch_size,
+            progress=progress if network is attacked else None, **stage.options,
+        )  # fmt: skip
+        hit = xp.flatnonzero(fooled)
+        found, left = found[hit], left[hit]
+        sure = xp.zeros(0, bool)
+        if len(left):
+            sure = recheck(model, x[left], found, labels[left], eps, norm, batch_size)
+            adversarial[left[sure]], broken[left[sure]] = found[sure], True
+        left = left[~sure]
+        if network is model:
+            refuted = len(left)
+        else:
+            again = len(left)
+        if len(left) == 0:
+            break
+    return adversarial, broken, refuted, again
 
 
 def cascade(
@@ -96,13 +142,15 @@ def cascade(
     batch_size: int = 250,
     individual: bool = False,
     progress: Callable | None = None,
+    attacked=None,
 ) -> Outcome:
     """Run ``stages`` on images ``x`` (N, H, W, C) in [0, 1] with ``labels`` (N,) that the model gets right.
 
     Each stage sees the images that are still robust; with ``individual``, all that were right at first, and the first
-    stage that breaks an image still gets the credit. What a stage claims is checked by :func:`recheck`: a fresh
-    forward pass, ball, box. ``progress(stage, done, left, robust)``: ``done`` of the stage's ``left`` images, and how
-    many of all N may still be robust. Raises ValueError for odd input, as the attacks do.
+    stage that breaks an image still gets the credit. ``attacked``, the same network computed with less precision, is
+    what the stages see if it is given; every verdict is the model's, see :func:`attempt`.
+    ``progress(stage, done, left, robust)``: ``done`` of the stage's ``left`` images, and how many of all N may still be
+    robust. Raises ValueError for odd input, as the attacks do.
     """
     _, labels, ids = check_inputs(x, labels, eps, norm=norm, ids=ids)
     if len(x):
@@ -112,33 +160,27 @@ def cascade(
     right = ~to_numpy(recheck(model, x, x, labels, 0.0, norm, batch_size))
     by = np.where(right, ROBUST, WRONG)
     alone = np.zeros((len(x), len(stages)), bool) if individual else None
-    seconds, refuted = [], []
+    seconds, refuted, again = [], [], []
     for k, stage in enumerate(stages):
         left = np.flatnonzero(right if individual else by == ROBUST)
         start = time.perf_counter()
-        claims, broken = 0, left[:0]
+        refuted.append(0)
+        again.append(0)
         if len(left):
             where = xp.asarray(left)
-            advance = _advance(progress, stage.name, by, left)
-            found, fooled = stage.attack(
-                model, x[where], labels[where], eps,
-                norm=norm, seed=seed, ids=ids[left], batch_size=batch_size, progress=advance, **stage.options,
+            found, broken, refuted[k], again[k] = attempt(
+                stage, model, x[where], labels[where], eps, norm=norm, seed=seed, ids=ids[left],
+                batch_size=batch_size, progress=_advance(progress, stage.name, by, left), attacked=attacked,
             )  # fmt: skip
-            hit = xp.flatnonzero(fooled)
-            claims = len(hit)
-            if claims:
-                found, where = found[hit], where[hit]
-                sure = xp.flatnonzero(recheck(model, x[where], found, labels[where], eps, norm, batch_size))
-                found, broken = found[sure], to_numpy(where[sure])
-        new = by[broken] == ROBUST
-        if new.any():
-            adversarial[xp.asarray(broken[new])] = found[xp.asarray(np.flatnonzero(new))]
-        by[broken[new]] = k + 1
-        if individual:
-            alone[broken, k] = True
+            broken = to_numpy(broken)
+            new = broken & (by[left] == ROBUST)
+            if new.any():
+                adversarial[xp.asarray(left[new])] = found[xp.asarray(np.flatnonzero(new))]
+            by[left[new]] = k + 1
+            if individual:
+                alone[left[broken], k] = True
         seconds.append(time.perf_counter() - start)
-        refuted.append(claims - len(broken))
-    return Outcome(tuple(s.name for s in stages), adversarial, by, seconds, refuted, alone)
+    return Outcome(tuple(s.name for s in stages), adversarial, by, seconds, refuted, alone, again)
 
 
 def _advance(progress, name: str, by, left):

@@ -7,7 +7,7 @@ import numpy as np
 from ..backend import array_module, to_numpy
 from ..errors import UserError
 from .apgd import apgd
-from .autoattack import ROBUST, WRONG, Stage
+from .autoattack import ROBUST, WRONG, Stage, attempt
 from .blackbox import corner_noise
 from .objectives import cross_entropy_each, dlr, margin
 
@@ -45,7 +45,7 @@ def wilson(count: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def checks(model, x, labels, ids, by, *, norm: str, eps: float, stage: Stage | None, seed: int, steps: int = 100,
-           batch_size: int = 250) -> dict:  # fmt: skip
+           batch_size: int = 250, attacked=None) -> dict:  # fmt: skip
     """Figures for :func:`warnings`, measured on images ``x`` (N, H, W, C) with the outcome ``by`` (N,) of an attack.
 
     - "zero_gradients", "zero_dlr_gradients": images where the input gradient of the cross-entropy (of the difference
@@ -56,7 +56,8 @@ def checks(model, x, labels, ids, by, *, norm: str, eps: float, stage: Stage | N
       the largest difference of logits alone and in a batch, relative to the largest logit
     - "probabilities": the outputs are >= 0 and sum to 1: losses that expect logits are wrong then
 
-    ``stage`` is the first of the attack's; None (the Wasserstein attack) leaves "alone" and the noise out.
+    ``stage`` is the first of the attack's; None (the Wasserstein attack) leaves "alone" and the noise out. ``attacked``
+    is what it saw, as in :func:`nanomr.attacks.autoattack.cascade`; all else is of the model itself.
     """
     by, xp = np.asarray(by), array_module(x)
     right = np.flatnonzero(by != WRONG)
@@ -89,11 +90,11 @@ def checks(model, x, labels, ids, by, *, norm: str, eps: float, stage: Stage | N
         again = np.concatenate([right[by[right] == 1][:2], right[by[right] != 1][:2]])
         found["alone_images"], found["alone"] = len(again), 0
         for i in again:
-            _, fooled = stage.attack(
-                model, x[i : i + 1], labels[i : i + 1], eps, norm=norm, seed=seed, ids=ids[i : i + 1], batch_size=1,
-                **stage.options,
+            _, broken, _, _ = attempt(
+                stage, model, x[i : i + 1], labels[i : i + 1], eps, norm=norm, seed=seed, ids=ids[i : i + 1],
+                batch_size=1, attacked=attacked,
             )  # fmt: skip
-            found["alone"] += bool(fooled[0]) != (by[i] == 1)
+            found["alone"] += bool(broken[0]) != (by[i] == 1)
     return found
 
 
@@ -139,6 +140,11 @@ def warnings(report: dict) -> list[str]:
         said.append("the outputs look like probabilities: the attacks need logits")
     if refuted := sum(row["refuted"] for row in report["after"]):
         said.append(f"successes that a fresh forward pass did not confirm: {refuted}; they count as robust")
+    if report.get("precision") == "bf16":
+        said.append(
+            "--precision bf16: gradients were those of the network in bfloat16; verdicts are float32's, yet the attack "
+            "may be weaker than in float32: report figures of fp32 or tf32"
+        )
     if report["quick"]:
         said.append("--quick: a tenth of the steps, restarts and queries; not a result to report")
     return said
@@ -162,11 +168,12 @@ def dlr_gap(report: dict) -> float | None:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def assemble(config: dict, by, seconds, refuted, found: dict, *, alone=None, radius=None) -> dict:
+def assemble(config: dict, by, seconds, refuted, found: dict, *, alone=None, radius=None, again=None) -> dict:
     """report.json: ``config`` (what was asked for), and what came out.
 
     ``by`` (N,) as :class:`Outcome` has it; ``seconds`` and ``refuted`` per stage, ``found`` from :func:`checks`;
-    ``alone`` (N, stages) in individual mode; ``radius`` (N,), inf for never, of the Wasserstein attack.
+    ``alone`` (N, stages) in individual mode; ``radius`` (N,), inf for never, of the Wasserstein attack; ``again`` per
+    stage, where attacks saw a less precise network.
     """
     by = np.asarray(by)
     n, names = len(by), [stage["name"] for stage in config["settings"]]
@@ -192,6 +199,9 @@ def assemble(config: dict, by, seconds, refuted, found: dict, *, alone=None, rad
         "robust": share(robust[-1]),
         "interval": wilson(robust[-1], n),
     }  # fmt: skip
+    if again is not None:
+        for row, count in zip(report["after"], again, strict=True):
+            row["again"] = int(count)
     if alone is not None:
         report["alone"] = {name: share(right - int(alone[:, k].sum())) for k, name in enumerate(names)}
     if radius is not None:
@@ -287,6 +297,8 @@ def _table(title: str, columns: dict, paper: dict, cells: dict) -> str:
             notes.append(f"the paper's is {fraction(eps)}: not comparable")
         if r["attack"] == "autoattack":
             notes.append("the paper's is AutoAttack+")
+        if r.get("precision") == "bf16":
+            notes.append("attacked in bfloat16")
         if r["quick"]:
             notes.append("--quick: not comparable")
         if count := len(r["warnings"]):

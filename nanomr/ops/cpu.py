@@ -28,6 +28,7 @@ from .reference import (  # noqa: F401
     batchnorm_backward,
     batchnorm_parameter_gradient,
     batchnorm_statistics,
+    scale_channels,
 )
 
 # --- ReLU and the Hamming regulariser ---------------------------------------------------------------------------------

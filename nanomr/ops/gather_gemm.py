@@ -248,7 +248,7 @@ def _rows_of(x):
     return ready(x).reshape(n, h, w * c)
 
 
-def conv2d(x, w, b, stride, padding):
+def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
     a, o, taps, place = _forward_tables((0, *x.shape[1:]), w.shape, stride, padding)
     weights, lanes = _panels(w.reshape(-1, shape[3]))
@@ -256,10 +256,10 @@ def conv2d(x, w, b, stride, padding):
     groups = np.array([0, len(a)]), taps, np.array([0, len(taps)])  # of pixels: one, which meets all taps
     inputs = (_rows_of(x), place, weights, _bias(b, shape[3]), _rows_of(y), (0, 0, 0, 0))
     _gather_gemm(*inputs, a, o, *groups, shape[3], 1, threads(), lanes)
-    return y
+    return y if plus is None else np.add(y, plus, out=y)
 
 
-def conv2d_input_gradient(dy, w, stride, padding, x_shape):
+def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     (kh, kw, c, c_out), (_, h, w_x, _) = w.shape, x_shape
     # Neighbours together, as long as they fit into a vector: few channels would leave most of it empty.
     spans = next(s for s in ((stride,) * 2, (1, stride), (1, 1)) if s[0] * s[1] * c <= WIDTH * MAX_LANES or s == (1, 1))
@@ -274,7 +274,7 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape):
     dx = empty((len(dy), h, w_x, c))
     inputs = (_rows_of(dy), place, weights, _bias(None, channels), _rows_of(dx), wide)
     _gather_gemm(*inputs, a, o, pixels, b, taps, channels, spans[0], threads(), lanes)
-    return dx
+    return dx if plus is None else np.add(dx, plus, out=dx)
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):

@@ -2,12 +2,18 @@
 
 Images are NHWC. ``x`` input, ``z`` pre-activation, ``y`` output, ``dy -> dx, dw, db`` gradients of a scalar loss.
 Convolution weights are (kh, kw, C, Cout), linear weights (in, out); ``padding`` is (top, bottom, left, right).
-No function changes its arguments, except ``sgd_update``.
+No function changes its arguments, except ``sgd_update``. ``plus`` (None: nothing) has the shape of the result and is
+added to it: a residual sum, which a GPU's kernel does on its way to memory.
 """
 
 import math
 
 import numpy as np
+
+
+def _sum(result, plus):
+    return result if plus is None else result + plus
+
 
 # --- convolution: docs/derivations/convolution.md ---------------------------------------------------------------------
 
@@ -35,22 +41,22 @@ def _pad(x, padding):
     return np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
 
 
-def conv2d(x, w, b, stride, padding):
+def conv2d(x, w, b, stride, padding, plus=None):
     """y[n,i,j,:] = b + sum over taps (p, q) of x_padded[n, s*i+p, s*j+q, :] @ w[p, q]; ``b`` may be None."""
     _, ho, wo, _ = conv2d_shape(x.shape, w.shape, stride, padding)
     xp = _pad(x, padding)
     y = sum(xp[at] @ w[p, q] for p, q, at in _taps(*w.shape[:2], ho, wo, stride))
-    return y if b is None else y + b
+    return _sum(y if b is None else y + b, plus)
 
 
-def conv2d_input_gradient(dy, w, stride, padding, x_shape):
+def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     """dx: every output pixel hands its dy back, through w[p, q] transposed, to the pixel it read."""
     top, bottom, left, right = padding
     n, h, wd, c = x_shape
     dxp = np.zeros((n, h + top + bottom, wd + left + right, c), dy.dtype)
     for p, q, at in _taps(*w.shape[:2], *dy.shape[1:3], stride):
         dxp[at] += dy @ w[p, q].T
-    return dxp[:, top : top + h, left : left + wd]
+    return _sum(dxp[:, top : top + h, left : left + wd], plus)
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
@@ -172,10 +178,16 @@ def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     return _channel_sums(dy * (x - mean)) * inv_std, _channel_sums(dy)
 
 
-def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta):
+def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     """dx in training mode: mean and variance move with x. gamma inv_std (dy - (dbeta + x_hat dgamma) / m)."""
     m = x.size // x.shape[-1]
-    return (dy - ((x - mean) * (inv_std * dgamma) + dbeta) * (1.0 / m)) * (gamma * inv_std)
+    dx = (dy - ((x - mean) * (inv_std * dgamma) + dbeta) * (1.0 / m)) * (gamma * inv_std)
+    return _sum(dx, plus)
+
+
+def scale_channels(x, by, plus=None):
+    """x (..., C) times by (C,): the way back through a normalisation by constants."""
+    return _sum(x * by, plus)
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------

@@ -77,6 +77,12 @@ __device__ __forceinline__ void sum_products(int steps, bf16* a, bf16* b, int wa
 
 #if DIRECTION != 2
 
+struct __align__(16) Four { float at[4]; };
+
+// Where column c of the result's tile lies in its row: in every other 32 columns, the halves of each chunk change
+// places. Eight lanes that read 16 bytes of neighbouring chunks then read from different banks.
+__device__ __forceinline__ int swap_halves(int c) { return c ^ (c / 32 % 2 * 4); }
+
 // How one axis of the result reads the source: result index first + every * i reads, for j < taps,
 // source index base + scale * i + turn * j through kernel index tap + next * j.
 struct Axis {
@@ -98,11 +104,13 @@ struct Axis {
 };
 
 // result (n, rows, columns, channels) from source (n, source_rows, source_columns, source_channels): y from x, or dx
-// from dy. Grid: tiles of pixels, tiles of channels, and for dx the stride^2 phases. `bias` may be null.
+// from dy. Grid: tiles of pixels, tiles of channels, and for dx the stride^2 phases. `bias` and `plus` may be null;
+// `plus`, of the result's shape, is added to it: a residual sum.
 extern "C" __global__ void __launch_bounds__(THREADS) convolve(
     const bf16* __restrict__ source, const bf16* __restrict__ w, const float* __restrict__ bias,
-    bf16* __restrict__ result, int n, int source_rows, int source_columns, int source_channels, int rows, int columns,
-    int channels, int kernel_rows, int kernel_columns, int stride, int pad_top, int pad_left) {
+    const bf16* __restrict__ plus, bf16* __restrict__ result, int n, int source_rows, int source_columns,
+    int source_channels, int rows, int columns, int channels, int kernel_rows, int kernel_columns, int stride,
+    int pad_top, int pad_left) {
   const Axis down(rows, kernel_rows, stride, pad_top, blockIdx.z / stride);
   const Axis across(columns, kernel_columns, stride, pad_left, blockIdx.z % stride);
   const int pixels = n * down.count * across.count, m0 = blockIdx.x * BM, n0 = blockIdx.y * BN;
@@ -167,29 +175,53 @@ extern "C" __global__ void __launch_bounds__(THREADS) convolve(
   Sums sums = {};
   sum_products(steps, a, b, warp_m, warp_n, sums, load);
 
-  // Through shared memory, so that whole chunks are stored, a row's chunks by neighbouring threads.
-  constexpr int PITCH = BN + SKEW;
-  const int lane = threadIdx.x % 32;
+  // Through shared memory, so that whole chunks are stored, a row's chunks by neighbouring threads. As float, in the
+  // room that the tiles no longer need: bias and `plus` are added before anything is rounded.
+  constexpr int PITCH = BN + SKEW, LINES = THREADS / (BN / CHUNK);  // that the block stores at once
+  constexpr int TOGETHER = 4;  // chunks of `plus` that a thread has on their way before it waits for one
+  static_assert(THREADS % (BN / CHUNK) == 0 && BM % (TOGETHER * LINES) == 0, "every thread stores a column of chunks");
+  float* const tile = (float*)memory;
+  const int lane = threadIdx.x % 32, c = threadIdx.x % (BN / CHUNK) * CHUNK;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < WM / 16; i++)
 #pragma unroll
     for (int j = 0; j < WN / 8; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int m = warp_m + 16 * i + lane / 4 + 8 * (e / 2), c = warp_n + 8 * j + 2 * (lane % 4) + e % 2;
-        const float shift = bias && n0 + c < channels ? bias[n0 + c] : 0.f;
-        assign(a[m * PITCH + c], sums[i][j][e] + shift);
+      for (int half = 0; half < 2; half++) {
+        const int m = warp_m + 16 * i + lane / 4 + 8 * half, at = swap_halves(warp_n + 8 * j + 2 * (lane % 4));
+        *(float2*)(tile + m * PITCH + at) = make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
       }
   __syncthreads();
-  for (int i = threadIdx.x; i < BM * BN / CHUNK; i += THREADS) {
-    const int line = i / (BN / CHUNK), c = i % (BN / CHUNK) * CHUNK, m = m0 + line;
-    if (m >= pixels || n0 + c >= channels) continue;
-    const int image = m / (down.count * across.count);
-    const int to_row = down.first + down.every * (m / across.count % down.count);
-    const int to_column = across.first + across.every * (m % across.count);
-    const long long pixel = ((long long)image * rows + to_row) * columns + to_column;
-    *(Chunk*)(result + pixel * channels + n0 + c) = *(const Chunk*)(a + line * PITCH + c);
+  if (n0 + c >= channels) return;
+  float shift[CHUNK];
+#pragma unroll
+  for (int k = 0; k < CHUNK; k++) shift[k] = bias ? bias[n0 + c + k] : 0.f;
+#pragma unroll 1
+  for (int line = threadIdx.x / (BN / CHUNK); line < BM; line += TOGETHER * LINES) {
+    int to[TOGETHER];  // where the chunks go; -1: nowhere
+    Chunk more[TOGETHER];
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      const int m = m0 + line + i * LINES, image = m / (down.count * across.count);
+      const int to_row = down.first + down.every * (m / across.count % down.count);
+      const int to_column = across.first + across.every * (m % across.count);
+      to[i] = m < pixels ? ((image * rows + to_row) * columns + to_column) * channels + n0 + c : -1;
+      more[i] = plus && to[i] >= 0 ? *(const Chunk*)(plus + to[i]) : Chunk{};
+    }
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      if (to[i] < 0) continue;
+      Chunk rounded;
+#pragma unroll
+      for (int half = 0; half < CHUNK; half += 4) {
+        const Four four = *(const Four*)(tile + (line + i * LINES) * PITCH + swap_halves(c + half));
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          assign(rounded.at[half + k], four.at[k] + shift[half + k] + to_float(more[i].at[half + k]));
+      }
+      *(Chunk*)(result + to[i]) = rounded;
+    }
   }
 }
 

@@ -24,6 +24,14 @@ struct Place {
       for (int k = 0; k < WIDTH; k++) at[b][k] = to_float(v.at[k]);
     }
   }
+  __device__ __forceinline__ void add(const REAL* from, int place, int places) {
+    Place more;
+    more.load(from, place, places);
+#pragma unroll
+    for (int b = 0; b < BRANCHES; b++)
+#pragma unroll
+      for (int k = 0; k < WIDTH; k++) at[b][k] += more.at[b][k];
+  }
   __device__ __forceinline__ void store(REAL* to, int place, int places) const {
 #pragma unroll
     for (int b = 0; b < BRANCHES; b++) {
@@ -98,12 +106,13 @@ __device__ __forceinline__ void through_activation(Place& dy, const Place& x, co
   }
 }
 
-// y = activation((x - mean) scale + shift). Grid: (parts, samples), without Hamming (parts, 1): a branch is cut into
-// samples of `pixels` pixels. partial (samples, parts): each block's share of a sample's
-// (tanh(alpha z+) - tanh(alpha z-))^2.
+// y = activation((x - mean) scale + shift); without an activation plus `plus`, where that is not null. Grid: (parts,
+// samples), without Hamming (parts, 1): a branch is cut into samples of `pixels` pixels. partial (samples, parts): each
+// block's share of a sample's (tanh(alpha z+) - tanh(alpha z-))^2.
 extern "C" __global__ void __launch_bounds__(256, 2) activate(const REAL* __restrict__ x,
     const float* __restrict__ mean, const float* __restrict__ scale, const float* __restrict__ shift,
-    REAL* __restrict__ y, float* __restrict__ partial, int pixels, int channels, float alpha) {
+    const REAL* __restrict__ plus, REAL* __restrict__ y, float* __restrict__ partial, int pixels, int channels,
+    float alpha) {
   const Thread thread(channels);
   const Normalization normal(mean, scale, shift, thread.channel);
   const int sample = pixels * thread.columns, first = sample * blockIdx.y, all = sample * gridDim.y;
@@ -123,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) activate(const REAL* __rest
       for (int b = 0; b < BRANCHES; b++)
         if (ACTIVATION && z.at[b][k] <= 0.f) z.at[b][k] = 0.f;  // NaN stays NaN
     }
+    if (!ACTIVATION && plus) z.add(plus, first + place, all);
     z.store(y, first + place, all);
   });
   if (ACTIVATION == 2) {
@@ -218,12 +228,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) channel_gradients(const REA
 }
 
 // dx = scale (dz - (dbeta + x_hat dgamma) share), where scale = gamma inv_std, x_hat = (x - mean) inv_std, and share =
-// 1 / pixels of all branches. dz is computed from dy on the way.
+// 1 / pixels of all branches. dz is computed from dy on the way. `plus` is added to dx, where it is not null.
 extern "C" __global__ void __launch_bounds__(256, 2) normalize_backward(const REAL* __restrict__ dy,
     const REAL* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ scale,
     const float* __restrict__ shift, const float* __restrict__ weight, const float* __restrict__ inv_std,
-    const float* __restrict__ dgamma, const float* __restrict__ dbeta, REAL* __restrict__ dx, int pixels,
-    int pixels_per_sample, int channels, float alpha, float share) {
+    const float* __restrict__ dgamma, const float* __restrict__ dbeta, const REAL* __restrict__ plus,
+    REAL* __restrict__ dx, int pixels, int pixels_per_sample, int channels, float alpha, float share) {
   const Thread thread(channels);
   const Normalization normal(mean, scale, shift, thread.channel);
   Channels offset(dbeta, thread.channel, 0.f), slope(dgamma, thread.channel, 0.f);
@@ -244,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize_backward(const RE
       for (int b = 0; b < BRANCHES; b++)
         d.at[b][k] = normal.scale.at[k] *
                      (d.at[b][k] - ((in.at[b][k] - normal.mean.at[k]) * slope.at[k] + offset.at[k]));
+    if (plus) d.add(plus, place, all);
     d.store(dx, place, all);
   });
 }

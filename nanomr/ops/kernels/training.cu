@@ -42,29 +42,55 @@ extern "C" __global__ void __launch_bounds__(256) corners(const uint64_t* __rest
   FOR_EACH(i, count) rho[i] = words[i / 64] >> i % 64 & 1 ? -eps : eps;
 }
 
-// One thread draws as NumPy's Generator does, one number after another: integers(0, 9, n) twice, then random(n) < 0.5.
-extern "C" __global__ void draw_augmentation(int* __restrict__ top, int* __restrict__ left, int* __restrict__ flip,
-    int n, uint64_t seed, uint64_t stream, const uint64_t* __restrict__ step) {
+// Lemire's method draws from 0 ... 8: the upper half of 9 * (32 bits), unless the lower one is among the 4 (2^32 mod 9)
+// too many. Rejected draws are drawn again.
+__device__ __forceinline__ uint64_t times_nine(uint32_t bits) { return bits * 9ull; }
+__device__ __forceinline__ bool is_rejected(uint64_t product) { return (uint32_t)product < 4; }
+
+// One block draws what NumPy's Generator does in integers(0, 9, n), twice, and random(n) < 0.5: 2 n draws, two a word,
+// the lower half first, and n words. A rejected draw moves all that follow: one thread then begins anew, in order.
+extern "C" __global__ void __launch_bounds__(256) draw_augmentation(int* __restrict__ top, int* __restrict__ left,
+    int* __restrict__ flip, int n, uint64_t seed, uint64_t stream, const uint64_t* __restrict__ step) {
+  __shared__ bool rejected;
+  if (threadIdx.x == 0) rejected = false;
+  __syncthreads();
+  const auto bounded = [&](int i) -> int& { return i < n ? top[i] : left[i - n]; };
+  const auto coin = [](uint64_t word) { return word >> 63 == 0; };  // (word >> 11) / 2^53 < 1/2
+  for (int b = threadIdx.x; 4 * b < 2 * n; b += 256) {
+    const Block block = philox(seed, stream, *step, b);
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      const int i = 4 * b + w;
+      for (int half = 0; half < 2 && i < n; half++) {
+        const uint64_t product = times_nine(block.word[w] >> 32 * half);
+        if (is_rejected(product)) rejected = true;
+        bounded(2 * i + half) = (int)(product >> 32);
+      }
+      if (i >= n && i < 2 * n) flip[i - n] = coin(block.word[w]);
+    }
+  }
+  __syncthreads();
+  if (!rejected || threadIdx.x) return;
+
   Block block;
-  int used = 0;  // 64-bit words so far
+  int used = 0;  // words so far
   const auto next = [&] {
     if (used % 4 == 0) block = philox(seed, stream, *step, used / 4);
     const int w = used++ % 4;
     return w < 2 ? (w ? block.word[1] : block.word[0]) : (w == 2 ? block.word[2] : block.word[3]);
   };
   uint64_t word = 0;
-  bool half_left = false;  // 32-bit draws take the lower half of a word first
+  bool half_left = false;
   for (int i = 0; i < 2 * n; i++) {
     uint64_t product;
-    do {  // Lemire's method: the upper half of 9 * draw, unless the lower one is among the 4 (2^32 mod 9) too many
+    do {
       if (!half_left) word = next();
-      product = (half_left ? word >> 32 : word & 0xffffffffu) * 9;
+      product = times_nine(half_left ? word >> 32 : word);
       half_left = !half_left;
-    } while ((product & 0xffffffffu) < 4);
-    int* const to = i < n ? top + i : left + (i - n);
-    *to = (int)(product >> 32);
+    } while (is_rejected(product));
+    bounded(i) = (int)(product >> 32);
   }
-  for (int i = 0; i < n; i++) flip[i] = next() >> 63 == 0;  // (word >> 11) / 2^53 < 1/2
+  for (int i = 0; i < n; i++) flip[i] = coin(next());
 }
 
 // --- a step that needs nothing from the host -------------------------------------------------------------------------

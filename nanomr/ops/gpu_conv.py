@@ -1,0 +1,191 @@
+"""The launches of ``kernels/conv.cu``, convolutions in bfloat16; and im2col with a matrix product (cuBLAS) for all
+other dtypes. docs/gpu.md draws the tiles."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from ..backend import array_module
+from .cuda import BLOCKS, ceil, has_kernels, launch, ready
+from .gpu_elementwise import add, resize_rows, to_bf16
+from .gpu_normalize import batchnorm_statistics
+from .reference import conv2d_shape
+
+FORWARD, INPUT, WEIGHT = range(3)  # y, dx, dw
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a block and its warps share out a product; see ``conv.cu``."""
+
+    bm: int
+    bn: int
+    bk: int = 32
+    wm: int = 64
+    wn: int = 32
+    stages: int = 4
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.bm // self.wm) * (self.bn // self.wn)
+
+    def defines(self, direction: int) -> tuple[str, ...]:
+        sizes = zip(("BM", "BN", "BK", "WM", "WN", "STAGES"), vars(self).values(), strict=True)
+        return f"DIRECTION={direction}", *(f"{name}={value}" for name, value in sizes)
+
+    def shared(self, direction: int) -> int:
+        """Bytes of dynamic shared memory: the tiles on their way, or the result's in float32, whichever is more."""
+        a = self.bk * (self.bm + 8) if direction == WEIGHT else self.bm * (self.bk + 8)
+        b = self.bn * (self.bk + 8) if direction == INPUT else self.bk * (self.bn + 8)
+        return max(2 * self.stages * (a + b), 4 * self.bm * (self.bn + 8) if direction != WEIGHT else 0)
+
+
+NARROW, WIDE, TALL = Tile(128, 64), Tile(128, 128), Tile(192, 64)
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """One launch of ``conv.cu``: what is computed where. Channels are multiples of 8."""
+
+    direction: int
+    tile: Tile
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]  # the kernel's int arguments
+    splits: int = 1  # of the pixels, for dw
+
+    def launch(self, *arrays):
+        name = "weight_gradient" if self.direction == WEIGHT else "convolve"
+        defines, shared = self.tile.defines(self.direction), self.tile.shared(self.direction)
+        launch("conv.cu", defines, name, self.grid, self.tile.threads, (*arrays, *self.sizes), shared)
+
+    def sum_splits(self, partial, dw):
+        """dw = the sum of the splits' ``partial`` (splits, ...), always in the same order."""
+        arguments = (partial, dw, dw.size, self.splits)
+        launch("conv.cu", self.tile.defines(WEIGHT), "sum_splits", (ceil(dw.size, 256),), 256, arguments)
+
+
+@cache
+def conv_plan(direction: int, x_shape, w_shape, stride: int, padding, tile: Tile | None = None) -> ConvPlan:
+    """The plan for x (N, H, W, C) and w (kh, kw, C, Cout), all channels multiples of 8. ``tile``: not the usual one."""
+    n, h, w, c = x_shape
+    _, ho, wo, co = conv2d_shape(x_shape, w_shape, stride, padding)
+    kh, kw, top, left = *w_shape[:2], padding[0], padding[2]
+    if max(math.prod(x_shape), n * ho * wo * co) >= 2**31:
+        raise ValueError(f"a convolution of {x_shape} counts beyond 2^31: use a smaller batch")
+    window = (kh, kw, stride, top, left)
+    if direction == FORWARD:
+        tile = tile or (NARROW if co <= 64 else WIDE)
+        grid = (ceil(n * ho * wo, tile.bm), ceil(co, tile.bn), 1)
+        return ConvPlan(direction, tile, grid, (n, h, w, c, ho, wo, co, *window))
+    if direction == INPUT:
+        tile = tile or (NARROW if c <= 64 else WIDE)
+        largest = n * ceil(h, stride) * ceil(w, stride)  # of the stride^2 phases
+        grid = (ceil(largest, tile.bm), ceil(c, tile.bn), stride * stride)
+        return ConvPlan(direction, tile, grid, (n, ho, wo, co, h, w, c, *window))
+    terms, pixels = kh * kw * c, n * ho * wo
+    tile = tile or (WIDE if co > 64 else TALL if terms > 128 else NARROW)
+    tiles = ceil(terms, tile.bm) * ceil(co, tile.bn)
+    # More splits fill the multiprocessors, in whole waves at best, but each is written and read once. Seconds, roughly:
+    multiply, move = 2 * pixels * terms * co / 400e12, 8 * terms * co / 3e12
+    most = max(1, min(4 * BLOCKS // tiles, ceil(pixels, 8 * tile.bk)))  # each split fills the pipeline
+    best = min(range(1, most + 1), key=lambda s: multiply * ceil(tiles * s, BLOCKS) * BLOCKS / (tiles * s) + move * s)
+    per_split = ceil(ceil(pixels, best), tile.bk) * tile.bk
+    splits = ceil(pixels, per_split)
+    grid = (ceil(terms, tile.bm), ceil(co, tile.bn), splits)
+    return ConvPlan(direction, tile, grid, (n, h, w, c, ho, wo, co, *window, per_split), splits)
+
+
+# --- in bfloat16, or im2col -------------------------------------------------------------------------------------------
+
+
+def _eights(channels):
+    return ceil(channels, 8) * 8
+
+
+def _weights(w):
+    """w (kh, kw, C, Cout) as bfloat16, both numbers of channels filled up to multiples of 8."""
+    kh, kw, c, co = w.shape
+    w = to_bf16(w, _eights(co))
+    return resize_rows(w.reshape(kh, kw, -1), _eights(c) * _eights(co)).reshape(kh, kw, _eights(c), _eights(co))
+
+
+def conv2d(x, w, b, stride, padding, plus=None):
+    shape = conv2d_shape(x.shape, w.shape, stride, padding)
+    if not has_kernels(x, "bfloat16"):
+        y = _im2col_conv2d(x, w, b, stride, padding)
+        return y if plus is None else add(y, plus)
+    xp, x, w, co = array_module(x), to_bf16(x, _eights(x.shape[3])), _weights(w), shape[3]
+    y = xp.empty((*shape[:3], w.shape[3]), x.dtype)
+    if b is not None:
+        b = ready(resize_rows(ready(b, np.float32), w.shape[3]))
+    plus = None if plus is None else to_bf16(plus, w.shape[3])
+    conv_plan(FORWARD, x.shape, w.shape, stride, tuple(padding)).launch(x, w, b, plus, y)
+    return resize_rows(y, co)
+
+
+def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
+    if not has_kernels(dy, "bfloat16"):
+        dx = _im2col_input_gradient(dy, w, stride, padding, x_shape)
+        return dx if plus is None else add(dx, plus)
+    xp, c, w = array_module(dy), x_shape[3], _weights(w)
+    dy = to_bf16(dy, w.shape[3])
+    dx = xp.empty((*x_shape[:3], w.shape[2]), dy.dtype)
+    plus = None if plus is None else to_bf16(plus, w.shape[2])
+    conv_plan(INPUT, dx.shape, w.shape, stride, tuple(padding)).launch(dy, w, None, plus, dx)
+    return resize_rows(dx, c)
+
+
+def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
+    dw = conv2d_dw(x, dy, w_shape, stride, padding)
+    if not has_kernels(x, "bfloat16"):
+        return dw, dy.reshape(-1, w_shape[3]).sum(0)
+    return dw, batchnorm_statistics(dy)[0] * (dy.size // dy.shape[3])
+
+
+def conv2d_dw(x, dy, w_shape, stride, padding):
+    """dw of :func:`conv2d_weight_gradient` alone: db is a pass over dy, and most convolutions have no bias."""
+    if not has_kernels(x, "bfloat16"):
+        flat = dy.reshape(-1, w_shape[3])
+        return (_columns(x, *w_shape[:2], stride, padding).T @ flat).reshape(w_shape)
+    xp, (kh, kw, c, co) = array_module(x), w_shape
+    x, dy = to_bf16(x, _eights(c)), to_bf16(dy, _eights(co))
+    plan = conv_plan(WEIGHT, x.shape, (kh, kw, x.shape[3], dy.shape[3]), stride, tuple(padding))
+    dw = xp.empty((kh, kw, x.shape[3], dy.shape[3]), np.float32)
+    partial = dw if plan.splits == 1 else xp.empty((plan.splits, *dw.shape), np.float32)
+    plan.launch(x, dy, partial)
+    if plan.splits > 1:
+        plan.sum_splits(partial, dw)
+    return dw[:, :, :c, :co]
+
+
+def _columns(x, kh, kw, stride, padding):
+    """im2col: (N Ho Wo, kh kw C), each row the patch that one output pixel sees."""
+    xp, (top, bottom, left, right) = array_module(x), padding
+    x = xp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    n, h, w, c = x.shape
+    ho, wo = (h - kh) // stride + 1, (w - kw) // stride + 1
+    image, row, column, channel = x.strides
+    strides = (image, stride * row, stride * column, row, column, channel)
+    patches = xp.lib.stride_tricks.as_strided(x, (n, ho, wo, kh, kw, c), strides)
+    return patches.reshape(n * ho * wo, kh * kw * c)
+
+
+def _im2col_conv2d(x, w, b, stride, padding):
+    shape = conv2d_shape(x.shape, w.shape, stride, padding)
+    y = _columns(x, *w.shape[:2], stride, padding) @ w.reshape(-1, shape[3])
+    if b is not None:
+        y += b
+    return y.reshape(shape)
+
+
+def _im2col_input_gradient(dy, w, stride, padding, x_shape):
+    xp, (top, bottom, left, right) = array_module(dy), padding
+    (kh, kw, c, c_out), (n, h, wd, _), (ho, wo) = w.shape, x_shape, dy.shape[1:3]
+    patches = (dy.reshape(-1, c_out) @ w.reshape(-1, c_out).T).reshape(n, ho, wo, kh, kw, c)
+    padded = xp.zeros((n, h + top + bottom, wd + left + right, c), dy.dtype)
+    for p in range(kh):
+        for q in range(kw):
+            padded[:, p : p + stride * ho : stride, q : q + stride * wo : stride] += patches[:, :, :, p, q]
+    return padded[:, top : top + h, left : left + wd]

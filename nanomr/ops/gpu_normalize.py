@@ -1,0 +1,236 @@
+"""The launches of ``kernels/normalize.cu``: batch normalisation, ReLU and the Hamming regulariser, fused."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from ..backend import array_module
+from . import reference
+from .cuda import BLOCKS, REALS, ceil, has_kernels, launch, ready
+from .gpu_elementwise import contract_pair, expand_pair, to_bf16
+
+IDENTITY, RELU, HAMMING = range(3)  # what follows a normalisation
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How ``normalize.cu`` walks over pictures. A branch has ``pixels`` of ``channels`` each."""
+
+    defines: tuple[str, ...]
+    pixels: int
+    pixels_per_sample: int
+    channels: int
+    blocks: int  # of 256 threads, over all pixels of a branch
+    parts: int  # blocks for one sample
+    shared: int  # bytes, for sums over channels
+
+
+@cache
+def pass_plan(shape, dtype: str, activation: int, channels: int | None) -> PassPlan | None:
+    """The plan for pictures of this ``shape``: (3 N, ...) with HAMMING. ``channels``: None where nothing belongs to
+    them, so that a "pixel" may be any few numbers. None if there are more channels than the kernels take."""
+    samples = shape[0] // 3 if activation == HAMMING else shape[0]
+    features = math.prod(shape[1:])
+    most = 16 // np.dtype("f4" if dtype == "float32" else "i2").itemsize
+    width = most if (channels or features) % most == 0 else 1
+    channels = channels or width
+    columns = channels // width
+    if columns > 256:
+        return None
+    slots, per_sample = 256 // columns, features // channels
+    pixels = samples * per_sample
+    blocks = max(1, min(ceil(pixels, slots), 2 * BLOCKS))
+    parts = max(1, min(ceil(per_sample, slots), ceil(2 * BLOCKS, max(samples, 1))))
+    defines = (f"REAL={REALS[dtype]}", f"WIDTH={width}", f"ACTIVATION={activation}")
+    return PassPlan(defines, pixels, per_sample, channels, blocks, parts, 8 * slots * channels)
+
+
+def _plan(x, activation, channels=None):
+    """The plan, or None where a formula must do."""
+    if not has_kernels(x):
+        return None
+    return pass_plan(x.shape, x.dtype.name, activation, channels)
+
+
+def _by_formula(function, *arguments):
+    """``reference``'s function, bfloat16 taken as float32: for shapes that no kernel takes. Slow, and correct."""
+    dtype = next(a.dtype for a in arguments if hasattr(a, "dtype"))
+    if dtype.name != "bfloat16":
+        return function(*arguments)
+    result = function(*[a.astype(np.float32) if getattr(a, "dtype", None) == dtype else a for a in arguments])
+    single = not isinstance(result, tuple)
+    converted = [r.astype(dtype) if r.ndim > 1 else r for r in ((result,) if single else result)]
+    return converted[0] if single else tuple(converted)
+
+
+def _floats(*arrays):
+    return [None if a is None else ready(a, np.float32) for a in arrays]
+
+
+def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0, plus=None):
+    """activation((x - mean) scale + shift), and each sample's Hamming squares (or None). ``plus`` is added where there
+    is no activation."""
+    xp, x = array_module(x), ready(x)
+    y, arrays = xp.empty(x.shape, x.dtype), _floats(mean, scale, shift)
+    sizes = (plan.channels, float(alpha))
+    if plan.defines[-1] != f"ACTIVATION={HAMMING}":
+        plus = None if plus is None else _like(plus, x)
+        arguments = (x, *arrays, plus, y, None, plan.pixels, *sizes)
+        launch("normalize.cu", plan.defines, "activate", (plan.blocks,), 256, arguments)
+        return y, None
+    n = len(x) // 3
+    partial, squares = xp.empty((n, plan.parts), np.float32), xp.empty(n, np.float32)
+    arguments = (x, *arrays, None, y, partial, plan.pixels_per_sample, *sizes)
+    launch("normalize.cu", plan.defines, "activate", (plan.parts, n), 256, arguments)
+    launch("normalize.cu", plan.defines, "sum_rows", (n,), 32, (partial, squares, plan.parts))
+    return y, squares
+
+
+def _activate_backward(plan, dy, x, alpha=0.0, weight=None):
+    x, dz = ready(x), array_module(x).empty(x.shape, x.dtype)
+    arguments = (_like(dy, x), x, None, None, None, *_floats(weight), dz, plan.pixels, plan.pixels_per_sample)
+    arguments += (plan.channels, float(alpha))
+    launch("normalize.cu", plan.defines, "activate_backward", (plan.blocks,), 256, arguments)
+    return dz
+
+
+def _like(dy, x):
+    """``dy``, ready, in the dtype of x: logits and what follows the last layer are float32, pictures bfloat16."""
+    return to_bf16(dy) if x.dtype.name == "bfloat16" else ready(dy, x.dtype)
+
+
+def relu(z):
+    plan = _plan(z, RELU)
+    return _activate(plan, z)[0] if plan else reference.relu(z)
+
+
+def relu_backward(dy, z):
+    plan = _plan(z, RELU)
+    return _activate_backward(plan, dy, z) if plan else reference.relu_backward(dy, z)
+
+
+def relu_hamming(z, alpha):
+    plan = _plan(z, HAMMING)
+    return _activate(plan, z, alpha=alpha) if plan else reference.relu_hamming(z, alpha)
+
+
+def relu_hamming_backward(dy, z, alpha, weight):
+    plan = _plan(z, HAMMING)
+    if plan:
+        return _activate_backward(plan, dy, z, alpha, weight)
+    return reference.relu_hamming_backward(dy, z, alpha, weight)
+
+
+def relu_hamming_pair(u, v, alpha):
+    return relu_hamming(expand_pair(u, v), alpha)
+
+
+def relu_hamming_pair_backward(dy, u, v, alpha, weight):
+    return contract_pair(relu_hamming_backward(dy, expand_pair(u, v), alpha, weight))
+
+
+def normalize(x, mean, std):
+    xp, c = array_module(x), x.shape[-1]
+    plan = _plan(x, IDENTITY, c)
+    if plan is None:
+        return reference.normalize(x, mean, std)
+    scale = xp.broadcast_to(1 / std, (c,))
+    return _activate(plan, x, None if mean is None else xp.broadcast_to(mean, (c,)), scale)[0]
+
+
+def scale_channels(x, by, plus=None):
+    plan = _plan(x, IDENTITY, x.shape[-1])
+    return _activate(plan, x, scale=by, plus=plus)[0] if plan else _by_formula(reference.scale_channels, x, by, plus)
+
+
+def batchnorm_statistics(x):
+    c = x.shape[-1]
+    plan = _plan(x, IDENTITY, c)
+    if plan is None:
+        return _by_formula(reference.batchnorm_statistics, x)
+    xp, x = array_module(x), ready(x)
+    partial = xp.empty((plan.blocks, 2, c), np.float32)
+    mean, var = xp.empty(c, np.float32), xp.empty(c, np.float32)
+    launch("normalize.cu", plan.defines, "moments", (plan.blocks,), 256, (x, partial, plan.pixels, c), plan.shared)
+    arguments = (partial, x, mean, var, plan.blocks, c, plan.pixels)
+    launch("normalize.cu", plan.defines, "finish_moments", (c,), 32, arguments)
+    return mean, var
+
+
+def _normalized(activation, x, gamma, beta, mean, inv_std, alpha=0.0):
+    """(activation(batchnorm(x)), Hamming squares or None) in one pass; (None, None) where no kernel fits."""
+    plan = _plan(x, activation, x.shape[-1])
+    return _activate(plan, x, mean, inv_std * gamma, beta, alpha) if plan else (None, None)
+
+
+def batchnorm(x, gamma, beta, mean, inv_std):
+    y, _ = _normalized(IDENTITY, x, gamma, beta, mean, inv_std)
+    return _by_formula(reference.batchnorm, x, gamma, beta, mean, inv_std) if y is None else y
+
+
+def batchnorm_relu(x, gamma, beta, mean, inv_std):
+    """relu(batchnorm(x)): one pass instead of two."""
+    y, _ = _normalized(RELU, x, gamma, beta, mean, inv_std)
+    return relu(batchnorm(x, gamma, beta, mean, inv_std)) if y is None else y
+
+
+def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
+    """relu_hamming(batchnorm(x)): (y, squares) in one pass over x; z is never stored."""
+    y, squares = _normalized(HAMMING, x, gamma, beta, mean, inv_std, alpha)
+    return relu_hamming(batchnorm(x, gamma, beta, mean, inv_std), alpha) if y is None else (y, squares)
+
+
+def _channel_gradients(plan, dy, x, mean, scale, shift, inv_std, alpha=0.0, weight=None):
+    """(dgamma, dbeta), from dy behind the activation."""
+    xp, c = array_module(x), x.shape[-1]
+    partial = xp.empty((plan.blocks, 2, c), np.float32)
+    arguments = (dy, x, *_floats(mean, scale, shift, weight), partial, plan.pixels, plan.pixels_per_sample, c)
+    shared = plan.shared
+    launch("normalize.cu", plan.defines, "channel_gradients", (plan.blocks,), 256, (*arguments, float(alpha)), shared)
+    dgamma, dbeta = xp.empty(c, np.float32), xp.empty(c, np.float32)
+    arguments = (partial, *_floats(inv_std), dgamma, dbeta, plan.blocks, c)
+    launch("normalize.cu", plan.defines, "finish_gradients", (c,), 32, arguments)
+    return dgamma, dbeta
+
+
+def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta, plus, alpha=0.0, weight=None):
+    xp, c = array_module(x), x.shape[-1]
+    dx, plus = xp.empty(x.shape, x.dtype), None if plus is None else _like(plus, x)
+    arguments = (dy, x, *_floats(mean, scale, shift, weight, inv_std, dgamma, dbeta), plus, dx)
+    sizes = (plan.pixels, plan.pixels_per_sample, c, float(alpha), c / x.size)
+    launch("normalize.cu", plan.defines, "normalize_backward", (plan.blocks,), 256, (*arguments, *sizes))
+    return dx
+
+
+def batchnorm_parameter_gradient(dy, x, mean, inv_std):
+    plan = _plan(x, IDENTITY, x.shape[-1])
+    if plan is None:
+        return _by_formula(reference.batchnorm_parameter_gradient, dy, x, mean, inv_std)
+    x = ready(x)
+    return _channel_gradients(plan, _like(dy, x), x, mean, None, None, inv_std)
+
+
+def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
+    plan = _plan(x, IDENTITY, x.shape[-1])
+    if plan is None:
+        return _by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+    x = ready(x)
+    return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
+
+
+def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None):
+    """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming
+    (training mode). dz is computed twice and never stored: two passes that read dy and x, one of them writes dx."""
+    activation = RELU if alpha is None else HAMMING
+    plan, alpha = _plan(x, activation, x.shape[-1]), alpha or 0.0
+    if plan is None:
+        z = batchnorm(x, gamma, beta, mean, inv_std)
+        dz = relu_backward(dy, z) if activation == RELU else relu_hamming_backward(dy, z, alpha, weight)
+        dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
+        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
+    x = ready(x)
+    normal = (_like(dy, x), x, mean, gamma * inv_std, beta, inv_std)
+    dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight)
+    return _normalize_backward(plan, *normal, dgamma, dbeta, plus, alpha, weight), dgamma, dbeta
