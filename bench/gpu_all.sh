@@ -1,7 +1,7 @@
 #!/bin/sh
-# Everything that only a GPU can show, in less than 10 minutes on an H100: tests, sanitizers, figures.
+# Everything that only a GPU can show, in less than 9 minutes: tests, sanitizers, figures.
 #   sh bench/gpu_all.sh [python]
-# Each part has a time limit (560 s together), and a part that fails does not stop the next ones; the exit status tells.
+# Each part has a time limit (530 s together), and a part that fails does not stop the next ones; the exit status tells.
 # Figures: bench/results/<device>.json, written by bench/gpu.py after each of its sections. What became of the parts:
 # bench/results/<device>-tests.txt, complete after each of them. Both also lie in $OUT where that is set, with the log.
 # The first part compiles every kernel once, which takes CuPy a minute or more; pytest-xdist, if there, shares it out.
@@ -46,7 +46,7 @@ workers=
 if "$python" -c "import xdist" 2> /dev/null; then workers="-n 8"; fi
 # -W default: CuPy warns of what it does not find at import; that shall not fail a test.
 # shellcheck disable=SC2086
-part 200 12 "$python" -u -m pytest -q -W default -m gpu $workers tests
+part 190 12 "$python" -u -m pytest -q -W default -m gpu $workers tests
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     part 60 12 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -u -m pytest -q -W default -m gpu \
@@ -56,5 +56,5 @@ else
   status=1
   note "compute-sanitizer is not installed (it comes with the CUDA toolkit): nothing was sanitized"
 fi
-part 240 0 "$python" -u bench/gpu.py --budget 225 --out "$results"
+part 230 0 "$python" -u bench/gpu.py --budget 215 --out "$results"
 exit $status

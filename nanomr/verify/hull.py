@@ -171,8 +171,8 @@ class Program:
         for name, option in OPTIONS.items():
             self.highs.setOptionValue(name, option)
         self.highs.passModel(lp)
-        self.stop = np.inf
-        self.highs.cbSimplexInterrupt.subscribe(lambda event: time.process_time() > self.stop and event.interrupt())
+        stop = self.stop = [np.inf]  # no reference to self, which would keep the program alive until a collection
+        self.highs.cbSimplexInterrupt.subscribe(lambda event: time.process_time() > stop[0] and event.interrupt())
         self.add(cuts)
 
     def add(self, cuts: Cuts):
@@ -188,7 +188,7 @@ class Program:
 
     def solve(self, seconds: float):
         """(v (D + U,), z (U,), Duals), or None where HiGHS finds no optimum in that CPU time."""
-        self.stop = time.process_time() + seconds
+        self.stop[0] = time.process_time() + seconds
         self.highs.run()
         if self.highs.getModelStatus() != self.optimal:
             return None
