@@ -49,7 +49,7 @@ if "$python" -c "import xdist" 2> /dev/null; then workers="-n 8"; fi
 part 190 12 "$python" -u -m pytest -q -W default -m gpu $workers tests
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
-    part 60 12 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -u -m pytest -q -W default -m gpu \
+    part 55 12 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -u -m pytest -q -W default -m gpu \
       tests/test_kernels.py -k "convolutions_of_the_networks or batchnorm_relu or losses or norm or on_the_device"
   done
 else
