@@ -64,9 +64,15 @@ class Case(Problem):
         parts = (self.draw.exponential(scale, n) * (self.draw.random(n) < 0.7) for n in sizes)
         return hull.Duals(*(part.astype(np.float32) for part in parts))
 
-    def drawn_in(self):
-        """(low, high) around the inputs of some images, within the box's own."""
-        _, z, _ = self.seen(self.draw.integers(2, 8))
+    def edges(self, low, high):
+        """(low, high) of all that the units' inputs are sums of, where their own bounds are these."""
+        edge = np.ones(self.pixels)
+        return np.append(-edge, np.maximum(low, 0)), np.append(edge, np.maximum(high, 0))
+
+    def drawn_in(self, z=None):
+        """(low, high) around the inputs of some images, within the box's own: of the first of ``z``, or any."""
+        z = self.seen(8)[1] if z is None else z
+        z = z[: self.draw.integers(2, 8)]
         share = self.draw.random(self.units) * self.draw.integers(0, 2, self.units)
         return self.z_low + share * (z.min(0) - self.z_low), self.z_high + share * (z.max(0) - self.z_high)
 
@@ -101,7 +107,7 @@ def test_the_offset_is_the_least_with_which_a_cut_is_above_the_relu(network, see
     """relu(z) - cut is convex: its maximum is at a corner of the box of all that z is a sum of."""
     case = Case(network, seed)
     for low, high in ((case.z_low, case.z_high), case.drawn_in()):
-        cuts, ends = case.cuts(), corners(*case.hull.box(low, high))
+        cuts, ends = case.cuts(), corners(*case.edges(low, high))
         z = ends @ case.hull.weight.T + case.net.bias
         value = ends @ (cuts.coefficients * case.hull.scale).T
         least = (np.maximum(z[:, cuts.units], 0) - value).max(0)
@@ -116,7 +122,7 @@ def test_cuts_are_above_the_relu_of_every_image(network, seed):
     case = Case(network, seed, eps=0.1)
     y, z, _ = case.seen()
     v = np.hstack([y, np.maximum(z, 0)])
-    for low, high in ((case.z_low, case.z_high), case.drawn_in()):
+    for low, high in ((case.z_low, case.z_high), case.drawn_in(z)):
         cuts = case.cuts()
         top = v @ (cuts.coefficients * case.hull.scale).T + hull.offsets(case.hull, cuts, low, high)
         inside = ((z >= low) & (z <= high)).all(1)
@@ -156,7 +162,7 @@ def facets(w, low, high, bias):
 def test_the_facet_found_is_the_most_violated_of_all(network, seed):
     case = Case(network, seed)
     low, high = (case.z_low, case.z_high) if seed % 2 else case.drawn_in()
-    v_low, v_high = case.hull.box(low, high)
+    v_low, v_high = case.edges(low, high)
     for share in (0.3, 1):  # of the way from an image to any point of the box
         y, z, _ = case.seen(1)
         v = np.append(y[0], np.clip(z[0], v_low[case.pixels :], v_high[case.pixels :]))
@@ -193,7 +199,7 @@ def test_no_point_of_the_hull_is_cut_off(network, seed):
     for point in np.concatenate([v, mix @ v]):  # images, and points between them: in the hull of each unit
         assert len(hull.separate(case.hull, case.z_low, case.z_high, point).units) == 0
     for unit in range(case.units):  # corners of all that the unit is a sum of
-        ends = corners(*case.hull.box(case.z_low, case.z_high))[case.draw.integers(0, 2 ** min(10, case.pixels), 12)]
+        ends = corners(*case.edges(case.z_low, case.z_high))[case.draw.integers(0, 2 ** min(10, case.pixels), 12)]
         ends[:, case.pixels + unit] = np.maximum(ends @ case.hull.weight[unit] + case.net.bias[unit], 0)
         for point in case.draw.dirichlet(np.full(12, 0.3), 5) @ ends:
             assert unit not in hull.separate(case.hull, case.z_low, case.z_high, point).units
@@ -208,7 +214,7 @@ def test_no_point_of_the_hull_is_cut_off(network, seed):
 def test_no_image_is_below_the_bound_of_any_multipliers(network, seed, scale):
     case = Case(network, seed, eps=0.1)
     y, z, margins = case.seen()
-    for low, high in ((case.z_low, case.z_high), case.drawn_in()):
+    for low, high in ((case.z_low, case.z_high), case.drawn_in(z)):
         cuts = case.cuts()
         part = hull.evaluate(case.hull, cuts, case.duals(cuts, scale), low, high)
         k = part.bound[0] + abs(part.image[0]).sum()
