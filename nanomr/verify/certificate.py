@@ -254,15 +254,16 @@ def _read_programs(network: Network, reached: list[Reach], units, shape, arrays)
     names = "below", "chord", "weights", "cut_value"
     below, chord, weights, value = (arrays[name].astype(np.float64) for name in names)
     unit, start, index = (arrays[name].astype(np.int64) for name in ("cut_unit", "cut_start", "cut_index"))
-    pixels, k = math.prod(network.input_shape), len(unit)
-    fits = unit.ndim == start.ndim == index.ndim == 1 and index.shape == value.shape and len(start) == k + 1
+    pixels, k = math.prod(network.input_shape), unit.size
+    fits = unit.shape == (k,) and start.shape == (k + 1,) and index.shape == value.shape == (index.size,)
     demand(below.shape == chord.shape == shape and weights.shape == (shape[0], k) and fits, "the rows do not fit")
     fine = all(((numbers >= 0) & np.isfinite(numbers)).all() for numbers in (below, chord, weights))
     demand(fine and np.isfinite(value).all(), "a multiplier is not a number >= 0, or a coefficient none")
     demand(((unit >= 0) & (unit < len(units))).all(), "a cut is above no unit")
-    fits = start[0] == 0 and start[-1] == len(index) and (np.diff(start) >= 0).all()
+    fits = start[0] == 0 and start[-1] == len(index) and (start[1:] >= start[:-1]).all()  # a difference may overflow
     demand(fits and ((index >= 0) & (index < pixels + len(units))).all(), "a cut's numbers are of no pixel or unit")
     cuts = csr_array((value, index, start), (k, pixels + len(units)))
+    cuts.sum_duplicates()  # what is rounded below is a share of the sum
     fold_pixels, fold_outputs, fold_constant = (np.zeros((k, n)) for n in (pixels, len(units), 1))
     known, first = [], 0
     for r in reached:

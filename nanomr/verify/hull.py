@@ -142,6 +142,15 @@ def evaluate(problem: Problem, cuts: Cuts, duals: Duals, low, high) -> Part:
     return Part(np.array([bound]), None, image[None], None, None, None)
 
 
+def excluding(problem: Problem, cuts: Cuts, duals: Duals, low, high, limit: float) -> Duals:
+    """The multiple of these that gives a bound above ``limit``, if one does: they say that no point is left."""
+    net = problem.net
+    no_margin = net._replace(row_image=0 * net.row_image, row_units=0 * net.row_units, row_bias=0.0)
+    gain = evaluate(problem._replace(net=no_margin), cuts, duals, low, high).bound[0]
+    missing = limit + 1 + abs(limit) - evaluate(problem, cuts, Duals(*(0 * m for m in duals)), low, high).bound[0]
+    return Duals(*(m * np.float32(max(missing, 0) / gain if gain > 1e-12 else 0) for m in duals))
+
+
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +176,8 @@ class Program:
         start, index, value = _compressed(np.block(blocks))
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = start, index, value
-        self.optimal, self.highs = highspy.HighsModelStatus.kOptimal, highspy.Highs()
+        self.optimal, self.infeasible = highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kInfeasible
+        self.highs = highspy.Highs()
         for name, option in OPTIONS.items():
             self.highs.setOptionValue(name, option)
         self.highs.passModel(lp)
@@ -187,15 +197,24 @@ class Program:
             self.highs.addRows(k, np.full(k, -np.inf), top, len(value), start[:-1], index, value)
 
     def solve(self, seconds: float):
-        """(v (D + U,), z (U,), Duals), or None where HiGHS finds no optimum in that CPU time."""
+        """(v (D + U,), z (U,), Duals), or None where HiGHS finds no optimum in that CPU time.
+
+        Where no point is left, v and z are None, and a large multiple of the Duals proves anything.
+        """
         self.stop[0] = time.process_time() + seconds
         self.highs.run()
-        if self.highs.getModelStatus() != self.optimal:
+        status, found, d, u = self.highs.getModelStatus(), self.highs.getSolution(), self.pixels, self.units
+        if status == self.infeasible:
+            _, known, ray = self.highs.getDualRay()
+            return (None, None, self._duals(ray)) if known else None
+        if status != self.optimal:
             return None
-        found, d, u = self.highs.getSolution(), self.pixels, self.units
         y, z, a = np.split(np.array(found.col_value), [d, d + u])
-        _, below, chord, cuts = np.split(np.array(found.row_dual), [u, 2 * u, 3 * u])
-        return np.append(y, a), z, Duals(*(np.maximum(m, 0).astype(np.float32) for m in (below, -chord, -cuts)))
+        return np.append(y, a), z, self._duals(found.row_dual)
+
+    def _duals(self, rows) -> Duals:
+        _, below, chord, cuts = np.split(np.array(rows), np.array([1, 2, 3]) * self.units)
+        return Duals(*(np.maximum(m, 0).astype(np.float32) for m in (below, -chord, -cuts)))
 
 
 def _compressed(matrix):
@@ -265,6 +284,10 @@ def search(
             if solution is None:
                 break
             v, z, duals = solution
+            if v is None:  # the node has no image
+                duals = excluding(problem, pool[at], duals, node.low, node.high, limit)
+                found = Bounded(evaluate(problem, pool[at], duals, node.low, node.high), duals, at, -1)
+                return (found if closed(found) else best), None
             part, gap = evaluate(problem, pool[at], duals, node.low, node.high), np.inf
             if best is None or part.bound[0] > best.part.bound[0]:
                 gap = np.inf if best is None else limit - best.part.bound[0]
