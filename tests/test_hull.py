@@ -331,6 +331,8 @@ def audit(case, tree, least, threshold):
         assert all((proof[n] >= 0).all() and np.isfinite(proof[n]).all() for n in ("below", "chord", "weights"))
         assert (len(proof["multipliers"]) == 0) == (proof["limit"].item() == np.inf)
         assert (proof["weights"] > 0).any(0).all()  # no cut that nobody uses
+        forks = [proof["split"][proof["parent"] == node].tolist() for node in range(len(proof["parent"]))]
+        assert len(proof["below"]) == sum(fork in ([], [0]) for fork in forks)
     else:
         assert tree.proof is None
         assert not tree.bound > least + TOLERANCE
@@ -349,6 +351,39 @@ def test_proved_exactly_if_the_minimum_is_above_the_threshold(network, seed, gap
     tree = case.search(threshold=least + gap)
     audit(case, tree, least, least + gap)
     assert tree.status != "timeout"
+
+
+def test_the_test_above_sees_trees_of_every_kind(monkeypatch):
+    seen, excluding = dict.fromkeys(("no point", "split", "restricted", "cut"), 0), hull.excluding
+
+    def count(name, value):
+        seen[name] += bool(value)
+        return value
+
+    monkeypatch.setattr(hull, "excluding", lambda *args: count("no point", excluding(*args)))
+    for network, seed in itertools.product(("mlp", "deep"), range(12)):
+        case = Case(network, seed)
+        least = min(case.minima().values())
+        tree = case.search(threshold=least - BAND)
+        audit(case, tree, least, least - BAND)
+        count("split", (tree.proof["split"] > 0).any())
+        count("restricted", len(tree.proof["multipliers"]))
+        count("cut", len(tree.proof["cut_unit"]))
+    assert min(seen.values()) >= 3, seen
+
+
+def test_a_node_that_is_drawn_in_to_nothing_has_a_row(monkeypatch):
+    """It happens to no tiny network, whose programs prove such a node before: so let it be said of all nodes."""
+    monkeypatch.setattr(hull, "is_empty", lambda *_: True)
+    rows = []
+    for seed in range(12):
+        case = Case("mlp", seed)
+        tree = case.search(threshold=min(case.minima().values()) - BAND)
+        if tree.status == "proved" and len(tree.proof["multipliers"]):
+            assert tree.proof["parent"].tolist() == [-1, 0] and tree.bound == tree.proof["limit"]
+            assert [len(tree.proof[n]) for n in ("below", "chord", "weights")] == [2] * 3
+            rows.append(tree.proof["below"][1].sum() + tree.proof["chord"][1].sum() + tree.proof["weights"][1].sum())
+    assert len(rows) > 3 and not any(rows)
 
 
 @pytest.mark.parametrize("gap", [-BAND, BAND])
@@ -442,6 +477,17 @@ def test_what_is_evaluated_has_the_last_word(wrong, monkeypatch):
     monkeypatch.setattr(hull, "evaluate", lambda *args: real(*args)._replace(bound=np.array([wrong])))
     tree = Case("mlp", 0).search(threshold=-1e3)
     assert tree.status == "timeout" and tree.proof is None
+
+
+def test_a_case_is_not_without_images_because_highs_says_so(monkeypatch):
+    """The multiple of its ray must prove it."""
+    case = Case("deep", 0)
+    threshold = min(case.minima().values()) - BAND
+    assert case.search(threshold=threshold).status == "proved"
+    asked = []
+    monkeypatch.setattr(hull, "excluding", lambda *args: asked.append(1) or hull.Duals(*(0 * m for m in args[2])))
+    tree = case.search(threshold=threshold)
+    assert asked and tree.status == "timeout" and tree.proof is None
 
 
 def test_only_an_image_that_errs_is_a_candidate(monkeypatch):
