@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prove it: for how many test images is no adversarial example within eps, exactly?
 
-python verify_small.py --weights runs/x --n 200                      # linf, eps 8/255: attack, bounds, MILP
+python verify_small.py --weights runs/x --n 200                      # linf, eps 8/255: attack, bounds, trees, MILP
 python verify_small.py --weights runs/x --n 0 --out v/x              # every test image
 python verify_small.py --weights runs/x --n 0 --out v/x --resume     # go on after a kill
 python verify_small.py --weights runs/x --n 200 --eps 2/255 4/255 8/255   # a curve
