@@ -277,7 +277,7 @@ def search(
         """(Bounded or None, a counterexample or None): programs with more and more cuts."""
         nonlocal pool, visited
         visited += 1
-        at, best, image = node.cuts, None, None
+        at, best = node.cuts, None
         program = Program(problem, node.low, node.high, pool[at])
         for attempt in range(PASSES):
             solution = program.solve(min(SECONDS, left())) if left() > 0 else None
@@ -307,7 +307,7 @@ def search(
             at = np.append(at, len(pool.units) + np.arange(len(cuts.units)))
             pool = pool.plus(cuts)
             program.add(cuts)
-        return best, image
+        return best, None
 
     def closed(found: Bounded) -> bool:
         bound = found.part.bound[0]
