@@ -20,6 +20,7 @@ from .bab import Proof, Tree
 from .chain import Chain
 from .collapsed import SLACK_64, Collapsed, Part, collapse, is_empty, restrict
 from .crown import Box, Lines, inner, margin_rows
+from .halfspace import Rows
 
 ROUNDS, ENOUGH = 6, 0.8  # times that a node's bounds are drawn in, while what is missing shrinks to that share
 PASSES, PAYS = 6, 0.9  # programs before that, with more cuts each, while what is missing shrinks to that share
@@ -218,10 +219,9 @@ class Program:
 
 
 def _compressed(matrix):
-    """(start, index, value) of its rows."""
-    row, column = np.nonzero(matrix)
-    start = np.append(0, np.cumsum(np.bincount(row, minlength=len(matrix))))
-    return start.astype(np.int32), column.astype(np.int32), matrix[row, column]
+    """(start, index, value) of its rows, as HiGHS takes them."""
+    start, column, value = Rows.of(matrix)
+    return start.astype(np.int32), column, value
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
