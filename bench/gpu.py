@@ -29,7 +29,8 @@ import numpy as np  # noqa: E402
 
 from nanomr import attacks, checkpoint, graph, methods, models  # noqa: E402
 from nanomr.attacks import autoattack  # noqa: E402
-from nanomr.ops import cuda, gpu  # noqa: E402
+from nanomr.ops import gpu  # noqa: E402
+from nanomr.ops.gpu import cuda  # noqa: E402
 from nanomr.ops.reference import conv2d_shape  # noqa: E402
 
 EPS, ALPHA, GAMMA_I, GAMMA_H = 8 / 255, 8.0, 0.4, 9000.0

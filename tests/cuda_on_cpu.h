@@ -1,5 +1,5 @@
 // Runs CUDA C kernels on the CPU, one block after another, to find the mistakes that a GPU would hide or turn into rare
-// wrong numbers. It stands in for nanomr/ops/kernels/device.cuh: the kernel file itself is compiled unchanged, by g++.
+// wrong numbers. It stands in for nanomr/ops/gpu/kernels/device.cuh: the kernel file itself is compiled unchanged, by g++.
 //
 // One fiber per CUDA thread. It runs until it reaches a barrier or a warp-wide instruction, then hands over. What makes
 // a run an honest test:

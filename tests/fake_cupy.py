@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import numpy as np
 import shim
 
-from nanomr.ops import cuda, gpu
+from nanomr.ops import gpu
+from nanomr.ops.gpu import cuda
 
 counts: Counter = Counter()
 _capture: list | None = None  # the launches of the capture under way

@@ -1,6 +1,6 @@
 """Runs the GPU's kernels without one: g++ compiles the .cu file, together with ``cuda_on_cpu.h``, to a shared library.
 
-``Launcher()`` can be put in the place of a device: ``nanomr.ops.cuda.launcher = Launcher()``.
+``Launcher()`` can be put in the place of a device: ``nanomr.ops.gpu.cuda.launcher = Launcher()``.
 """
 
 import ctypes

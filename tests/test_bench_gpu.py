@@ -23,7 +23,7 @@ from test_kernels import tiny_model
 
 from nanomr import layers, models
 from nanomr.attacks import autoattack
-from nanomr.ops import cuda
+from nanomr.ops.gpu import cuda
 
 pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
 ROOT = Path(__file__).resolve().parent.parent

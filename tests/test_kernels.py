@@ -25,7 +25,10 @@ from nanomr import data, graph, layers, losses, manifold, methods, models, optim
 from nanomr import rng as streams
 from nanomr.backend import gpu_available, to_numpy
 from nanomr.errors import UserError
-from nanomr.ops import cuda, gpu, gpu_conv, gpu_normalize, reference
+from nanomr.ops import gpu, reference
+from nanomr.ops.gpu import conv as gpu_conv
+from nanomr.ops.gpu import cuda
+from nanomr.ops.gpu import normalization as gpu_normalization
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -284,7 +287,7 @@ def test_batchnorm_relu_in_one_pass(device, hamming, dtype, shape, rng):
     on = [device.asarray(a) for a in normal]
     x64, *normal64 = (exact(a) for a in normal)
     z = reference.batchnorm(x64, *normal64)
-    if dtype == "bfloat16" and gpu_normalize.pass_plan(shape, dtype, gpu_normalize.HAMMING, c) is None:
+    if dtype == "bfloat16" and gpu_normalization.pass_plan(shape, dtype, gpu_normalization.HAMMING, c) is None:
         z = exact(rounded(z))  # the formulas store z
     size = np.abs(x64 - mean) * np.abs(inv_std * gamma) + np.abs(beta)
     # tanh's argument is off by TOLERANCE alpha |z|, and x (1 - tanh(x)^2) < 1/2: that is half of TOLERANCE in tanh.
@@ -303,7 +306,7 @@ def test_batchnorm_relu_in_one_pass(device, hamming, dtype, shape, rng):
     assert y.dtype == x.dtype
     extra = (alpha, device.asarray(weight)) if hamming else ()
     found = gpu.batchnorm_relu_backward(device.asarray(dy), *on, *extra)
-    if dtype == "bfloat16" and gpu_normalize.pass_plan(shape, dtype, gpu_normalize.HAMMING, c) is None:
+    if dtype == "bfloat16" and gpu_normalization.pass_plan(shape, dtype, gpu_normalization.HAMMING, c) is None:
         slack = slack + ROUNDING * np.abs(dz)  # ... and dz
     d_slack = TOLERANCE * np.abs(dz) + slack
     x_hat = np.abs(x64 - mean) * inv_std
@@ -1098,7 +1101,7 @@ INSTANTIATIONS = {
         )
         for real, size in REALS.items()
         for width in (16 // size, 1)
-        for activation in (gpu_normalize.IDENTITY, gpu_normalize.RELU, gpu_normalize.HAMMING)
+        for activation in (gpu_normalization.IDENTITY, gpu_normalization.RELU, gpu_normalization.HAMMING)
     },
     **{
         f"elementwise {real} {width}": ("elementwise.cu", (f"REAL={real}", f"WIDTH={width}"))
@@ -1172,20 +1175,20 @@ def test_plans_of_the_network(direction, x_shape, w_shape, stride):
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8), st.integers(1, 600)),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    activation=st.sampled_from([gpu_normalize.IDENTITY, gpu_normalize.RELU, gpu_normalize.HAMMING]),
+    activation=st.sampled_from([gpu_normalization.IDENTITY, gpu_normalization.RELU, gpu_normalization.HAMMING]),
     by_channel=st.booleans(),
 )
 def test_pass_plans(shape, dtype, activation, by_channel):
     """A pixel's channels divide into vectors of 16 bytes or single numbers, and a sample into pixels."""
-    shape = (3 * shape[0], *shape[1:]) if activation == gpu_normalize.HAMMING else shape
-    plan = gpu_normalize.pass_plan(shape, dtype, activation, shape[3] if by_channel else None)
+    shape = (3 * shape[0], *shape[1:]) if activation == gpu_normalization.HAMMING else shape
+    plan = gpu_normalization.pass_plan(shape, dtype, activation, shape[3] if by_channel else None)
     width = 8 if dtype == "bfloat16" else 4
     if plan is None:
         assert by_channel and shape[3] > 256 and (shape[3] % width or shape[3] > 256 * width)
         return
     taken = int(re.search(r"WIDTH=(\d+)", " ".join(plan.defines))[1])
     assert taken in (1, width) and plan.channels % taken == 0 and 1 <= plan.channels // taken <= 256
-    branches = 3 if activation == gpu_normalize.HAMMING else 1
+    branches = 3 if activation == gpu_normalization.HAMMING else 1
     assert plan.pixels * plan.channels * branches == np.prod(shape)
     assert plan.pixels_per_sample * plan.channels == np.prod(shape[1:])
     assert plan.shared <= 48 << 10 and 1 <= plan.blocks <= 2 * cuda.BLOCKS and plan.parts >= 1

@@ -437,7 +437,7 @@ def test_convolutions_of_the_networks(backend, operation, x_shape, w_shape, stri
 @pytest.mark.parametrize("chunks", [2, 3, 5])
 def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
     """However the work is cut: by columns, by rows where there are more threads than columns, by images."""
-    cpu, gather_gemm = (importlib.import_module(f"nanomr.ops.{name}") for name in ("cpu", "gather_gemm"))
+    cpu, gather_gemm = (importlib.import_module(f"nanomr.ops.{name}") for name in ("cpu", "cpu.gather_gemm"))
     x, w, dy = _normal(rng, (23, 40)), _normal(rng, (40, 70)), _normal(rng, (23, 70))
     images, filters = _normal(rng, (4, 6, 6, 3)), _normal(rng, (4, 4, 3, 16))
     up = _normal(rng, (4, 3, 3, 16))

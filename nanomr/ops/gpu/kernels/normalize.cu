@@ -43,7 +43,7 @@ struct Place {
   }
 };
 
-// x P(x^2) / Q(x^2) for |x| <= 8, as on the CPU (ops/cpu.py): relative error 4e-7, where the hardware's tanh has 5e-4.
+// x P(x^2) / Q(x^2) for |x| <= 8, as on the CPU (ops/cpu/elementwise.py): relative error 4e-7, where the hardware's tanh has 5e-4.
 // NaN stays NaN.
 __device__ __forceinline__ float tanh_(float x) {
   x = x < -8.f ? -8.f : (x > 8.f ? 8.f : x);

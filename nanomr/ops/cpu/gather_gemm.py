@@ -23,9 +23,9 @@ import numba
 import numpy as np
 from numba import njit, prange
 
+from ..reference import conv2d_shape
 from . import simd
 from .memory import empty
-from .reference import conv2d_shape
 from .simd import MAX_LANES, ROWS, WIDTH
 
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are

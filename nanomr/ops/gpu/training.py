@@ -1,58 +1,15 @@
-"""CuPy, and our own kernels. The same functions as ``reference``; the kernels are in ``kernels/*.cu``, docs/gpu.md.
-
-The data decides. bfloat16 pictures (``precision="bf16"``) go through our kernels, convolutions on tensor cores; what
-belongs to channels or weights (statistics, gradients of parameters, logits) is float32. float32 pictures use our
-kernels for all that only moves numbers, and im2col with a matrix product (cuBLAS) for convolutions: simple, any shape,
-the oracle of the others. Everything else (float64) takes ``reference``'s formulas, as do NumPy arrays.
-
-``gpu_conv``, ``gpu_normalize`` and ``gpu_elementwise`` launch one file of kernels each, by way of ``cuda``. Here is
-what launches ``training.cu``: linear layers, losses, the optimiser, randomness. Nothing imports CuPy before a kernel
-is launched on a CuPy array.
-"""
+"""The launches of ``kernels/training.cu``: linear layers, losses, the optimiser, what is drawn at random."""
 
 import math
-from contextlib import contextmanager
 
 import numpy as np
 
-from .. import rng
-from ..backend import array_module
-from . import reference
-from .cuda import BLOCKS, bfloat16, ceil, grid_over, has_kernels, launch, ready, runs  # noqa: F401  (bfloat16)
-from .gpu_conv import (  # noqa: F401  (offered from here)
-    conv2d,
-    conv2d_dw,
-    conv2d_input_gradient,
-    conv2d_weight_gradient,
-    conv_plan,
-)
-from .gpu_elementwise import (  # noqa: F401
-    add,
-    average_pool,
-    average_pool_backward,
-    cast,
-    contract_pair,
-    expand_pair,
-)
-from .gpu_normalize import (  # noqa: F401
-    IDENTITY,
-    batchnorm,
-    batchnorm_backward,
-    batchnorm_parameter_gradient,
-    batchnorm_relu,
-    batchnorm_relu_backward,
-    batchnorm_relu_hamming,
-    batchnorm_statistics,
-    normalize,
-    relu,
-    relu_backward,
-    relu_hamming,
-    relu_hamming_backward,
-    relu_hamming_pair,
-    relu_hamming_pair_backward,
-    scale_channels,
-)
-from .reference import conv2d_shape, linf_step, plane_step  # noqa: F401  (the steps of attacks: as they are)
+from ... import rng
+from ...backend import array_module
+from .. import reference
+from .cuda import BLOCKS, ceil, grid_over, has_kernels, launch, ready, runs
+from .elementwise import cast
+from .normalization import IDENTITY
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -98,27 +55,6 @@ def linear_input_gradient(dy, w):
 def linear_weight_gradient(x, dy):
     x, dy = _matrix(_float32(x)), _matrix(_float32(dy))
     return _product(x.T, dy), dy.sum(0)
-
-
-def set_tf32(on: bool) -> None:
-    """Whether cuBLAS may round float32 factors to TF32 (10 bits of fraction) for its tensor cores. Needs a GPU.
-
-    A setting of the whole process, which the variable CUPY_TF32 may have made: programs switch it off when they begin,
-    and on for as long as :func:`tf32` lasts."""
-    from cupy import _core
-    from cupy._core import _routines_linalg as types
-
-    _core.set_compute_type(np.float32, types.COMPUTE_TYPE_TF32 if on else types.COMPUTE_TYPE_DEFAULT)
-
-
-@contextmanager
-def tf32():
-    """In TF32 within it, and not behind it, whatever happens. Decorates functions, too."""
-    set_tf32(True)
-    try:
-        yield
-    finally:
-        set_tf32(False)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..backend import array_module
-from . import reference
+from ...backend import array_module
+from .. import reference
 from .cuda import REALS, bfloat16, grid_over, has_kernels, launch, ready
 
 # --- conversions ------------------------------------------------------------------------------------------------------

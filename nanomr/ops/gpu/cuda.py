@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backend import array_module, find_cupy
+from ...backend import array_module, find_cupy
 
 KERNELS = Path(__file__).with_name("kernels")
 # Blocks in flight on an H100 (132 multiprocessors, two blocks each), taken for all devices: how a sum is split decides

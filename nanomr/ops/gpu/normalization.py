@@ -6,10 +6,10 @@ from functools import cache
 
 import numpy as np
 
-from ..backend import array_module
-from . import reference
+from ...backend import array_module
+from .. import reference
 from .cuda import BLOCKS, REALS, ceil, has_kernels, launch, ready
-from .gpu_elementwise import contract_pair, expand_pair, to_bf16
+from .elementwise import contract_pair, expand_pair, to_bf16
 
 IDENTITY, RELU, HAMMING = range(3)  # what follows a normalisation
 

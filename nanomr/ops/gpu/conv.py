@@ -7,11 +7,11 @@ from functools import cache
 
 import numpy as np
 
-from ..backend import array_module
+from ...backend import array_module
+from ..reference import conv2d_shape
 from .cuda import BLOCKS, ceil, has_kernels, launch, ready
-from .gpu_elementwise import add, resize_rows, to_bf16
-from .gpu_normalize import batchnorm_statistics
-from .reference import conv2d_shape
+from .elementwise import add, resize_rows, to_bf16
+from .normalization import batchnorm_statistics
 
 FORWARD, INPUT, WEIGHT = range(3)  # y, dx, dw
 

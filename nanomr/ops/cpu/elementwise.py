@@ -1,35 +1,12 @@
-"""float32 on the CPU: Numba kernels. The same functions as ``reference``, which is their oracle.
-
-Convolutions and linear layers are in ``gather_gemm``; here are the passes that touch each number once.
-"""
+"""The passes of the CPU that touch each number once: ReLU and the Hamming regulariser, pairs, input normalisation."""
 
 import math
 
 import numpy as np
 from numba import njit, prange
 
-from .gather_gemm import (  # noqa: F401  (offered from here)
-    FLAGS,
-    conv2d,
-    conv2d_input_gradient,
-    conv2d_shape,
-    conv2d_weight_gradient,
-    linear,
-    linear_input_gradient,
-    linear_weight_gradient,
-    ready,
-    threads,
-)
-from .memory import empty, release  # noqa: F401
-from .reference import (  # noqa: F401
-    average_pool,
-    average_pool_backward,
-    batchnorm,
-    batchnorm_backward,
-    batchnorm_parameter_gradient,
-    batchnorm_statistics,
-    scale_channels,
-)
+from .gather_gemm import FLAGS, ready
+from .memory import empty
 
 # --- ReLU and the Hamming regulariser ---------------------------------------------------------------------------------
 
@@ -210,120 +187,3 @@ def normalize(x, mean, std):
         shift -= mean * scale
     _scale_shift(ready(x).reshape(n * h, w * c), scale.reshape(-1), shift.reshape(-1), y.reshape(n * h, w * c))
     return y
-
-
-# --- attacks ----------------------------------------------------------------------------------------------------------
-
-EXACT = {**FLAGS, "fastmath": False}  # a ball holds to the last bit
-
-
-@njit(parallel=True, **EXACT)
-def _linf_step(x, gradient, size, x0, eps, y):
-    for i in prange(len(x)):
-        for j in range(x.shape[1]):
-            g, low, high = gradient[i, j], x0[i, j] - eps, x0[i, j] + eps
-            low, high = low if low > _ZERO else _ZERO, high if high < _ONE else _ONE
-            moved = x[i, j] + size[i] * (_ONE if g > _ZERO else (-_ONE if g < _ZERO else g))  # NaN stays NaN
-            moved = low if moved < low else moved
-            y[i, j] = high if moved > high else moved
-
-
-def linf_step(x, gradient, size, x0, eps):
-    y = empty(x.shape)
-    flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
-    _linf_step(flat_x, flat_gradient, ready(size), flat_x0, np.float32(eps), flat_y)
-    return y
-
-
-@njit(parallel=True, **FLAGS)
-def _plane_step(points, w, b, by_weight, d):
-    for i in prange(len(points)):
-        top, excess, total = _ZERO, 0.0, _ZERO
-        for j in range(points.shape[1]):
-            top = max(top, abs(w[i, j]))
-        scale = np.float32(math.ldexp(1.0, min(-math.frexp(top)[1], 126)))
-        for j in range(points.shape[1]):
-            excess += np.float64(scale * w[i, j] * points[i, j])
-        excess -= scale * b[i]
-        scale = -scale if excess > 0 else scale
-        for j in range(points.shape[1]):
-            v = d[i, j] = scale * w[i, j]  # until the end, d holds the weights, positive where the way is up
-            total += abs(v) * ((_ONE - points[i, j]) if v > _ZERO else points[i, j])
-        need, t, moving = np.float32(abs(excess)), _ZERO, -1
-        corner = total <= need
-        while not corner:
-            pace, reached, on = _ZERO, _ZERO, 0
-            for j in range(points.shape[1]):
-                v, weight = d[i, j], abs(d[i, j])
-                room, rate = (_ONE - points[i, j]) if v > _ZERO else points[i, j], weight if by_weight else _ONE
-                moves = weight * rate > _ZERO and t * rate < room
-                pace += weight * rate if moves else _ZERO
-                reached += _ZERO if moves else weight * room
-                on += moves
-            if on == moving:
-                break
-            moving, corner = on, on == 0
-            if on and need - reached > t * pace:
-                t = (need - reached) / pace
-        for j in range(points.shape[1]):
-            v = d[i, j]
-            room, rate = (_ONE - points[i, j]) if v > _ZERO else points[i, j], abs(v) if by_weight else _ONE
-            way = room if corner else min(t * rate, room)
-            d[i, j] = way if v > _ZERO else (-way if v < _ZERO else _ZERO)
-
-
-def plane_step(points, w, b, by_weight):
-    d = empty(points.shape)
-    flat_points, flat_w, flat_d = _flat(points, w, d)
-    _plane_step(flat_points, flat_w, np.ascontiguousarray(b, np.float64), by_weight, flat_d)
-    return d
-
-
-# --- optimiser and data -----------------------------------------------------------------------------------------------
-
-
-@njit(parallel=True, **FLAGS)
-def _sgd_update(w, g, velocity, lr, momentum, weight_decay, chunks):
-    for t in prange(chunks):
-        for i in range(len(w) * t // chunks, len(w) * (t + 1) // chunks):
-            velocity[i] = momentum * velocity[i] + (g[i] + weight_decay * w[i])
-            w[i] -= lr * velocity[i]
-
-
-def sgd_update(w, g, velocity, lr, momentum, weight_decay):
-    _sgd_update(w, g, velocity, *(np.float32(v) for v in (lr, momentum, weight_decay)), threads())
-
-
-@njit(parallel=True, **FLAGS)
-def _crop_flip(images, index, top, left, flip, pad, out):
-    n, height, width, channels = out.shape
-    scale = np.float32(1 / 255)
-    for i in prange(n):
-        for h in range(height):
-            source = h + top[i] - pad
-            for w in range(width):
-                column = (width - 1 - w if flip[i] else w) + left[i] - pad
-                inside = 0 <= source < height and 0 <= column < width
-                for c in range(channels):
-                    out[i, h, w, c] = np.float32(images[index[i], source, column, c]) * scale if inside else _ZERO
-
-
-def crop_flip(images, index, top, left, flip, pad=4):
-    out = empty((len(index), *images.shape[1:]))
-    _crop_flip(images, index, top, left, flip, pad, out)
-    return out
-
-
-@njit(parallel=True, **FLAGS)
-def _corners(words, eps, rho):
-    for k in prange(len(words)):
-        word = words[k]
-        for j in range(64 * k, min(64 * k + 64, len(rho))):
-            rho[j] = -eps if word & np.uint64(1) else eps
-            word >>= np.uint64(1)
-
-
-def corners(words, shape, eps):
-    rho = empty(shape)
-    _corners(words, np.float32(eps), rho.reshape(-1))
-    return rho

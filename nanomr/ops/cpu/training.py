@@ -1,0 +1,56 @@
+"""The optimiser's pass, and what is drawn for a batch, on the CPU."""
+
+import numpy as np
+from numba import njit, prange
+
+from .gather_gemm import FLAGS, threads
+from .memory import empty
+
+_ZERO = np.float32(0)
+
+
+@njit(parallel=True, **FLAGS)
+def _sgd_update(w, g, velocity, lr, momentum, weight_decay, chunks):
+    for t in prange(chunks):
+        for i in range(len(w) * t // chunks, len(w) * (t + 1) // chunks):
+            velocity[i] = momentum * velocity[i] + (g[i] + weight_decay * w[i])
+            w[i] -= lr * velocity[i]
+
+
+def sgd_update(w, g, velocity, lr, momentum, weight_decay):
+    _sgd_update(w, g, velocity, *(np.float32(v) for v in (lr, momentum, weight_decay)), threads())
+
+
+@njit(parallel=True, **FLAGS)
+def _crop_flip(images, index, top, left, flip, pad, out):
+    n, height, width, channels = out.shape
+    scale = np.float32(1 / 255)
+    for i in prange(n):
+        for h in range(height):
+            source = h + top[i] - pad
+            for w in range(width):
+                column = (width - 1 - w if flip[i] else w) + left[i] - pad
+                inside = 0 <= source < height and 0 <= column < width
+                for c in range(channels):
+                    out[i, h, w, c] = np.float32(images[index[i], source, column, c]) * scale if inside else _ZERO
+
+
+def crop_flip(images, index, top, left, flip, pad=4):
+    out = empty((len(index), *images.shape[1:]))
+    _crop_flip(images, index, top, left, flip, pad, out)
+    return out
+
+
+@njit(parallel=True, **FLAGS)
+def _corners(words, eps, rho):
+    for k in prange(len(words)):
+        word = words[k]
+        for j in range(64 * k, min(64 * k + 64, len(rho))):
+            rho[j] = -eps if word & np.uint64(1) else eps
+            word >>= np.uint64(1)
+
+
+def corners(words, shape, eps):
+    rho = empty(shape)
+    _corners(words, np.float32(eps), rho.reshape(-1))
+    return rho
