@@ -6,8 +6,8 @@ import numpy as np
 from numba import njit, prange
 
 from .elementwise import _flat
-from .gather_gemm import FLAGS, ready
-from .memory import empty
+from .gather_gemm import FLAGS
+from .memory import empty, ready
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 EXACT = {**FLAGS, "fastmath": False}  # a ball holds to the last bit

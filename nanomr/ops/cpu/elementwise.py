@@ -5,8 +5,8 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .gather_gemm import FLAGS, ready
-from .memory import empty
+from .gather_gemm import FLAGS
+from .memory import empty, ready
 
 # --- ReLU and the Hamming regulariser ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers on the CPU, float32: one sum, the gather-GEMM, for all their passes.
+"""Convolutions and linear layers on the CPU: one sum, the gather-GEMM, for all their passes.
 
     out[o_i + c] += sum over r of in[a_i + b_r] * w[r, c]                 (docs/derivations/convolution.md)
 
@@ -7,6 +7,10 @@
     weight gradient  i: taps x input channels    r: output pixels               w: dy
 
 One micro-kernel serves the three: a tile of ROWS x 16 (or 32) sums stays in registers while r runs. There is no im2col.
+
+It also serves bfloat16. Two numbers that are multiplied by two others and summed up are a word of 32 bits: two channels
+of a pixel, and two rows of w, in the first two sums; the same number of two images in the third. The tables then count
+words, and ``simd`` multiplies them; sums are float32 until they are stored.
 """
 
 import os
@@ -25,15 +29,12 @@ from numba import njit, prange
 
 from ..reference import conv2d_shape
 from . import simd
-from .memory import empty
+from .memory import BFLOAT16, empty, numbers, ready
 from .simd import MAX_LANES, ROWS, WIDTH
 
+PRODUCT = simd.PRODUCTS[0]  # how words are multiplied on this machine
+
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
-
-
-def ready(x):
-    """x as a C-contiguous float32 array; itself if it is one."""
-    return np.ascontiguousarray(x, np.float32)
 
 
 def threads():
@@ -45,102 +46,163 @@ def threads():
 
 
 @njit(**FLAGS)
-def _place(image, padded, top, left, row):
-    """Copy an image (H, W C) into the middle of a padded one, flat with rows of ``row`` floats."""
+def _place(image, padded, start, place):
+    """Copy an image (H, W C) into the middle of a padded one that begins at ``start``: place = (top, left, row, size)
+    in elements, of which a row has ``row``."""
+    top, left, row, _ = place
     for h in range(image.shape[0]):
-        start = (top + h) * row + left
+        at = start + (top + h) * row + left
         for j in range(image.shape[1]):
-            padded[start + j] = image[h, j]
+            padded[at + j] = image[h, j]
 
 
 @njit(**FLAGS)
-def _window(padded, image, top, left, row):
+def _place_pair(x, n, padded, start, place):
+    """Images n and n + 1 of x (N, H, W C), 16-bit numbers, side by side: word (h, j) is the two of them. Behind the
+    last image there is a black one."""
+    top, left, row, _ = place
+    for h in range(x.shape[1]):
+        at = start + (top + h) * row + left
+        if n + 1 < len(x):
+            for j in range(x.shape[2]):
+                padded[at + j] = np.int32(x[n, h, j]) | (np.int32(x[n + 1, h, j]) << np.int32(16))
+        else:
+            for j in range(x.shape[2]):
+                padded[at + j] = np.int32(x[n, h, j])
+
+
+@njit(**FLAGS)
+def _window(padded, image, place):
     """The inverse of :func:`_place`."""
+    top, left, row, _ = place
     for h in range(image.shape[0]):
-        start = (top + h) * row + left
+        at = (top + h) * row + left
         for j in range(image.shape[1]):
-            image[h, j] = padded[start + j]
+            image[h, j] = padded[at + j]
 
 
 @njit(**FLAGS)
-def _sweep(x, a, first, last, b, r0, r1, w, bias, out, start, o, channels, parts, step, lanes):
-    """out[start + o_i + c] = bias[c] + sum over r0 <= r < r1 of x[a_i + b_r] w[r, c], for first <= i < last.
+def _sweep(x, a, first, last, b, r0, r1, w, bias, plus, out, start, o, channels, parts, step, lanes):
+    """out[start + o_i + c] = bias[c] + sum over r0 <= r < r1 of x[a_i + b_r] w[r, c], for first <= i < last; and plus
+    what ``plus`` has there, unless it is empty.
 
     All arrays are flat; w is in panels (see _panels); ``channels`` of the columns of w, and of bias, are real. They are
     ``parts`` pieces, the next of which is stored ``step`` behind the last.
     """
-    width, piece = WIDTH * len(lanes), channels // parts
+    width, piece = simd.width(lanes), channels // parts
     for c in range(0, len(bias), width):
         panel = c * (len(w) // len(bias))
         if last - first < ROWS:
             for i in range(first, last):
-                acc = simd.load(bias, c, lanes)
+                acc = simd.load_sums(bias, c, lanes)
                 for r in range(r0, r1):
                     acc = simd.fma(x, a[i] + b[r], simd.load(w, panel + r * width, lanes), acc)
                 for p in range(parts):
                     at = start + o[i] + c + p * (step - piece)
+                    if len(plus):
+                        acc = simd.plus(plus, at, acc, p * piece - c, (p + 1) * piece - c)
                     simd.store(out, at, acc, p * piece - c, (p + 1) * piece - c)
             continue
         for i0 in range(first, last, ROWS):
             i = min(i0, last - ROWS)  # the last tile overlaps its neighbour: same sums, stored twice
             rows = simd.tile_rows(x, a, i)
-            sums = simd.tile_fill(simd.load(bias, c, lanes))
+            sums = simd.tile_fill(simd.load_sums(bias, c, lanes))
             for r in range(r0, r1):
                 sums = simd.tile_fma(rows, simd.offset(b, r), simd.load(w, panel + r * width, lanes), sums)
             for p in range(parts):
                 at = start + c + p * (step - piece)
+                if len(plus):
+                    sums = simd.tile_plus(simd.tile_rows(plus, o, i), at, sums, p * piece - c, (p + 1) * piece - c)
                 simd.tile_store(simd.tile_rows(out, o, i), at, sums, p * piece - c, (p + 1) * piece - c)
 
 
 @njit(parallel=True, **FLAGS)
-def _gather_gemm(x, place, w, bias, out, wide, a, o, pixels, b, taps, channels, parts, chunks, lanes):
-    """The gather-GEMM of each image: out[n, o_i + c] = bias[c] + sum_r padded(x[n])[a_i + b_r] w[r, c].
+def _gather_gemm(x, place, w, bias, plus, out, wide, images, a, o, pixels, b, taps, channels, parts, chunks, lanes):
+    """The gather-GEMM of each image: out[n, o_i + c] = bias[c] + sum_r padded(x[n])[a_i + b_r] w[r, c] (+ plus).
 
-    x (N, H, W C); out (N, H', W' C'). Group g has the pixels[g] <= i < pixels[g + 1] and the taps[g] <= r <
-    taps[g + 1]. ``place`` and ``wide`` are (top, left, row, size) of the padded image, and of the one that o counts
-    in: out lies within it, or is it (size 0).
+    x (N, H, W C), float32 or words; out (N, H', W' C'), plus like it or (0,). ``images`` at a time have a and o of
+    their own, image by image within each group g, which has the pixels[g] <= i < pixels[g + 1], and meets the
+    taps[g] <= r < taps[g + 1]. ``place`` and ``wide`` are (top, left, row, size) of the padded image, and of the one
+    that o counts in: out lies within it, or is it (size 0).
     """
     n_images, flat_out, size = len(x), out.reshape(-1), out.shape[1] * out.shape[2]
+    flat_plus, no_plus = plus.reshape(-1), np.empty(0, plus.dtype)
     for chunk in prange(chunks):
-        padded, margins = np.zeros(place[3], np.float32), np.empty(wide[3], np.float32)
-        for n in range(n_images * chunk // chunks, n_images * (chunk + 1) // chunks):
-            _place(x[n], padded, place[0], place[1], place[2])
-            target, start = (margins, 0) if wide[3] else (flat_out, n * size)
+        padded, margins = np.zeros(images * place[3], x.dtype), np.empty(wide[3], out.dtype)
+        end = n_images * (chunk + 1) // chunks
+        for n in range(n_images * chunk // chunks, end, images):
+            count = min(images, end - n)
+            for k in range(count):
+                _place(x[n + k], padded, k * place[3], place)
+            target, start, sums = (margins, 0, no_plus) if wide[3] else (flat_out, n * size, flat_plus)
             for g in range(len(pixels) - 1):
-                i0, i1, r0, r1 = pixels[g], pixels[g + 1], taps[g], taps[g + 1]
-                _sweep(padded, a, i0, i1, b, r0, r1, w, bias, target, start, o, channels, parts, wide[2], lanes)
+                i0, r0, r1 = pixels[g], taps[g], taps[g + 1]
+                i1 = i0 + (pixels[g + 1] - i0) // images * count
+                _sweep(padded, a, i0, i1, b, r0, r1, w, bias, sums, target, start, o, channels, parts, wide[2], lanes)
             if wide[3]:
-                _window(margins, out[n], wide[0], wide[1], wide[2])
+                _window(margins, out[n], wide)
+
+
+@njit(**FLAGS)
+def _reduce(padded, taps, k_taps, dy, first, columns, pixels, dw, at, db, at_db, stored, lanes):
+    """dw[at + k columns + c] += sum over pixels r of padded[taps_k + pixels_r] dy[first + r columns + c], and
+    db[at_db + c] += the sum of dy."""
+    width = simd.width(lanes)
+    for c in range(0, columns, width):
+        total = simd.load_sums(db, at_db + c, lanes)
+        for r in range(len(pixels)):
+            total = simd.add(total, simd.load(dy, first + r * columns + c, lanes))
+        simd.store(db, at_db + c, total, 0, width)
+        for k in range(0, k_taps, ROWS):
+            corner, rows = at + k * columns + c, simd.tile_rows(padded, taps, k)
+            sums = simd.tile_load(stored, corner, lanes)
+            for r in range(len(pixels)):
+                row_of_dy = simd.load(dy, first + r * columns + c, lanes)
+                sums = simd.tile_fma(rows, simd.offset(pixels, r), row_of_dy, sums)
+            simd.tile_store(stored, corner, sums, 0, width)
 
 
 @njit(parallel=True, **FLAGS)
-def _gather_gemm_reduce(x, top, left, row, padded_size, dy, taps, pixels, steps, dw, db, lanes):
+def _gather_gemm_reduce(x, place, images, dy, taps, pixels, steps, dw, db, lanes):
     """dw[t, k, c] += sum over images and pixels r of padded(x[n])[taps_k + pixels_r] dy[n, r, c]; db[t, c] += dy.
 
-    dy (N, pixels, columns), columns a multiple of 16; dw (chunks, K, columns), K a multiple of ROWS: a part for each
-    chunk t of the images, which the caller adds up, so that the result does not depend on who finishes first.
+    x (N, H, W C), dy (N, pixels, columns), float32; columns a multiple of 16; dw (chunks, K, columns), K a multiple of
+    ROWS: a part for each chunk t of the images, which the caller adds up, so that the result does not depend on who
+    finishes first. ``pixels`` are those of ``images`` images, one after another.
     """
     n_images, n_pixels, columns = dy.shape
-    chunks, k_taps, width = dw.shape[0], dw.shape[1], WIDTH * len(lanes)
+    chunks, k_taps = dw.shape[0], dw.shape[1]
     flat_dy, flat_dw, flat_db = dy.reshape(-1), dw.reshape(-1), db.reshape(-1)
     stored = simd.tile_rows(flat_dw, steps, 0)
-    for chunk in prange(chunks):
-        padded = np.zeros(padded_size, np.float32)
-        for n in range(n_images * chunk // chunks, n_images * (chunk + 1) // chunks):
-            _place(x[n], padded, top, left, row)
-            for c in range(0, columns, width):
-                first = n * n_pixels * columns + c
-                total = simd.load(flat_db, chunk * columns + c, lanes)
-                for r in range(n_pixels):
-                    total = simd.add(total, simd.load(flat_dy, first + r * columns, lanes))
-                simd.store(flat_db, chunk * columns + c, total, 0, width)
-                for k in range(0, k_taps, ROWS):
-                    at, rows = (chunk * k_taps + k) * columns + c, simd.tile_rows(padded, taps, k)
-                    sums = simd.tile_load(stored, at, lanes)
-                    for r in range(n_pixels):
-                        row_of_dy = simd.load(flat_dy, first + r * columns, lanes)
-                        sums = simd.tile_fma(rows, simd.offset(pixels, r), row_of_dy, sums)
-                    simd.tile_store(stored, at, sums, 0, width)
+    for t in prange(chunks):
+        padded, end = np.zeros(images * place[3], x.dtype), n_images * (t + 1) // chunks
+        for n in range(n_images * t // chunks, end, images):
+            count = min(images, end - n)
+            for i in range(count):
+                _place(x[n + i], padded, i * place[3], place)
+            at, now = n * n_pixels * columns, pixels[: count * n_pixels]
+            where = t * k_taps * columns, flat_db, t * columns
+            _reduce(padded, taps, k_taps, flat_dy, at, columns, now, flat_dw, *where, stored, lanes)
+
+
+@njit(parallel=True, **FLAGS)
+def _gather_gemm_reduce_pairs(x, place, pairs, dy, columns, taps, pixels, steps, dw, db, lanes):
+    """The same for 16-bit numbers, x (N, H, W C) and dy (N, pixels, C'), whose words are the same number of two images;
+    ``pairs`` pairs of images at a time. C' is filled up with zeros to ``columns``."""
+    n_images, n_pixels = dy.shape[:2]
+    chunks, k_taps, n_pairs = dw.shape[0], dw.shape[1], (n_images + 1) // 2
+    flat_dw, flat_db, dy_place = dw.reshape(-1), db.reshape(-1), (0, 0, columns, n_pixels * columns)
+    stored = simd.tile_rows(flat_dw, steps, 0)
+    for t in prange(chunks):
+        padded, words = np.zeros(pairs * place[3], np.int32), np.zeros(pairs * dy_place[3], np.int32)
+        end = n_pairs * (t + 1) // chunks
+        for n in range(n_pairs * t // chunks, end, pairs):
+            count = min(pairs, end - n)
+            for i in range(count):
+                _place_pair(x, 2 * (n + i), padded, i * place[3], place)
+                _place_pair(dy, 2 * (n + i), words, i * dy_place[3], dy_place)
+            now, where = pixels[: count * n_pixels], (t * k_taps * columns, flat_db, t * columns)
+            _reduce(padded, taps, k_taps, words, 0, columns, now, flat_dw, *where, stored, lanes)
 
 
 # --- convolution ------------------------------------------------------------------------------------------------------
@@ -156,13 +218,14 @@ def _grid(*axes):
 
 @lru_cache(256)
 def _forward_tables(x_shape, w_shape, stride, padding):
-    """(pixels a, their outputs o, taps b, (top, left, row, size) of the padded image)."""
-    (_, h, w, c), (kh, kw, _, c_out), (top, bottom, left, right) = x_shape, w_shape, padding
+    """(pixels a, their outputs o, taps b, (top, left, row, size) of the padded image), for x_shape[0] images."""
+    (n, h, w, c), (kh, kw, _, c_out), (top, bottom, left, right) = x_shape, w_shape, padding
     _, ho, wo, _ = conv2d_shape(x_shape, w_shape, stride, padding)
     row = (w + left + right) * c
-    pixels = _grid(np.arange(ho) * stride * row, np.arange(wo) * stride * c)
+    size = (h + top + bottom) * row
+    pixels = _grid(np.arange(n) * size, np.arange(ho) * stride * row, np.arange(wo) * stride * c)
     taps = _grid(np.arange(kh) * row, np.arange(kw) * c, np.arange(c))
-    return pixels, np.arange(ho * wo) * c_out, taps, (top, left * c, row, (h + top + bottom) * row)
+    return pixels, np.arange(n * ho * wo) * c_out, taps, (top, left * c, row, size)
 
 
 def _residues(size, k, before, stride, span):
@@ -186,8 +249,9 @@ def _residues(size, k, before, stride, span):
 @lru_cache(256)
 def _input_gradient_tables(x_shape, w_shape, stride, padding, spans):
     """The same for dx from dy, in groups of pixels, and also the rows of w, as (kh / spans[0], kw / spans[1], Cout),
-    that the taps multiply, and (top, left, row, size) of the dx with margins; see :func:`_residues`."""
-    (_, h, w, c), (kh, kw, _, c_out), (top, _, left, _) = x_shape, w_shape, padding
+    that the taps multiply, and (top, left, row, size) of the dx with margins; see :func:`_residues`. For x_shape[0]
+    images, in each group one after another."""
+    (n, h, w, c), (kh, kw, _, c_out), (top, _, left, _) = x_shape, w_shape, padding
     _, ho, wo, _ = conv2d_shape(x_shape, w_shape, stride, padding)
     low_h, low_w = (kh - 1) // stride, (kw - 1) // stride  # rows and columns of zeros before dy
     height = low_h + max(ho, (h - 1 + top) // stride + 1)
@@ -195,11 +259,12 @@ def _input_gradient_tables(x_shape, w_shape, stride, padding, spans):
     groups_h, margin_h, wide_h = _residues(h, kh, top, stride, spans[0])
     groups_w, margin_w, wide_w = _residues(w, kw, left, stride, spans[1])
     k_width = -(-kw // spans[1])
+    image, dx_image = np.arange(n) * height * row, np.arange(n) * h * w * c
     a, o, b, index, pixels, taps = [], [], [], [], [0], [0]
     for ys, at_h, ps, back_h in groups_h:
         for xs, at_w, qs, back_w in groups_w:
-            a.append(_grid((at_h + low_h) * row, (at_w + low_w) * c_out))
-            o.append(_grid(ys * wide_w * c, xs * c))
+            a.append(_grid(image, (at_h + low_h) * row, (at_w + low_w) * c_out))
+            o.append(_grid(dx_image, ys * wide_w * c, xs * c))
             b.append(_grid(-back_h * row, -back_w * c_out, np.arange(c_out)))
             index.append(_grid(ps * k_width * c_out, qs * c_out, np.arange(c_out)))
             pixels.append(pixels[-1] + len(a[-1]))
@@ -207,6 +272,36 @@ def _input_gradient_tables(x_shape, w_shape, stride, padding, spans):
     a, o, b, index = (np.concatenate(v) for v in (a, o, b, index))
     place, wide = (low_h, low_w * c_out, row, height * row), (margin_h, margin_w * c, wide_w * c, wide_h * wide_w * c)
     return a, o, np.array(pixels), b, np.array(taps), index, place, (0, 0, 0, 0) if spans == (1, 1) else wide
+
+
+def _words(w):
+    """w (R, C) float32, R even, as words (R / 2, C): rows 2 r and 2 r + 1, rounded to bfloat16."""
+    return np.ascontiguousarray(w.astype(BFLOAT16).reshape(len(w) // 2, 2, -1).swapaxes(1, 2)).view(np.int32)[..., 0]
+
+
+def _panels(w, product):
+    """(w (R, C) cut into panels as wide as a vector, one after another, flat; its Lanes): a sweep over r then reads
+    memory in order. Columns are filled up with zeros to a multiple of 16. Words, unless ``product`` is "float32"."""
+    w = w if product == "float32" else _words(w)
+    r, c = w.shape
+    columns = c + -c % WIDTH
+    lanes = _lanes(columns, product)
+    width = WIDTH * lanes.count
+    panels = empty((columns // width, r, width)).view(w.dtype)
+    full = c // width
+    panels[:full] = w[:, : full * width].reshape(r, full, width).swapaxes(0, 1)
+    if full < len(panels):
+        panels[full, :, : c - full * width] = w[:, full * width :]
+        panels[full, :, c - full * width :] = 0
+    return panels.reshape(-1), lanes
+
+
+def _lanes(columns, product="float32"):
+    """As many vectors side by side as registers allow and the columns fill."""
+    count = MAX_LANES
+    while columns % (count * WIDTH):
+        count -= 1
+    return simd.Lanes(count, product)
 
 
 def _columns(w):
@@ -218,22 +313,6 @@ def _columns(w):
     return filled
 
 
-def _panels(w):
-    """(w (R, C) cut into panels as wide as a vector, one after another, flat; the tuple ``lanes``): a sweep over r then
-    reads memory in order. Columns are filled up with zeros to a multiple of 16."""
-    r, c = w.shape
-    columns = c + -c % WIDTH
-    lanes = _lanes(columns)
-    width = WIDTH * len(lanes)
-    panels = empty((columns // width, r, width))
-    full = c // width
-    panels[:full] = w[:, : full * width].reshape(r, full, width).swapaxes(0, 1)
-    if full < len(panels):
-        panels[full, :, : c - full * width] = w[:, full * width :]
-        panels[full, :, c - full * width :] = 0
-    return panels.reshape(-1), lanes
-
-
 def _bias(b, channels):
     """b (or zeros), filled up with zeros to a multiple of 16."""
     filled = np.zeros(channels + -channels % WIDTH, np.float32)
@@ -243,60 +322,99 @@ def _bias(b, channels):
 
 
 def _rows_of(x):
-    """Images (N, H, W, C) as (N, H, W C)."""
+    """Images (N, H, W, C) as (N, H, W C); bfloat16 ones as 16-bit numbers."""
     n, h, w, c = x.shape
-    return ready(x).reshape(n, h, w * c)
+    return numbers(x).reshape(n, h, w * c)
+
+
+def _source(x):
+    """(images (N, H, W C) to be read, how many of their elements are a pixel, how they are multiplied): float32, or
+    words, two channels each; an odd channel is given a black one."""
+    if x.dtype == np.float32:
+        return _rows_of(x), x.shape[3], "float32"
+    if x.shape[3] % 2:
+        x = np.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    rows = _rows_of(x)
+    return rows.view(np.int32), x.shape[3] // 2, PRODUCT
+
+
+def _even(w, axis):
+    """w with a row of zeros added along ``axis`` if their number is odd."""
+    return np.pad(w, [(0, w.shape[axis] % 2 if i == axis else 0) for i in range(w.ndim)]) if w.shape[axis] % 2 else w
+
+
+FEW = 128  # pixels that make a sweep over the weights worth while: small images go through it together
+
+
+def _together(pixels):
+    """How many images of so many pixels."""
+    return max(1, FEW // max(pixels, 1))
+
+
+def _plus(plus, y):
+    """``plus`` as rows of numbers, like y's; none: empty."""
+    return _rows_of(y[:0]) if plus is None else _rows_of(plus.astype(y.dtype, copy=False))
 
 
 def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
-    a, o, taps, place = _forward_tables((0, *x.shape[1:]), w.shape, stride, padding)
-    weights, lanes = _panels(w.reshape(-1, shape[3]))
-    y = empty(shape)
+    rows, c, product = _source(x)
+    w = w if product == "float32" else _even(w, 2)
+    images = _together(shape[1] * shape[2])
+    a, o, taps, place = _forward_tables((images, *x.shape[1:3], c), (*w.shape[:2], c, shape[3]), stride, padding)
+    weights, lanes = _panels(w.reshape(-1, shape[3]), product)
+    y = empty(shape, x.dtype)
     groups = np.array([0, len(a)]), taps, np.array([0, len(taps)])  # of pixels: one, which meets all taps
-    inputs = (_rows_of(x), place, weights, _bias(b, shape[3]), _rows_of(y), (0, 0, 0, 0))
+    inputs = (rows, place, weights, _bias(b, shape[3]), _plus(plus, y), _rows_of(y), (0, 0, 0, 0), images)
     _gather_gemm(*inputs, a, o, *groups, shape[3], 1, threads(), lanes)
-    return y if plus is None else np.add(y, plus, out=y)
+    return y
 
 
 def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
-    (kh, kw, c, c_out), (_, h, w_x, _) = w.shape, x_shape
+    (kh, kw, c, _), (_, h, w_x, _) = w.shape, x_shape
+    rows, c_out, product = _source(dy)
+    w = w if product == "float32" else _even(w, 3)
     # Neighbours together, as long as they fit into a vector: few channels would leave most of it empty.
     spans = next(s for s in ((stride,) * 2, (1, stride), (1, 1)) if s[0] * s[1] * c <= WIDTH * MAX_LANES or s == (1, 1))
-    a, o, pixels, b, taps, index, place, wide = _input_gradient_tables(
-        (0, *x_shape[1:]), w.shape, stride, padding, spans
-    )
+    images = _together(h * w_x // stride**2) if spans == (1, 1) else 1
+    shapes = (images, *x_shape[1:]), (kh, kw, c, c_out)
+    a, o, pixels, b, taps, index, place, wide = _input_gradient_tables(*shapes, stride, padding, spans)
     if kh % spans[0] or kw % spans[1]:
         w = np.pad(w, ((0, -kh % spans[0]), (0, -kw % spans[1]), (0, 0), (0, 0)))
-    w = w.reshape(len(w) // spans[0], spans[0], w.shape[1] // spans[1], spans[1], c, c_out)
+    w = w.reshape(len(w) // spans[0], spans[0], w.shape[1] // spans[1], spans[1], c, w.shape[3])
     channels = spans[0] * spans[1] * c
-    weights, lanes = _panels(w.transpose(0, 2, 5, 1, 3, 4).reshape(-1, channels)[index])
-    dx = empty((len(dy), h, w_x, c))
-    inputs = (_rows_of(dy), place, weights, _bias(None, channels), _rows_of(dx), wide)
-    _gather_gemm(*inputs, a, o, pixels, b, taps, channels, spans[0], threads(), lanes)
-    return dx if plus is None else np.add(dx, plus, out=dx)
+    # (taps, elements of dy, numbers in an element, channels): the tables count elements
+    w = w.transpose(0, 2, 5, 1, 3, 4).reshape(-1, 1 if product == "float32" else 2, channels)[index]
+    weights, lanes = _panels(w.reshape(-1, channels), product)
+    dx = empty(x_shape, dy.dtype)
+    inputs = (rows, place, weights, _bias(None, channels), _plus(None if wide[3] else plus, dx), _rows_of(dx), wide)
+    _gather_gemm(*inputs, images, a, o, pixels, b, taps, channels, spans[0], threads(), lanes)
+    return dx if plus is None or not wide[3] else np.add(dx, plus, out=dx)
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
-    pixels, _, taps, place = _forward_tables((0, *x.shape[1:]), w_shape, stride, padding)
-    flat = dy.reshape(-1, w_shape[3])
-    flat = (_columns(flat) if w_shape[3] % WIDTH else ready(flat)).reshape(len(x), len(pixels), -1)
+    c_out = w_shape[3]
+    columns = c_out + -c_out % WIDTH
+    images = _together(dy.shape[1] * dy.shape[2])
+    pixels, _, taps, place = _forward_tables((images, *x.shape[1:]), w_shape, stride, padding)
     rows = np.zeros(-(-len(taps) // ROWS) * ROWS, np.int64)  # the rows added are computed and thrown away
     rows[: len(taps)] = taps
-    columns, chunks = flat.shape[2], threads()
-    dw, db = np.zeros((chunks, len(rows), columns), np.float32), np.zeros((chunks, columns), np.float32)
+    # The images are cut into parts whose sums are added up: their number must not depend on that of the threads.
+    parts = max(4, min(16, (1 << 21) // (len(rows) * columns)))
+    dw, db = np.zeros((parts, len(rows), columns), np.float32), np.zeros((parts, columns), np.float32)
     steps = np.arange(ROWS) * columns  # from one row of dw to the next
-    _gather_gemm_reduce(_rows_of(x), *place, flat, rows, pixels, steps, dw, db, _lanes(columns))
-    c_out = w_shape[3]
+    if x.dtype == np.float32:
+        flat = dy.reshape(-1, c_out)
+        flat = (_columns(flat) if c_out % WIDTH else ready(flat)).reshape(*dy.shape[:1], -1, columns)
+        lanes = _lanes(columns)
+        _gather_gemm_reduce(_rows_of(x), place, images, flat, rows, pixels, steps, dw, db, lanes)
+    else:
+        flat = numbers(dy.astype(x.dtype, copy=False)).reshape(len(dy), -1, c_out)
+        if c_out != columns:
+            flat = np.pad(flat, ((0, 0), (0, 0), (0, columns - c_out)))
+        lanes = _lanes(columns, PRODUCT)
+        _gather_gemm_reduce_pairs(_rows_of(x), place, images, flat, columns, rows, pixels, steps, dw, db, lanes)
     return dw.sum(0)[: len(taps), :c_out].reshape(w_shape), db.sum(0)[:c_out]
-
-
-def _lanes(columns):
-    """As many vectors side by side as registers allow and the columns fill."""
-    lanes = MAX_LANES
-    while columns % (lanes * WIDTH):
-        lanes -= 1
-    return (0,) * lanes
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -311,9 +429,10 @@ _STRIP = 4 * ROWS
 def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lanes):
     """out (M, channels) = x W + bias with W = w or its transpose; out flat. In parallel: each panel of W, of which
     its thread makes a copy in its row of ``panels``, times each of ``groups`` of the rows of x (M, K)."""
-    (m, k), width, chunks = x.shape, WIDTH * len(lanes), len(panels)
+    (m, k), width, chunks = x.shape, simd.width(lanes), len(panels)
     a, o, b = np.arange(m) * k, np.arange(m) * channels, np.arange(k)
     flat_x, flat_w, tasks = x.reshape(-1), w.reshape(-1), len(bias) // width * groups
+    no_plus = np.empty(0, np.float32)
     for t in prange(chunks):
         panel = panels[t]
         for task in range(tasks * t // chunks, tasks * (t + 1) // chunks):
@@ -325,13 +444,13 @@ def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lan
                         panel[r * width + j] = w[c + j, r] if j < count else np.float32(0)
             elif count == width:
                 for r in range(k):
-                    simd.store(panel, r * width, simd.load(flat_w, r * channels + c, lanes), 0, width)
+                    simd.copy(flat_w, r * channels + c, panel, r * width, lanes)
             else:
                 for r in range(k):
                     for j in range(width):
                         panel[r * width + j] = w[r, c + j] if j < count else np.float32(0)
             rows = m * group // groups, m * (group + 1) // groups
-            _sweep(flat_x, a, *rows, b, 0, k, panel, bias[c : c + width], out, c, o, count, 1, 0, lanes)
+            _sweep(flat_x, a, *rows, b, 0, k, panel, bias[c : c + width], no_plus, out, c, o, count, 1, 0, lanes)
 
 
 @njit(parallel=True, **FLAGS)
@@ -340,7 +459,7 @@ def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
     rows that lie a power of two apart would not fit the cache together."""
     k, m = x.shape
     a, o, b = np.arange(_STRIP), np.arange(_STRIP) * channels, np.arange(k) * _STRIP
-    strips = (m + _STRIP - 1) // _STRIP
+    strips, no_plus = (m + _STRIP - 1) // _STRIP, np.empty(0, np.float32)
     for t in prange(chunks):
         strip = np.empty(k * _STRIP, np.float32)
         for first in range(strips * t // chunks * _STRIP, strips * (t + 1) // chunks * _STRIP, _STRIP):
@@ -348,7 +467,7 @@ def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
             for r in range(k):
                 for i in range(count):
                     strip[r * _STRIP + i] = x[r, first + i]
-            _sweep(strip, a, 0, count, b, 0, k, w, bias, out, first * channels, o, channels, 1, 0, lanes)
+            _sweep(strip, a, 0, count, b, 0, k, w, bias, no_plus, out, first * channels, o, channels, 1, 0, lanes)
 
 
 def _product(x, w, transposed, b):
@@ -356,13 +475,15 @@ def _product(x, w, transposed, b):
     n = w.shape[0 if transposed else 1]
     bias, y, chunks = _bias(b, n), empty((len(x), n)), threads()
     lanes = _lanes(len(bias))
-    groups = chunks // gcd(chunks, len(bias) // (WIDTH * len(lanes)))
-    panels = empty((chunks, x.shape[1] * WIDTH * len(lanes)))
+    width = WIDTH * lanes.count
+    groups = chunks // gcd(chunks, len(bias) // width)
+    panels = empty((chunks, x.shape[1] * width))
     _gather_gemm_rows(ready(x), ready(w), transposed, bias, y.reshape(-1), n, groups, panels, lanes)
     return y
 
 
 def linear(x, w, b):
+    """bfloat16 x gives float32 y: logits, and all that comes after the first of these layers, are float32."""
     return _product(x, w, False, b)
 
 
@@ -372,7 +493,7 @@ def linear_input_gradient(dy, w):
 
 def linear_weight_gradient(x, dy):
     n = dy.shape[1]
-    panels, lanes = _panels(dy)
+    panels, lanes = _panels(dy, "float32")
     dw = empty((x.shape[1], n))
     _gather_gemm_columns(ready(x), panels, _bias(None, n), dw.reshape(-1), n, threads(), lanes)
     return dw, dy.sum(0)

@@ -1,10 +1,13 @@
-"""Recycled memory for float32 arrays on the CPU: fresh pages cost more than most passes over them."""
+"""Arrays as the CPU's kernels take them; and recycled memory: fresh pages cost more than most passes over them."""
 
 import math
 import sys
 import threading
 
+import ml_dtypes
 import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _SMALL = 1 << 14  # floats; below, malloc is as fast
 _LINE = 16  # floats in a cache line
@@ -20,12 +23,24 @@ def _references(buffers):
 _IDLE = _references([(np.empty(1, np.float32), 0)])  # what _references says of a buffer that only its list knows
 
 
-def empty(shape) -> np.ndarray:
-    """An uninitialised float32 array, at the start of a cache line.
+def ready(x):
+    """x as a C-contiguous float32 array; itself if it is one."""
+    return np.ascontiguousarray(x, np.float32)
+
+
+def numbers(x):
+    """x, C-contiguous, as Numba knows it: float32, or the bits of bfloat16 as uint16."""
+    return np.ascontiguousarray(x).view(np.uint16) if x.dtype == BFLOAT16 else ready(x)
+
+
+def empty(shape, dtype=np.float32) -> np.ndarray:
+    """An uninitialised array, float32 or bfloat16, at the start of a cache line.
 
     A buffer is handed out again only when nothing but this list refers to it (views keep their base alive).
     """
     size = math.prod(shape)
+    if dtype == BFLOAT16:
+        return empty((-(-size // 2),)).view(BFLOAT16)[:size].reshape(shape)
     if size < _SMALL:
         buffer, first = _fresh(size)
         return buffer[first : first + size].reshape(shape)
