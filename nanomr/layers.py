@@ -41,7 +41,7 @@ class PairBatch(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """gamma (x - mean) inv_std + beta, not computed yet: the ReLU behind it does both in one pass, where ``ops`` can.
+    """gamma (x - mean) inv_std + beta, not computed yet: the ReLU behind it does both in one pass.
 
     Going back, ReLU hands its dy over as :class:`BehindReLU`, and batch normalisation does both again.
     """
@@ -304,7 +304,7 @@ class BatchNorm2d(Layer):
 
     Training mode uses the batch's own statistics and updates the running ones (momentum 0.1, unbiased variance, as
     PyTorch); evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
-    ``before_relu`` says that a ReLU comes next, so that training may leave the work to it (:class:`Normalized`).
+    ``before_relu`` says that a ReLU comes next, which is left to do the work (:class:`Normalized`).
     """
 
     def __init__(self, channels, eps=1e-5, momentum=0.1, before_relu=False):
@@ -327,16 +327,14 @@ class BatchNorm2d(Layer):
             mean, var = self.buffers["running_mean"].copy(), self.buffers["running_var"]
         inv_std = 1 / (var + self.eps) ** 0.5
         y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
-        if not (train and self.before_relu and hasattr(ops, "batchnorm_relu")):
-            y = y.full()
-        return y, (x, mean, inv_std, train)
+        return y if self.before_relu else y.full(), (x, mean, inv_std, train)
 
     def backward(self, dy, cache, param_grads=True, input_grad=True, plus=None):
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]
         if isinstance(dy, BehindReLU):
             dx, dgamma, dbeta = ops.batchnorm_relu_backward(
-                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train
             )
             if param_grads:
                 self.accumulate(weight=dgamma, bias=dbeta)

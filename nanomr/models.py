@@ -24,7 +24,7 @@ from .layers import (
     ReLU,
     Sequential,
 )
-from .ops import gpu
+from .ops import bfloat16, gpu, ops_for
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -98,7 +98,7 @@ class Model(Sequential):
     def forward(self, x, train=False, tap=None):
         """(logits (N, K), cache). ``x`` (N, H, W, C) in [0, 1], of the model's dtype; or a PairBatch of it.
 
-        A float32 model takes bfloat16 images too: activations are then bfloat16, weights and logits float32 (on a GPU).
+        A float32 model takes bfloat16 images too: activations are then bfloat16, weights and logits float32.
         Evaluation mode unless ``train=True``. Raises ValueError for another shape or dtype.
         """
         pair = isinstance(x, PairBatch)
@@ -153,17 +153,18 @@ class Model(Sequential):
 
 
 class InBfloat16:
-    """A float32 model on a GPU that computes in bfloat16, and takes and gives float32 as before: forward and backward,
-    all that attacks need. For a quick look at it; figures that are reported come from the model itself."""
+    """A float32 model that computes in bfloat16, and takes and gives float32 as before: forward and backward, all that
+    attacks need. For a quick look at it; figures that are reported come from the model itself."""
 
     def __init__(self, model: Model):
         self.model = model
 
     def forward(self, x, **options):
-        return self.model.forward(gpu.cast(x, gpu.bfloat16()), **options)
+        return self.model.forward(ops_for(x).cast(x, bfloat16()), **options)
 
     def backward(self, dy, cache, **options):
-        return gpu.cast(self.model.backward(dy, cache, **options), np.float32)
+        dx = self.model.backward(dy, cache, **options)
+        return ops_for(dx).cast(dx, np.float32)
 
 
 class InTf32:

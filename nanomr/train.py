@@ -24,7 +24,7 @@ from .graph import Replayed
 from .manifold import corner_pairs
 from .methods import manifold_step, standard_step
 from .models import InBfloat16, InTf32
-from .ops import gpu, ops_for
+from .ops import bfloat16, gpu, ops_for
 
 SAVE_EVERY = 120  # seconds between checkpoints within an epoch
 CHECK_EVERY = 50  # steps between looks at the loss on a CPU; on a GPU a look waits for the device: once an epoch
@@ -54,7 +54,7 @@ class Config:
     alpha: float = 8.0
     hamming_norm: str = "batch"  # or "sample"
     augment: bool = True
-    precision: str = "fp32"  # on a GPU also "tf32" and "bf16", of what a step multiplies; weights are float32
+    precision: str = "fp32"  # or "bf16", on a GPU also "tf32": of what a step multiplies; weights are float32
 
     def schedule(self, epoch: float) -> dict:
         """lr, eps, gamma_i, gamma_h at a fractional epoch (appendix B, scaled to this run's length)."""
@@ -84,8 +84,8 @@ class Trainer:
 
     def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu", graph: bool = True):
         self.config, self.dataset, self.folder, self.device = config, dataset, Path(folder), device
-        if device == "cpu" and config.precision != "fp32":
-            raise UserError(f"--precision {config.precision} needs a GPU: use --precision fp32")
+        if device == "cpu" and config.precision == "tf32":
+            raise UserError("--precision tf32 needs a GPU: use --precision fp32 or bf16")
         if device == "gpu":
             gpu.set_tf32(False)  # whatever CUPY_TF32 says
         images, labels, held, held_labels = dataset.hold_out(config.hold_out)
@@ -137,6 +137,7 @@ class Trainer:
         now = self.config.schedule(self.step / self.steps_per_epoch)
         x, labels = self.batch(self.step)
         rho = corner_pairs(x, now["eps"], self.config.seed, self.step) if self.config.method != "standard" else None
+        x, rho = self._rounded(x), self._rounded(rho)
         values = np.array([0.0 if v is None else v for v in self._update(x, labels, rho, now)], dtype=float)
         self.step += 1
         ratios = values[2:4] * np.array([now["gamma_i"], now["gamma_h"]]) / values[1]
@@ -156,9 +157,12 @@ class Trainer:
         rho = None
         if config.method != "standard":
             rho = gpu.draw_corners(x.shape, scalars["eps"], config.seed, self.counter)
-        if config.precision == "bf16":
-            x, rho = gpu.cast(x, gpu.bfloat16()), None if rho is None else gpu.cast(rho, gpu.bfloat16())
-        gpu.end_step(self._update(x, labels, rho, scalars), now, self.totals, self.peaks, self.counter)
+        values = self._update(self._rounded(x), labels, self._rounded(rho), scalars)
+        gpu.end_step(values, now, self.totals, self.peaks, self.counter)
+
+    def _rounded(self, x):
+        """Pictures in the precision of this run."""
+        return ops_for(x).cast(x, bfloat16()) if self.config.precision == "bf16" and x is not None else x
 
     def _update(self, x, labels, rho, now) -> list:
         """One step of the optimiser: [loss, cross-entropy, intrinsic or None, hamming or None, gradient norm]."""
@@ -207,7 +211,8 @@ class Trainer:
                 self.advance()
                 bar.update(n)
                 epoch_ends, now = self.step % self.steps_per_epoch == 0, time.monotonic()
-                look = self.step % CHECK_EVERY == 0 and (self.device == "cpu" or now - saved > SAVE_EVERY)
+                late = now - saved > SAVE_EVERY
+                look = (late or self.step % CHECK_EVERY == 0) if self.device == "cpu" else late
                 if not (epoch_ends or interrupted or look):
                     continue
                 self._stop_on_nan()

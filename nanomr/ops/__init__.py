@@ -1,7 +1,7 @@
 """The kernels. Three modules offer the same functions with the same signatures:
 
 - ``reference``: the formula of the derivation page in plain NumPy, any dtype (float64, complex); the oracle
-- ``cpu``: float32 on the CPU, Numba kernels
+- ``cpu``: float32 and bfloat16 on the CPU, Numba kernels
 - ``gpu``: CuPy
 
 The data decides which one runs: see :func:`ops_for`.
@@ -12,13 +12,20 @@ import numpy as np
 from . import reference
 
 
+def bfloat16() -> np.dtype:
+    """The dtype; NumPy and CuPy know it through the package ml_dtypes."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
 def ops_for(x):
-    """The module that computes on ``x``: ``gpu`` for CuPy arrays, ``cpu`` for NumPy float32, else ``reference``."""
+    """The module for ``x``: ``gpu`` for CuPy arrays, ``cpu`` for NumPy's float32 and bfloat16, else ``reference``."""
     if not isinstance(x, np.ndarray):
         from . import gpu
 
         return gpu
-    if x.dtype == np.float32:
+    if x.dtype == np.float32 or x.dtype.name == "bfloat16":
         from . import cpu
 
         return cpu

@@ -190,6 +190,29 @@ def scale_channels(x, by, plus=None):
     return _sum(x * by, plus)
 
 
+def batchnorm_relu(x, gamma, beta, mean, inv_std):
+    """relu(batchnorm(x)), which others do in one pass."""
+    return relu(batchnorm(x, gamma, beta, mean, inv_std))
+
+
+def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
+    """relu_hamming(batchnorm(x)): (y, squares)."""
+    return relu_hamming(batchnorm(x, gamma, beta, mean, inv_std), alpha)
+
+
+def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True):
+    """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming.
+
+    Without ``train``, mean and inv_std are constants.
+    """
+    z = batchnorm(x, gamma, beta, mean, inv_std)
+    dz = relu_backward(dy, z) if alpha is None else relu_hamming_backward(dy, z, alpha, weight)
+    dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
+    if train:
+        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
+    return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
+
+
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,20 +1,16 @@
-"""float32 on the CPU: Numba kernels. The same functions as ``reference``, which is their oracle.
+"""The CPU: Numba kernels for float32 and bfloat16. The same functions as ``reference``, which is their oracle.
 
-``gather_gemm``: convolutions and linear layers. ``elementwise``, ``attacks``, ``training``: what touches each number
-once. ``simd``: vectors in registers. ``memory``: recycled arrays.
+``gather_gemm``: convolutions and linear layers. ``normalization``: batch norm and the ReLU behind it. ``elementwise``,
+``attacks``, ``training``: what touches each number once. ``simd``: vectors in registers. ``memory``: recycled arrays.
+
+bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
 
-from ..reference import (  # noqa: F401  (offered from here)
+from .attacks import linf_step, plane_step  # noqa: F401  (offered from here)
+from .elementwise import (  # noqa: F401
     average_pool,
     average_pool_backward,
-    batchnorm,
-    batchnorm_backward,
-    batchnorm_parameter_gradient,
-    batchnorm_statistics,
-    scale_channels,
-)
-from .attacks import linf_step, plane_step  # noqa: F401
-from .elementwise import (  # noqa: F401
+    cast,
     contract_pair,
     expand_pair,
     normalize,
@@ -35,4 +31,14 @@ from .gather_gemm import (  # noqa: F401
     linear_weight_gradient,
 )
 from .memory import release  # noqa: F401
+from .normalization import (  # noqa: F401
+    batchnorm,
+    batchnorm_backward,
+    batchnorm_parameter_gradient,
+    batchnorm_relu,
+    batchnorm_relu_backward,
+    batchnorm_relu_hamming,
+    batchnorm_statistics,
+    scale_channels,
+)
 from .training import corners, crop_flip, sgd_update  # noqa: F401

@@ -1,4 +1,7 @@
-"""The passes of the CPU that touch each number once: ReLU and the Hamming regulariser, pairs, input normalisation."""
+"""The passes of the CPU that touch each number once: ReLU and the Hamming regulariser, pairs, pooling, conversions.
+
+Each is written once for float32 and bfloat16: what is loaded is widened, what is stored is narrowed.
+"""
 
 import math
 
@@ -6,7 +9,8 @@ import numpy as np
 from numba import njit, prange
 
 from .gather_gemm import FLAGS
-from .memory import empty, ready
+from .memory import BFLOAT16, empty, numbers, ready
+from .simd import narrow, widen
 
 # --- ReLU and the Hamming regulariser ---------------------------------------------------------------------------------
 
@@ -45,14 +49,14 @@ def _max0(z):
 def _relu(z, y):
     for i in prange(len(z)):
         for j in range(z.shape[1]):
-            y[i, j] = _max0(z[i, j])
+            y[i, j] = narrow(_max0(widen(z[i, j])), y)
 
 
 @njit(parallel=True, **FLAGS)
 def _relu_backward(dy, z, dz):
     for i in prange(len(z)):
         for j in range(z.shape[1]):
-            dz[i, j] = dy[i, j] if z[i, j] > _ZERO else _ZERO
+            dz[i, j] = narrow(widen(dy[i, j]) if widen(z[i, j]) > _ZERO else _ZERO, dz)
 
 
 @njit(parallel=True, **FLAGS)
@@ -61,11 +65,21 @@ def _relu_hamming(z, alpha, y, squares):
     for i in prange(n):
         total = _ZERO
         for j in range(z.shape[1]):
-            plus, minus = z[n + i, j], z[2 * n + i, j]
-            y[i, j], y[n + i, j], y[2 * n + i, j] = _max0(z[i, j]), _max0(plus), _max0(minus)
+            plus, minus = widen(z[n + i, j]), widen(z[2 * n + i, j])
+            y[i, j] = narrow(_max0(widen(z[i, j])), y)
+            y[n + i, j], y[2 * n + i, j] = narrow(_max0(plus), y), narrow(_max0(minus), y)
             d = _tanh(alpha * plus) - _tanh(alpha * minus)
             total += d * d
         squares[i] = total
+
+
+@njit(inline="always", **{**FLAGS, "cache": False})
+def _relu_hamming_gradients(dy_plus, dy_minus, plus, minus, alpha, scale):
+    """(dz+, dz-) of one pair."""
+    t_plus, t_minus = _tanh(alpha * plus), _tanh(alpha * minus)
+    d = scale * (t_plus - t_minus)
+    d_plus = (dy_plus if plus > _ZERO else _ZERO) + d * (_ONE - t_plus * t_plus)
+    return d_plus, (dy_minus if minus > _ZERO else _ZERO) - d * (_ONE - t_minus * t_minus)
 
 
 @njit(parallel=True, **FLAGS)
@@ -74,12 +88,11 @@ def _relu_hamming_backward(dy, z, alpha, weight, dz):
     for i in prange(n):
         scale = weight[i]
         for j in range(z.shape[1]):
-            plus, minus = z[n + i, j], z[2 * n + i, j]
-            t_plus, t_minus = _tanh(alpha * plus), _tanh(alpha * minus)
-            d = scale * (t_plus - t_minus)
-            dz[i, j] = dy[i, j] if z[i, j] > _ZERO else _ZERO
-            dz[n + i, j] = (dy[n + i, j] if plus > _ZERO else _ZERO) + d * (_ONE - t_plus * t_plus)
-            dz[2 * n + i, j] = (dy[2 * n + i, j] if minus > _ZERO else _ZERO) - d * (_ONE - t_minus * t_minus)
+            dz[i, j] = narrow(widen(dy[i, j]) if widen(z[i, j]) > _ZERO else _ZERO, dz)
+            d_plus, d_minus = _relu_hamming_gradients(
+                widen(dy[n + i, j]), widen(dy[2 * n + i, j]), widen(z[n + i, j]), widen(z[2 * n + i, j]), alpha, scale
+            )
+            dz[n + i, j], dz[2 * n + i, j] = narrow(d_plus, dz), narrow(d_minus, dz)
 
 
 @njit(parallel=True, **FLAGS)
@@ -88,8 +101,10 @@ def _relu_hamming_pair(u, v, alpha, y, squares):
     for i in prange(n):
         total = _ZERO
         for j in range(u.shape[1]):
-            plus, minus = u[i, j] + v[i, j], u[i, j] - v[i, j]
-            y[i, j], y[n + i, j], y[2 * n + i, j] = _max0(u[i, j]), _max0(plus), _max0(minus)
+            centre, difference = widen(u[i, j]), widen(v[i, j])
+            plus, minus = centre + difference, centre - difference
+            y[i, j] = narrow(_max0(centre), y)
+            y[n + i, j], y[2 * n + i, j] = narrow(_max0(plus), y), narrow(_max0(minus), y)
             d = _tanh(alpha * plus) - _tanh(alpha * minus)
             total += d * d
         squares[i] = total
@@ -101,89 +116,165 @@ def _relu_hamming_pair_backward(dy, u, v, alpha, weight, du, dv):
     for i in prange(n):
         scale = weight[i]
         for j in range(u.shape[1]):
-            plus, minus = u[i, j] + v[i, j], u[i, j] - v[i, j]
-            t_plus, t_minus = _tanh(alpha * plus), _tanh(alpha * minus)
-            d = scale * (t_plus - t_minus)
-            d_plus = (dy[n + i, j] if plus > _ZERO else _ZERO) + d * (_ONE - t_plus * t_plus)
-            d_minus = (dy[2 * n + i, j] if minus > _ZERO else _ZERO) - d * (_ONE - t_minus * t_minus)
-            du[i, j] = (dy[i, j] if u[i, j] > _ZERO else _ZERO) + d_plus + d_minus
-            dv[i, j] = d_plus - d_minus
+            centre, difference = widen(u[i, j]), widen(v[i, j])
+            plus, minus = centre + difference, centre - difference
+            d_plus, d_minus = _relu_hamming_gradients(
+                widen(dy[n + i, j]), widen(dy[2 * n + i, j]), plus, minus, alpha, scale
+            )
+            d_centre = widen(dy[i, j]) if centre > _ZERO else _ZERO
+            du[i, j], dv[i, j] = narrow(d_centre + d_plus + d_minus, du), narrow(d_plus - d_minus, dv)
 
 
 def _flat(*arrays):
     """Arrays (N, ...) as contiguous (N, features)."""
-    return [ready(x).reshape(len(x), math.prod(x.shape[1:])) for x in arrays]
+    return [numbers(x).reshape(len(x), math.prod(x.shape[1:])) for x in arrays]
 
 
 def relu(z):
-    y = empty(z.shape)
+    y = empty(z.shape, z.dtype)
     _relu(*_flat(z, y))
     return y
 
 
 def relu_backward(dy, z):
-    dz = empty(z.shape)
+    dz = empty(z.shape, z.dtype)
     _relu_backward(*_flat(dy, z, dz))
     return dz
 
 
 def relu_hamming(z, alpha):
-    y, squares = empty(z.shape), np.empty(len(z) // 3, np.float32)
+    y, squares = empty(z.shape, z.dtype), np.empty(len(z) // 3, np.float32)
     flat_z, flat_y = _flat(z, y)
     _relu_hamming(flat_z, np.float32(alpha), flat_y, squares)
     return y, squares
 
 
 def relu_hamming_backward(dy, z, alpha, weight):
-    dz = empty(z.shape)
+    dz = empty(z.shape, z.dtype)
     flat_dy, flat_z, flat_dz = _flat(dy, z, dz)
     _relu_hamming_backward(flat_dy, flat_z, np.float32(alpha), ready(weight), flat_dz)
     return dz
 
 
 def relu_hamming_pair(u, v, alpha):
-    y, squares = empty((3 * len(u), *u.shape[1:])), np.empty(len(u), np.float32)
+    y, squares = empty((3 * len(u), *u.shape[1:]), u.dtype), np.empty(len(u), np.float32)
     flat_u, flat_v, flat_y = _flat(u, v, y)
     _relu_hamming_pair(flat_u, flat_v, np.float32(alpha), flat_y, squares)
     return y, squares
 
 
 def relu_hamming_pair_backward(dy, u, v, alpha, weight):
-    du, dv = empty(u.shape), empty(v.shape)
+    du, dv = empty(u.shape, u.dtype), empty(v.shape, v.dtype)
     flat_dy, flat_u, flat_v, flat_du, flat_dv = _flat(dy, u, v, du, dv)
     _relu_hamming_pair_backward(flat_dy, flat_u, flat_v, np.float32(alpha), ready(weight), flat_du, flat_dv)
     return du, dv
 
 
-def expand_pair(u, v):
+# --- pairs, pooling, conversions --------------------------------------------------------------------------------------
+
+
+@njit(parallel=True, **FLAGS)
+def _expand_pair(u, v, y):
     n = len(u)
-    y = empty((3 * n, *u.shape[1:]))
-    y[:n] = u
-    np.add(u, v, out=y[n : 2 * n])
-    np.subtract(u, v, out=y[2 * n :])
+    for i in prange(n):
+        for j in range(u.shape[1]):
+            centre, difference = widen(u[i, j]), widen(v[i, j])
+            y[i, j] = u[i, j]
+            y[n + i, j], y[2 * n + i, j] = narrow(centre + difference, y), narrow(centre - difference, y)
+
+
+def expand_pair(u, v):
+    y = empty((3 * len(u), *u.shape[1:]), u.dtype)
+    _expand_pair(*_flat(u, v, y))
     return y
 
 
+@njit(parallel=True, **FLAGS)
+def _contract_pair(dy, du, dv):
+    n = len(du)
+    for i in prange(n):
+        for j in range(du.shape[1]):
+            plus, minus = widen(dy[n + i, j]), widen(dy[2 * n + i, j])
+            du[i, j], dv[i, j] = narrow(widen(dy[i, j]) + plus + minus, du), narrow(plus - minus, dv)
+
+
 def contract_pair(dy):
-    centre, plus, minus = np.split(dy, 3)
-    du, dv = empty(centre.shape), empty(centre.shape)
-    np.add(plus, minus, out=du)
-    du += centre
-    return du, np.subtract(plus, minus, out=dv)
+    shape = (len(dy) // 3, *dy.shape[1:])
+    du, dv = empty(shape, dy.dtype), empty(shape, dy.dtype)
+    _contract_pair(*_flat(dy, du, dv))
+    return du, dv
+
+
+@njit(parallel=True, **FLAGS)
+def _average_pool(x, window, y):
+    """x (N, H, W, C), y (N, H / window, W / window, C)."""
+    scale = np.float32(1 / (window * window))
+    for i in prange(len(x)):
+        sums = np.empty(x.shape[3], np.float32)
+        for h in range(y.shape[1]):
+            for w in range(y.shape[2]):
+                sums[:] = _ZERO
+                for k in range(window * window):
+                    pixel = x[i, h * window + k // window, w * window + k % window]
+                    for c in range(len(sums)):
+                        sums[c] += widen(pixel[c])
+                for c in range(len(sums)):
+                    y[i, h, w, c] = narrow(sums[c] * scale, y)
+
+
+def average_pool(x, window):
+    n, h, w, c = x.shape
+    y = empty((n, h // window, w // window, c), x.dtype)
+    _average_pool(numbers(x), window, numbers(y))
+    return y
+
+
+@njit(parallel=True, **FLAGS)
+def _average_pool_backward(dy, window, dx):
+    scale = np.float32(1 / (window * window))
+    for i in prange(len(dx)):
+        for h in range(dx.shape[1]):
+            for w in range(dx.shape[2]):
+                for c in range(dx.shape[3]):
+                    dx[i, h, w, c] = narrow(widen(dy[i, h // window, w // window, c]) * scale, dx)
+
+
+def average_pool_backward(dy, window):
+    n, h, w, c = dy.shape
+    dx = empty((n, h * window, w * window, c), dy.dtype)
+    _average_pool_backward(numbers(dy), window, numbers(dx))
+    return dx
+
+
+@njit(parallel=True, **FLAGS)
+def _cast(x, y):
+    for i in prange(len(x)):
+        for j in range(x.shape[1]):
+            y[i, j] = narrow(widen(x[i, j]), y)
+
+
+def cast(x, dtype):
+    """``x`` (float32 or bfloat16) in the other of the two, or as it is; other dtypes as NumPy converts them."""
+    if x.dtype == dtype or dtype not in (np.float32, BFLOAT16) or not x.ndim:
+        return x.astype(dtype, copy=False)
+    y = empty(x.shape, dtype)
+    _cast(*_flat(x, y))
+    return y
 
 
 @njit(parallel=True, **FLAGS)
 def _scale_shift(x, scale, shift, y):
     for i in prange(len(x)):
         for j in range(x.shape[1]):
-            y[i, j] = x[i, j] * scale[j] + shift[j]
+            y[i, j] = narrow(widen(x[i, j]) * scale[j] + shift[j], y)
 
 
 def normalize(x, mean, std):
     n, h, w, c = x.shape
-    y, scale, shift = empty(x.shape), np.empty((w, c), np.float32), np.zeros((w, c), np.float32)
+    y, scale, shift = empty(x.shape, x.dtype), np.empty((w, c), np.float32), np.zeros((w, c), np.float32)
     scale[...] = 1 / std
     if mean is not None:
         shift -= mean * scale
-    _scale_shift(ready(x).reshape(n * h, w * c), scale.reshape(-1), shift.reshape(-1), y.reshape(n * h, w * c))
+    rows = (n * h, w * c)
+    _scale_shift(numbers(x).reshape(rows), scale.reshape(-1), shift.reshape(-1), numbers(y).reshape(rows))
     return y

@@ -428,3 +428,28 @@ def tile_store(typingctx, rows, shift, c, first, last):
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, c, types.intp, types.intp), codegen
+
+
+# --- one number of an array: kernels written once for float32 and bfloat16 (its bits, uint16) -------------------------
+
+
+@intrinsic
+def widen(typingctx, number):
+    """float32, from float32 or the bits of a bfloat16."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _FLOAT)
+
+    return types.float32(number), codegen
+
+
+@intrinsic
+def narrow(typingctx, value, array):
+    """float32 ``value`` as ``array`` stores its numbers."""
+
+    def codegen(context, builder, signature, args):
+        return args[0] if signature.return_type == types.float32 else round_to_bf16(builder, args[0])
+
+    return array.dtype(types.float32, array), codegen

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from .. import bfloat16  # noqa: F401  (offered from here)
 from ..reference import conv2d_shape, linf_step, plane_step  # noqa: F401  (the steps of attacks: as they are)
-from .conv import (  # noqa: F401  (offered from here)
+from .conv import (  # noqa: F401
     conv2d,
     conv2d_dw,
     conv2d_input_gradient,
     conv2d_weight_gradient,
     conv_plan,
 )
-from .cuda import bfloat16  # noqa: F401
 from .elementwise import (  # noqa: F401
     add,
     average_pool,

@@ -61,13 +61,6 @@ def has_kernels(x, *dtypes):
     return runs(x) and x.dtype.name in (dtypes or REALS) and x.size > 0
 
 
-def bfloat16() -> np.dtype:
-    """The dtype; NumPy and CuPy know it through the package ml_dtypes."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
-
-
 def ready(x, dtype=None):
     """``x`` as a kernel wants it: contiguous, of this dtype, and aligned to 16 bytes."""
     xp = array_module(x)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ...backend import array_module
-from .. import reference
-from .cuda import REALS, bfloat16, grid_over, has_kernels, launch, ready
+from .. import bfloat16, reference
+from .cuda import REALS, grid_over, has_kernels, launch, ready
 
 # --- conversions ------------------------------------------------------------------------------------------------------
 

@@ -220,15 +220,18 @@ def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
 
 
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None):
-    """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming
-    (training mode). dz is computed twice and never stored: two passes that read dy and x, one of them writes dx."""
+def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True):
+    """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming.
+    dz is computed twice and never stored: two passes that read dy and x, one of them writes dx. Not so where mean and
+    inv_std are constants (``train`` = False)."""
     activation = RELU if alpha is None else HAMMING
     plan, alpha = _plan(x, activation, x.shape[-1]), alpha or 0.0
-    if plan is None:
+    if plan is None or not train:
         z = batchnorm(x, gamma, beta, mean, inv_std)
         dz = relu_backward(dy, z) if activation == RELU else relu_hamming_backward(dy, z, alpha, weight)
         dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
+        if not train:
+            return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
         return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
     x = ready(x)
     normal = (_like(dy, x), x, mean, gamma * inv_std, beta, inv_std)
