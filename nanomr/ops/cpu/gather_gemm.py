@@ -72,13 +72,14 @@ def _place_pair(x, n, padded, start, place):
 
 
 @njit(**FLAGS)
-def _window(padded, image, place):
-    """The inverse of :func:`_place`."""
+def _window(sums, plus, n, out, place):
+    """Image n of ``out`` (N, H, W C) from the middle of a padded one, the inverse of :func:`_place`; and ``plus``."""
     top, left, row, _ = place
-    for h in range(image.shape[0]):
+    for h in range(out.shape[1]):
         at = (top + h) * row + left
-        for j in range(image.shape[1]):
-            image[h, j] = padded[at + j]
+        for j in range(out.shape[2]):
+            more = simd.widen(plus[n, h, j]) if len(plus) else np.float32(0)
+            out[n, h, j] = simd.narrow(sums[at + j] + more, out)
 
 
 @njit(**FLAGS)
@@ -126,21 +127,23 @@ def _gather_gemm(x, place, w, bias, plus, out, wide, images, a, o, pixels, b, ta
     that o counts in: out lies within it, or is it (size 0).
     """
     n_images, flat_out, size = len(x), out.reshape(-1), out.shape[1] * out.shape[2]
-    flat_plus, no_plus = plus.reshape(-1), np.empty(0, plus.dtype)
+    flat_plus, no_plus = plus.reshape(-1), np.empty(0, np.float32)
     for chunk in prange(chunks):
-        padded, margins = np.zeros(images * place[3], x.dtype), np.empty(wide[3], out.dtype)
+        padded, margins = np.zeros(images * place[3], x.dtype), np.empty(wide[3], np.float32)
         end = n_images * (chunk + 1) // chunks
         for n in range(n_images * chunk // chunks, end, images):
             count = min(images, end - n)
             for k in range(count):
                 _place(x[n + k], padded, k * place[3], place)
-            target, start, sums = (margins, 0, no_plus) if wide[3] else (flat_out, n * size, flat_plus)
             for g in range(len(pixels) - 1):
-                i0, r0, r1 = pixels[g], taps[g], taps[g + 1]
-                i1 = i0 + (pixels[g + 1] - i0) // images * count
-                _sweep(padded, a, i0, i1, b, r0, r1, w, bias, sums, target, start, o, channels, parts, wide[2], lanes)
+                i0, r = pixels[g], (taps[g], taps[g + 1], w, bias)
+                i, columns = (i0, i0 + (pixels[g + 1] - i0) // images * count, b), (o, channels, parts, wide[2], lanes)
+                if wide[3]:
+                    _sweep(padded, a, *i, *r, no_plus, margins, 0, *columns)
+                else:
+                    _sweep(padded, a, *i, *r, flat_plus, flat_out, n * size, *columns)
             if wide[3]:
-                _window(margins, out[n], wide)
+                _window(margins, plus, n, out, wide)
 
 
 @njit(**FLAGS)
@@ -387,9 +390,9 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     w = w.transpose(0, 2, 5, 1, 3, 4).reshape(-1, 1 if product == "float32" else 2, channels)[index]
     weights, lanes = _panels(w.reshape(-1, channels), product)
     dx = empty(x_shape, dy.dtype)
-    inputs = (rows, place, weights, _bias(None, channels), _plus(None if wide[3] else plus, dx), _rows_of(dx), wide)
+    inputs = (rows, place, weights, _bias(None, channels), _plus(plus, dx), _rows_of(dx), wide)
     _gather_gemm(*inputs, images, a, o, pixels, b, taps, channels, spans[0], threads(), lanes)
-    return dx if plus is None or not wide[3] else np.add(dx, plus, out=dx)
+    return dx
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
