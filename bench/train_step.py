@@ -1,12 +1,15 @@
-"""How fast is one training step? nanomr against PyTorch eager, on the CPU. ``bench/README.md`` says how it is measured.
+"""How fast is one training step? nanomr against PyTorch's best, on the CPU. ``bench/README.md`` says how it is timed.
 
-python bench/train_step.py                  # about a minute; the last line is JSON
+python bench/train_step.py                  # the small network, a few minutes; the last line is JSON
+python bench/train_step.py --model preact_resnet18 --precision bf16     # half an hour: PyTorch compiles and is slow
 python bench/train_step.py --profile        # where nanomr's own step spends its time, by kernel and shape
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,8 +27,11 @@ N = 128  # clean images a step; the manifold step sends 3 N through the network
 EPS, ALPHA, GAMMA_I, GAMMA_H = 8 / 255, 8.0, 0.4, 600.0
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 5e-4
 FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # make OpenBLAS use kernels for another CPU
-FORMATS = ("contiguous", "channels_last")
+KINDS = ("manifold", "standard")
+PRECISIONS = ("fp32", "bf16")
 DISCARD = 2  # steps at the start of a burst: the other library's threads still spin
+KEEP = 1.3  # a variant of PyTorch's that was slower than this, beside its best of this precision, is timed no more
+DEFAULTS = {"small": (20, 8), "preact_resnet18": (5, 1)}  # rounds, and timed steps of a variant in each
 
 
 def usable_cores() -> int:
@@ -34,16 +40,20 @@ def usable_cores() -> int:
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=tuple(DEFAULTS), default="small", help="which network (%(default)s)")
+    parser.add_argument("--width", type=int, default=64, help="of preact_resnet18 (%(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of our step; fp32 is timed too")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of both libraries (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="every round times every variant once (%(default)s)")
-    parser.add_argument("--burst", type=int, default=8, help="timed steps of a variant in a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, help="every round times every variant once (20; preact_resnet18: 5)")
+    parser.add_argument("--burst", type=int, help="timed steps of a variant in a round (8; preact_resnet18: 1)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     parser.add_argument("--side", choices=("both", "nanomr", "torch"), default="both", help="time one library alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the JSON line here too")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds; its figures mean nothing")
     parser.add_argument("--profile", action="store_true", help="only: nanomr's manifold step, split by kernel")
     args = parser.parse_args()
-    if args.quick:
-        args.rounds, args.burst = 2, 2
+    rounds, burst = (2, 2) if args.quick else DEFAULTS[args.model]
+    args.rounds, args.burst = args.rounds or rounds, args.burst or burst
     return args
 
 
@@ -71,44 +81,73 @@ def batch():
     return x, rho, rng.integers(0, 10, N)
 
 
-def nanomr_steps(x, rho, labels) -> dict:
-    """{"manifold", "standard", "plain_3n"}: functions that take one whole step and return the loss."""
-    import numpy as np
-
+def build(args):
     import nanomr as mr
 
-    def step(run):
-        model = mr.models.small_cnn(seed=0)
+    return mr.models.small_cnn() if args.model == "small" else mr.models.preact_resnet18(width=args.width)
+
+
+def nanomr_steps(args, x, rho, labels) -> dict:
+    """{"manifold fp32", "standard fp32", ...}: functions that take one whole step and return the loss."""
+    import nanomr as mr
+    from nanomr.ops import bfloat16
+
+    def step(kind, precision):
+        model = build(args)
         optimiser = mr.optim.SGD(model, MOMENTUM, WEIGHT_DECAY)
+        images, corners = (a if precision == "fp32" else a.astype(bfloat16()) for a in (x, rho))
 
         def one_step():
-            loss = run(model)["loss"]
+            if kind == "manifold":
+                loss = mr.methods.manifold_step(model, images, labels, corners, GAMMA_I, GAMMA_H, ALPHA)["loss"]
+            else:
+                loss = mr.methods.standard_step(model, images, labels)["loss"]
             optimiser.step(LEARNING_RATE)
             return loss
 
         return one_step
 
+    precisions = dict.fromkeys(("fp32", args.precision))
+    return {f"{kind} {precision}": step(kind, precision) for precision in precisions for kind in KINDS}
+
+
+def plain_3n(args, x, rho, labels):
+    """Our standard step on a batch of 3 N images, for its memory."""
+    import numpy as np
+
     x3, labels3 = np.concatenate([x, x + rho, x - rho]), np.tile(labels, 3)
-    return {
-        "manifold": step(lambda m: mr.methods.manifold_step(m, x, labels, rho, GAMMA_I, GAMMA_H, ALPHA)),
-        "standard": step(lambda m: mr.methods.standard_step(m, x, labels)),
-        "plain_3n": step(lambda m: mr.methods.standard_step(m, x3, labels3)),
-    }
+    return nanomr_steps(args, x3, x3, labels3)["standard fp32"]
 
 
-def torch_steps(x, rho, labels, threads: int) -> dict:
-    """{"manifold contiguous", "manifold channels_last", "standard ...", ...}, from the same weights as nanomr's."""
+def torch_forward(module, x, inputs: list):
+    """module(x), for the twins; the inputs of its ReLUs are added to ``inputs``. Hooks would keep it from compiling."""
     import torch
     import torch_twin
 
-    import nanomr as mr
+    if isinstance(module, torch.nn.ReLU):
+        inputs.append(x)
+    if isinstance(module, torch_twin.PreActBlock):
+        h = torch_forward(module.relu1, module.bn1(x), inputs)
+        y = module.conv2(torch_forward(module.relu2, module.bn2(module.conv1(h)), inputs))
+        return y + module.shortcut(h if module.shortcut_reads_h else x)
+    if isinstance(module, torch.nn.Sequential):
+        for child in module.children():
+            x = torch_forward(child, x, inputs)
+        return x
+    return module(x)
 
-    torch.set_num_threads(threads)
-    source = mr.models.small_cnn(seed=0)
+
+def torch_steps(args, x, rho, labels) -> dict:
+    """{"manifold eager fp32 contiguous", ...}, from the same weights as nanomr's."""
+    import torch
+    import torch_twin
+
+    torch.set_num_threads(args.threads)
+    source = build(args)
     state = {name: torch.from_numpy(value) for name, value in source.state_dict().items()}
     targets = torch.from_numpy(labels)
 
-    def step(kind, memory_format):
+    def step(kind, mode, precision, memory_format):
         net = torch_twin.twin(source.architecture)
         net.load_state_dict(state)
         net.to(memory_format=memory_format)
@@ -116,12 +155,21 @@ def torch_steps(x, rho, labels, threads: int) -> dict:
             torch.from_numpy(a).permute(0, 3, 1, 2).contiguous(memory_format=memory_format) for a in (x, rho)
         )
         optimiser = torch.optim.SGD(net.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+        narrow = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+        def loss_of(images, corners):
+            inputs = []
+            with narrow:
+                batch = torch.cat([images, images + corners, images - corners]) if kind == "manifold" else images
+                logits = torch_forward(net, batch, inputs).float()
+            if kind == "standard":
+                return torch.nn.functional.cross_entropy(logits, targets)
+            return torch_twin.objective(logits, inputs, targets, GAMMA_I, GAMMA_H, ALPHA)["loss"]
+
+        loss_of = torch.compile(loss_of) if mode == "compiled" else loss_of
 
         def one_step():
-            if kind == "manifold":
-                loss = torch_twin.manifold_loss(net, images, targets, corners, GAMMA_I, GAMMA_H, ALPHA)["loss"]
-            else:
-                loss = torch.nn.functional.cross_entropy(net(images), targets)
+            loss = loss_of(images, corners)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -130,34 +178,86 @@ def torch_steps(x, rho, labels, threads: int) -> dict:
         return one_step
 
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    return {f"{kind} {name}": step(kind, formats[name]) for kind in ("manifold", "standard") for name in FORMATS}
+    variants = [("eager", p, f) for p in dict.fromkeys(("fp32", args.precision)) for f in formats]
+    if not args.no_compile:
+        variants += [("compiled", p, "channels_last") for p in dict.fromkeys(("fp32", args.precision))]
+    return {f"{kind} {m} {p} {f}": step(kind, m, p, formats[f]) for kind in KINDS for m, p, f in variants}
 
 
-def flops() -> float:
-    """Of nanomr's manifold step, two a multiply-add, convolutions and fully connected layers only.
+def flops(step) -> float:
+    """Of a step of ours, two a multiply-add, convolutions and linear layers only: counted as they are called."""
+    from nanomr.ops import cpu
 
-    Forward, weight gradient and input gradient on 3 N images; conv1 needs no input gradient and sees 2 N (pairs).
-    """
-    conv1, others = 16 * 16 * 16 * (4 * 4 * 3), 8 * 8 * 32 * (4 * 4 * 16) + 2048 * 128 + 128 * 10
-    return 2.0 * N * (2 * 2 * conv1 + 3 * 3 * others)
+    total = [0.0]
+
+    def counted(name, function):
+        def wrapper(a, b, *rest):
+            if name.startswith("linear"):
+                total[0] += 2.0 * len(a) * a.shape[1] * (b.shape[1] if name != "linear_input_gradient" else b.shape[0])
+            else:  # pixels of y, times the weights
+                w_shape = rest[0] if name == "conv2d_weight_gradient" else b.shape
+                y = function(a, b, *rest)
+                pixels = y.shape[:3] if name == "conv2d" else (a if name == "conv2d_input_gradient" else b).shape[:3]
+                total[0] += 2.0 * math.prod(pixels) * math.prod(w_shape)
+                return y
+            return function(a, b, *rest)
+
+        return wrapper
+
+    with replaced(cpu, counted, [n for n in vars(cpu) if n.startswith(("conv2d", "linear")) and n != "conv2d_shape"]):
+        step()
+    return total[0]
+
+
+@contextlib.contextmanager
+def replaced(module, wrap, names):
+    """Within it, each of these functions of ``module`` is wrap(name, function)."""
+    kept = {name: getattr(module, name) for name in names}
+    for name, function in kept.items():
+        setattr(module, name, wrap(name, function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
+def seconds_of(step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def contenders(steps: dict) -> dict:
+    """``steps`` without the variants of PyTorch's that are far behind its best of the same kind and precision."""
+    found = {}
+    for name, step in steps.items():
+        step()  # compiles
+        found[name] = min(seconds_of(step) for _ in range(2))
+    best = {}
+    for name, seconds in found.items():
+        best[group(name)] = min(best.get(group(name), seconds), seconds)
+    return {name: step for name, step in steps.items() if found[name] <= KEEP * best[group(name)]}
+
+
+def group(name: str) -> tuple:
+    """(kind, precision, is it PyTorch's) of a variant."""
+    words = name.split()
+    return words[0], next(w for w in words if w in PRECISIONS), len(words) > 2
+
+
 def time_rounds(steps: dict, rounds: int, burst: int) -> dict:
     """Seconds a step of every variant: name -> one median a round. The variants take turns, A B C A B C ..."""
-    times = {name: [] for name in steps}
-    for step in steps.values():  # compile, and fill the caches
-        step(), step()
+    times, discard = {name: [] for name in steps}, DISCARD if burst > 1 else 0
     for _ in range(rounds):
         for name, step in steps.items():
             seconds = []
-            for _ in range(DISCARD + burst):
-                start = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - start)
-            times[name].append(statistics.median(seconds[DISCARD:]))
+            for _ in range(discard + burst):
+                seconds.append(seconds_of(step))
+            times[name].append(statistics.median(seconds[discard:]))
     return times
 
 
@@ -189,6 +289,32 @@ def sgemm_gflops(size: int = 1024, repeats: int = 12) -> float:
         np.matmul(a, b, out=out)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9
+
+
+def tile_peak_gflops(precision: str, threads: int) -> float:
+    """GFLOP/s of the micro-kernel of convolutions on operands that fit the first cache: their ceiling."""
+    import numba
+    import numpy as np
+
+    from nanomr.ops.cpu import gather_gemm, simd
+
+    r, rows = 128, 4 * simd.ROWS
+    lanes = simd.Lanes(simd.MAX_LANES, "float32" if precision == "fp32" else gather_gemm.PRODUCT)
+    width, dtype = simd.WIDTH * lanes.count, np.float32 if precision == "fp32" else np.int32
+    x, w, bias = np.zeros(rows * r, dtype), np.zeros(r * width, dtype), np.zeros(width, np.float32)
+    a, b, o, out = np.arange(rows) * r, np.arange(r), np.arange(rows) * width, np.zeros(rows * width, np.float32)
+
+    @numba.njit(parallel=True)
+    def run(times, lanes):
+        for _thread in numba.prange(threads):
+            mine, nothing = out.copy(), np.empty(0, np.float32)
+            for _ in range(times):
+                gather_gemm._sweep(x, a, 0, rows, b, 0, r, w, bias, nothing, mine, 0, o, width, 1, 0, lanes)
+
+    times = 2000
+    run(1, lanes)
+    best = min(seconds_of(lambda: run(times, lanes)) for _ in range(8))
+    return threads * times * rows * r * width * (2 if precision == "fp32" else 4) / best / 1e9
 
 
 def machine() -> str:
@@ -227,20 +353,15 @@ def profile(step, steps: int) -> str:
 
         return wrapper
 
-    public = {n: f for n in dir(reference) if not n.startswith("_") and callable(f := getattr(cpu, n, None))}
-    for name, function in public.items():
-        setattr(cpu, name, timed(name, function))
-    try:
-        for _ in range(5):
+    public = [n for n in dir(reference) if not n.startswith("_") and callable(getattr(cpu, n, None))]
+    with replaced(cpu, timed, public):
+        for _ in range(2 if steps < 5 else 5):
             step()
         spent.clear(), calls.clear()
         start = time.perf_counter()
         for _ in range(steps):
             step()
         total = time.perf_counter() - start
-    finally:
-        for name, function in public.items():
-            setattr(cpu, name, function)
     rows = sorted(spent.items(), key=lambda item: -item[1])
     rows.append(("outside the kernels", total - sum(spent.values())))
     lines = [f"{'kernel':28} {'first arguments':34} {'calls':>5} {'ms':>8} {'share':>6}"]
@@ -253,10 +374,10 @@ def profile(step, steps: int) -> str:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def best_format(times: dict, kind: str) -> str | None:
-    """The memory format in which PyTorch is faster at this kind of step."""
-    found = [name for name in FORMATS if f"{kind} {name}" in times]
-    return min(found, key=lambda name: statistics.median(times[f"{kind} {name}"]), default=None)
+def best(times: dict, kind: str, *precisions) -> str | None:
+    """The variant of PyTorch's that is fastest at this kind of step, in one of these precisions."""
+    found = [name for name in times if group(name)[0] == kind and group(name)[1] in precisions and group(name)[2]]
+    return min(found, key=lambda name: statistics.median(times[name]), default=None)
 
 
 def ratio(slow: list, fast: list) -> float:
@@ -264,42 +385,44 @@ def ratio(slow: list, fast: list) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def summary(times: dict, memory: dict, threads: int, sgemm: float, load: float) -> dict:
+def summary(args, times: dict, memory: dict, figures: dict) -> dict:
     """The figures of the JSON line; the ones of a library that was not timed are missing."""
-    found = {"threads": threads, "load_average": load, "sgemm_gflops": sgemm, "images_per_step": N}
-    rates = {name: N / statistics.median(values) for name, values in times.items()}
+    found = {"model": args.model, "precision": args.precision, "threads": args.threads, "images_per_step": N} | figures
+    if args.model != "small":
+        found["width"] = args.width
     for kind, prefix in (("manifold", ""), ("standard", "standard_")):
-        if kind in times:
-            found[f"{prefix}images_per_s"] = rates[kind]
-        if name := best_format(times, kind):
-            found[f"torch_{prefix}images_per_s"] = rates[f"{kind} {name}"]
-            found[f"torch_{prefix}format"] = name
-            found |= {f"torch_{prefix}images_per_s_{other}": rates[f"{kind} {other}"] for other in FORMATS}
-            if kind in times:
-                found[f"{prefix}ratio_vs_torch"] = ratio(times[f"{kind} {name}"], times[kind])
-                best = min(min(times[f"{kind} {other}"]) for other in FORMATS)
-                found[f"{prefix}ratio_vs_torch_best"] = best / min(times[kind])
-    if "manifold" in times:
-        found["overhead_vs_standard"] = ratio(times["manifold"], times["standard"])
-        found["gflops"] = flops() / statistics.median(times["manifold"]) / 1e9
-    if (manifold := best_format(times, "manifold")) and (standard := best_format(times, "standard")):
-        slow, fast = times[f"manifold {manifold}"], times[f"standard {standard}"]
-        found["torch_overhead_vs_standard"] = ratio(slow, fast)
+        ours, plain = (times.get(f"{kind} {precision}") for precision in (args.precision, "fp32"))
+        if ours:
+            found[f"{prefix}images_per_s"] = N / statistics.median(ours)
+            found[f"{prefix}seconds"] = statistics.median(ours)
+        if name := best(times, kind, *PRECISIONS):
+            found[f"torch_{prefix}images_per_s"] = N / statistics.median(times[name])
+            found[f"torch_{prefix}best"] = name.removeprefix(f"{kind} ")
+            if ours:
+                found[f"{prefix}ratio_vs_torch"] = ratio(times[name], ours)
+                found[f"{prefix}ratio_vs_torch_best"] = min(times[name]) / min(ours)
+        if (name := best(times, kind, "fp32")) and plain:
+            found[f"{prefix}ratio_fp32"] = ratio(times[name], plain)
+            found[f"torch_{prefix}best_fp32"] = name.removeprefix(f"{kind} ")
+    if f"manifold {args.precision}" in times:
+        manifold, standard = (times[f"{kind} {args.precision}"] for kind in KINDS)
+        found["overhead_vs_standard"] = ratio(manifold, standard)
+        found["gflops"] = found.pop("flops") / statistics.median(manifold) / 1e9
+    if (manifold := best(times, "manifold", *PRECISIONS)) and (standard := best(times, "standard", *PRECISIONS)):
+        found["torch_overhead_vs_standard"] = ratio(times[manifold], times[standard])
     if memory:
-        found["memory_manifold_mib"], found["memory_plain_3n_mib"] = (
-            memory[k] / 2**20 for k in ("manifold", "plain_3n")
-        )
+        found |= {f"memory_{name}_mib": size / 2**20 for name, size in memory.items()}
         found["memory_vs_plain_3n"] = memory["manifold"] / memory["plain_3n"]
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in found.items()}
 
 
 def table(times: dict) -> str:
     """Milliseconds (median, best and quartiles over the rounds) and images a second of every variant."""
-    lines = [f"{'step':34} {'ms':>8} {'best':>8} {'quartiles':>18} {'images/s':>10}"]
+    lines = [f"{'step':44} {'ms':>8} {'best':>8} {'quartiles':>18} {'images/s':>10}"]
     for name, values in times.items():
         low, middle, high = statistics.quantiles([1e3 * v for v in values], n=4)
-        label, spread = f"{'PyTorch' if ' ' in name else 'nanomr'} {name}", f"{low:.2f} .. {high:.2f}"
-        lines.append(f"{label:34} {middle:8.2f} {1e3 * min(values):8.2f} {spread:>18} {1e3 * N / middle:10.0f}")
+        label, spread = f"{'PyTorch' if group(name)[2] else 'nanomr'} {name}", f"{low:.2f} .. {high:.2f}"
+        lines.append(f"{label:44} {middle:8.2f} {1e3 * min(values):8.2f} {spread:>18} {1e3 * N / middle:10.0f}")
     return "\n".join(lines)
 
 
@@ -323,24 +446,29 @@ def main():
     fix_environment(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     x, rho, labels = batch()
+    ours = nanomr_steps(args, x, rho, labels) if args.side != "torch" else {}
     if args.profile:
-        steps = nanomr_steps(x, rho, labels)
         print_machine(args.threads, load)
-        print(profile(steps["manifold"], 10 if args.quick else 50))
+        print(profile(ours[f"manifold {args.precision}"], 50 if args.model == "small" and not args.quick else 3))
         return
 
-    ours = nanomr_steps(x, rho, labels) if args.side != "torch" else {}
-    theirs = torch_steps(x, rho, labels, args.threads) if args.side != "nanomr" else {}
+    theirs = torch_steps(args, x, rho, labels) if args.side != "nanomr" else {}
     print_machine(args.threads, load)
-    for kind in ("manifold", "standard"):  # the first losses: all variants must compute the same thing
-        losses = [float(step()) for name, step in {**ours, **theirs}.items() if name.split()[0] == kind]
-        if max(losses) - min(losses) > 1e-4 * abs(losses[0]):
-            raise SystemExit(f"the variants of the {kind} step disagree on the loss: {losses}")
-    sgemm = sgemm_gflops()
-    memory = {name: peak_memory(ours[name]) for name in ("manifold", "plain_3n") if name in ours}
-    turns = {name: ours[name] for name in ("manifold", "standard") if name in ours} | theirs
+    check_losses(ours | theirs)
+    figures = {"load_average": load, "sgemm_gflops": sgemm_gflops()}
+    memory = {}
+    if ours:
+        from nanomr.ops.cpu import gather_gemm
+
+        figures["kernel"] = "fma" if args.precision == "fp32" else gather_gemm.PRODUCT
+        figures["tile_peak_gflops"] = tile_peak_gflops(args.precision, args.threads)
+        figures["flops"] = flops(ours[f"manifold {args.precision}"])
+        if args.model == "small":
+            whole = {"manifold": ours["manifold fp32"], "plain_3n": plain_3n(args, x, rho, labels)}
+            memory = {name: peak_memory(step) for name, step in whole.items()}
+    turns = contenders(ours | theirs)
     times = time_rounds(dict(sorted(turns.items())), args.rounds, args.burst)
-    found = summary(times, memory, args.threads, sgemm, load)
+    found = summary(args, times, memory, figures)
 
     print(table(times))
     for key, text in REPORT.items():
@@ -352,14 +480,26 @@ def main():
     print(line)
 
 
+def check_losses(steps: dict):
+    """All variants must compute the same thing: their first losses agree, to bfloat16's rounding where it rounds."""
+    losses = {name: float(step()) for name, step in steps.items()}
+    for name, loss in losses.items():
+        kind, precision, _ = group(name)
+        exact = next(other for key, other in losses.items() if group(key)[:2] == (kind, "fp32"))
+        if abs(loss - exact) > (1e-4 if precision == "fp32" else 2e-2) * abs(exact):
+            raise SystemExit(f"the variants of the {kind} step disagree on the loss: {losses}")
+
+
 REPORT = {
     "ratio_vs_torch": "manifold step: times as fast as PyTorch",
     "ratio_vs_torch_best": "the same, by the best round of each",
+    "ratio_fp32": "the same, both in float32",
     "standard_ratio_vs_torch": "standard step: times as fast as PyTorch",
     "overhead_vs_standard": "manifold step / standard step (below 2.7)",
     "torch_overhead_vs_standard": "the same of PyTorch",
     "memory_vs_plain_3n": "peak memory, manifold step / plain step on 3 N images (at most 1.05)",
     "gflops": "GFLOP/s in the manifold step",
+    "tile_peak_gflops": "GFLOP/s of the product alone, in the first cache",
     "sgemm_gflops": "GFLOP/s of a 1024 x 1024 x 1024 matrix product in NumPy",
 }
 

@@ -166,12 +166,18 @@ def manifold_loss(module, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, p
     finally:
         for hook in hooks:
             hook.remove()
+    return objective(logits, inputs, labels, gamma_i, gamma_h, alpha, per_sample)
+
+
+def objective(logits, inputs, labels, gamma_i, gamma_h, alpha=8.0, per_sample=False) -> dict:
+    """The same from the logits of the 3 N images and the inputs of the ReLUs, in forward order."""
     clean, plus, minus = logits.chunk(3)
     cross_entropy = F.cross_entropy(clean, labels)
     intrinsic = (plus - minus).square().sum(1).mean()
     hamming = logits.new_zeros(())
     for z in inputs:
-        t_plus, t_minus = torch.tanh(alpha * z[len(x) :]).chunk(2)
+        z = z.float() if z.dtype == torch.bfloat16 else z  # under autocast
+        t_plus, t_minus = torch.tanh(alpha * z[len(labels) :].float()).chunk(2)
         distance = t_plus - t_minus
         norms = torch.linalg.vector_norm(distance, dim=tuple(range(1, z.ndim)) if per_sample else None)
         hamming = hamming + norms.sum() / (2 * distance.numel() * len(inputs))

@@ -101,6 +101,7 @@ class Trainer:
         self.model = models.build(config.architecture, config.seed).to(device)
         self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, config.clip or None)
         self.step, self.seconds, self.log = 0, 0.0, []
+        self.kernel = "gpu" if device == "gpu" else ops_for(self.model.weights).kernel(config.precision)
         self.totals = to_device(np.zeros(5), device)  # of what train_step returns, over the epoch so far
         self._order = (-1, None)  # an epoch and its order
         # the most that the two weighted regularisers were, as multiples of the cross-entropy
@@ -263,7 +264,9 @@ class Trainer:
             "pgd10": metrics.robust_accuracy(model, few, few_labels, config.eps, steps=10, seed=config.seed),
             **metrics.stability(self.model, few, config.eps, config.seed),
             **config.schedule(epoch),
+            "seconds": round(self.seconds, 2),
             "images_per_s": steps * config.batch_size / self.seconds,
+            "kernel": self.kernel,
         }
 
     def _stop_on_nan(self):
@@ -339,6 +342,9 @@ class Trainer:
         epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
         self.log = [r for r in records if r["epoch"] <= epochs]
         checkpoint.write_jsonl(log, self.log)
+        before = self.log[-1].get("kernel", self.kernel) if self.log else self.kernel
+        if before != self.kernel:
+            print(f"note: the run began with another kernel ({before}; here: {self.kernel}): not bit for bit the same")
 
     def plot(self) -> Path | None:
         """Draw ``curves.png``; None without matplotlib or without an epoch to draw."""

@@ -5,7 +5,18 @@ A box is a centre and a radius, (c, r). A linear map takes it to (A c + b, |A| r
 
 from functools import singledispatch
 
-from ..layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, PreActBlock, ReLU, Sequential
+from ..layers import (
+    AveragePool2d,
+    BatchNorm2d,
+    Conv2d,
+    Flatten,
+    Linear,
+    Normalize,
+    Normalized,
+    PreActBlock,
+    ReLU,
+    Sequential,
+)
 from ..ops import ops_for
 
 
@@ -49,7 +60,8 @@ def _(layer: Linear, centre, radius, relus):
 @propagate.register
 def _(layer: BatchNorm2d, centre, radius, relus):
     scale = layer.params["weight"] / (layer.buffers["running_var"] + layer.eps) ** 0.5
-    return layer.forward(centre)[0], radius * abs(scale)
+    y, _ = layer.forward(centre)
+    return (y.full() if isinstance(y, Normalized) else y), radius * abs(scale)
 
 
 @propagate.register

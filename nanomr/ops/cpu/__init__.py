@@ -26,6 +26,7 @@ from .gather_gemm import (  # noqa: F401
     conv2d_input_gradient,
     conv2d_shape,
     conv2d_weight_gradient,
+    kernel,
     linear,
     linear_input_gradient,
     linear_weight_gradient,

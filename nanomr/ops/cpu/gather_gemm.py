@@ -34,6 +34,13 @@ from .simd import MAX_LANES, ROWS, WIDTH
 
 PRODUCT = simd.PRODUCTS[0]  # how words are multiplied on this machine
 
+
+def kernel(precision: str) -> str:
+    """How this machine multiplies: what the last bits of a result depend on. ``precision`` "fp32" or "bf16"."""
+    floats = "fma, " + ("AVX-512" if simd.AVX512 else "256 bits or less")
+    return "avx512_bf16" if precision == "bf16" and PRODUCT == "avx512_bf16" else floats
+
+
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
 
 
