@@ -10,8 +10,10 @@ import numpy as np
 
 from .backend import array_module
 
-# Dtypes that may meet though they differ: pictures and what weights and logits are, a complex step and what it leaves
+# Dtypes that may meet though they differ: pictures and what weights and logits are, a complex step and what it leaves;
+# WIDER ones may meet float32 weights, which they lose nothing of.
 MIXED = {("bfloat16", "float32"), ("float32", "bfloat16"), ("complex128", "float64"), ("float64", "complex128")}
+WIDER = MIXED | {("float64", "float32"), ("complex128", "float32")}
 
 
 def whole(who: str, name: str, value, least: int = 1) -> int:
@@ -25,7 +27,7 @@ def whole(who: str, name: str, value, least: int = 1) -> int:
     return number
 
 
-def check(who, name: str, x, shape: tuple, dtype=None) -> None:
+def check(who, name: str, x, shape: tuple, dtype=None, mixed=MIXED) -> None:
     """``x`` must be an array of floats of this shape, and of this dtype or one that it mixes with.
 
     ``shape``: numbers, letters where any size from 1 on will do, and perhaps ... in the first place.
@@ -33,7 +35,7 @@ def check(who, name: str, x, shape: tuple, dtype=None) -> None:
     found, kind = getattr(x, "shape", None), getattr(x, "dtype", None)
     if found == shape and kind == dtype:
         return
-    if isinstance(found, tuple) and _fits(found, shape) and (kind == dtype or _mixes(kind, dtype)):
+    if isinstance(found, tuple) and _fits(found, shape) and (kind == dtype or _mixes(kind, dtype, mixed)):
         return
     takes = ", ".join("..." if size is ... else str(size) for size in shape)
     takes = f"({takes}{',' * (len(shape) == 1)}) {'floats' if dtype is None else dtype}"
@@ -55,10 +57,11 @@ def _fits(found, shape):
     return True
 
 
-def _mixes(kind, dtype):
+def _mixes(kind, dtype, mixed):
+    name = getattr(kind, "name", None)
     if dtype is None:
-        return kind.kind in "fc" or kind.name == "bfloat16"
-    return kind is not None and (kind.name, np.dtype(dtype).name) in MIXED
+        return name == "bfloat16" or getattr(kind, "kind", None) in ("f", "c")
+    return (name, np.dtype(dtype).name) in mixed
 
 
 def check_triple(who, x) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .borders import check, check_triple, whole
+from .borders import WIDER, check, check_triple, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
 
@@ -111,7 +111,7 @@ class Layer:
     def accumulate(self, **gradients):
         for name, gradient in gradients.items():
             if name in self.grads:
-                check(self, f"{name}'s gradient", self.grads[name], gradient.shape, gradient.dtype)
+                check(self, f"{name}'s gradient", self.grads[name], gradient.shape)
                 self.grads[name] += gradient
             else:  # a layer outside a model: nothing has made room for its gradients yet
                 self.grads[name] = gradient
@@ -191,7 +191,7 @@ class Conv2d(Affine):
     def shape(self, x):
         self.check_parameters()
         weight = self.params["weight"]
-        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype)
+        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WIDER)
         return conv2d_shape(x.shape, weight.shape, self.stride, self.padding)
 
     def apply(self, x, bias=True, plus=None):
@@ -241,7 +241,7 @@ class Linear(Affine):
     def shape(self, x):
         self.check_parameters()
         weight = self.params["weight"]
-        check(self, "x", x, ("N", len(weight)), weight.dtype)
+        check(self, "x", x, ("N", len(weight)), weight.dtype, WIDER)
         return len(x), weight.shape[1]
 
     def apply(self, x, bias=True):
@@ -281,7 +281,7 @@ class Normalize(Affine):
     def shape(self, x):
         std = self.buffers["std"]
         channels = max(self.buffers["mean"].size, std.size)
-        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype)
+        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WIDER)
         return x.shape
 
     def apply(self, x, bias=True):
@@ -400,7 +400,7 @@ class BatchNorm2d(Layer):
     def forward(self, x, train=False, tap=None):
         for name, value in self.params.items():
             check(self, name, value, (self.channels,))
-        check(self, "x", x, (..., self.channels), self.params["weight"].dtype)
+        check(self, "x", x, (..., self.channels), self.params["weight"].dtype, WIDER)
         ops = ops_for(x)
         if train:
             mean, var = ops.batchnorm_statistics(x)
