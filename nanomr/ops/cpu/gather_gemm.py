@@ -25,10 +25,9 @@ from numba import njit, prange
 
 from ..reference import conv2d_shape
 from . import simd
+from .flags import FLAGS
 from .memory import empty
 from .simd import MAX_LANES, ROWS, WIDTH
-
-FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
 
 
 def ready(x):
