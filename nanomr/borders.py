@@ -33,9 +33,8 @@ def check(who, name: str, x, shape: tuple, dtype=None, mixed=MIXED) -> None:
     ``shape``: numbers, letters where any size from 1 on will do, and perhaps ... in the first place.
     """
     found, kind = getattr(x, "shape", None), getattr(x, "dtype", None)
-    if found == shape and kind == dtype:
-        return
-    if isinstance(found, tuple) and _fits(found, shape) and (kind == dtype or _mixes(kind, dtype, mixed)):
+    fits = found == shape or (isinstance(found, tuple) and _fits(found, shape))
+    if fits and (kind is dtype or _meets(kind, dtype, mixed)):
         return
     takes = ", ".join("..." if size is ... else str(size) for size in shape)
     takes = f"({takes}{',' * (len(shape) == 1)}) {'floats' if dtype is None else dtype}"
@@ -47,8 +46,7 @@ def _fits(found, shape):
     if shape and shape[0] is ...:
         if 0 in found or len(found) < len(shape):
             return False
-        shape = shape[1:]
-        found = found[len(found) - len(shape) :]
+        return len(shape) == 1 or found[1 - len(shape) :] == shape[1:]
     if len(found) != len(shape):
         return False
     for size, wanted in zip(found, shape, strict=True):
@@ -57,11 +55,16 @@ def _fits(found, shape):
     return True
 
 
-def _mixes(kind, dtype, mixed):
-    name = getattr(kind, "name", None)
+def _meets(kind, dtype, mixed):
     if dtype is None:
-        return name == "bfloat16" or getattr(kind, "kind", None) in ("f", "c")
-    return (name, np.dtype(dtype).name) in mixed
+        return getattr(kind, "kind", None) in ("f", "c") or getattr(kind, "name", None) == "bfloat16"
+    return kind is not None and (kind == dtype or (getattr(kind, "name", None), np.dtype(dtype).name) in mixed)
+
+
+def check_plus(who, plus, shape: tuple, dtype) -> None:
+    """``plus``, None or what is to be added to a result of this shape."""
+    if plus is not None:
+        check(who, "plus", plus, shape, dtype)
 
 
 def check_triple(who, x) -> None:

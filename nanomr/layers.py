@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .borders import WIDER, check, check_triple, whole
+from .borders import WIDER, check, check_plus, check_triple, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
 
@@ -127,16 +127,18 @@ class Affine(Layer):
         self.shapes = {"weight": shape, "bias": shape[-1:]}
         self.params = {name: np.zeros(self.shapes[name], np.float32) for name in ("weight", "bias")[: 1 + bool(bias)]}
 
-    def shape(self, x):
+    def output_shape(self, x):
         """The shape of A x. ValueError unless x fits, and the parameters have the shapes that they were made with."""
         raise NotImplementedError
 
-    def check_parameters(self):
+    def checked_weight(self):
+        """The weight, if all parameters still have their shapes."""
         for name, value in self.params.items():
             check(self, name, value, self.shapes[name], self.params["weight"].dtype)
+        return self.params["weight"]
 
     def check_dy(self, dy, x):
-        check(self, "dy", dy, self.shape(x), x.dtype)
+        check(self, "dy", dy, self.output_shape(x), x.dtype)
 
     def apply(self, x, bias=True):
         raise NotImplementedError
@@ -146,7 +148,7 @@ class Affine(Layer):
         raise NotImplementedError
 
     def accumulate_from(self, x, dy, bias=True):
-        """Add the parameters' gradients."""
+        """Add the parameters' gradients; x and dy are checked."""
 
     def forward(self, x, train=False, tap=None):
         if isinstance(x, PairBatch):
@@ -155,14 +157,14 @@ class Affine(Layer):
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         pair = isinstance(cache, PairBatch)
+        if pair != isinstance(dy, PairBatch):
+            raise ValueError(f"{self} takes a PairBatch as dy exactly where its input was one, not {type(dy).__name__}")
         parts = list(zip(cache, dy, (True, False), strict=True)) if pair else [(cache, dy, True)]
+        dx = [self.transpose(d, x) if input_grad else self.check_dy(d, x) for x, d, _ in parts]
         if param_grads and self.params:
             for x, d, bias in parts:
                 self.accumulate_from(x, d, bias)
-        if not input_grad:
-            return None
-        dx = [self.transpose(d, x) for x, d, _ in parts]
-        return PairBatch(*dx) if pair else dx[0]
+        return PairBatch(*dx) if pair and input_grad else dx[0]
 
 
 class Conv2d(Affine):
@@ -188,26 +190,22 @@ class Conv2d(Affine):
         super().backward(dy, cache, param_grads, input_grad=False)
         return self.transpose(dy, cache, plus)
 
-    def shape(self, x):
-        self.check_parameters()
-        weight = self.params["weight"]
+    def output_shape(self, x):
+        weight = self.checked_weight()
         check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WIDER)
         return conv2d_shape(x.shape, weight.shape, self.stride, self.padding)
 
     def apply(self, x, bias=True, plus=None):
-        shape, b = self.shape(x), self.params.get("bias") if bias else None
-        if plus is not None:
-            check(self, "plus", plus, shape, x.dtype)
+        shape, b = self.output_shape(x), self.params.get("bias") if bias else None
+        check_plus(self, plus, shape, x.dtype)
         return ops_for(x).conv2d(x, self.params["weight"], b, self.stride, self.padding, plus)
 
     def transpose(self, dy, x, plus=None):
         self.check_dy(dy, x)
-        if plus is not None:
-            check(self, "plus", plus, x.shape, x.dtype)
+        check_plus(self, plus, x.shape, x.dtype)
         return ops_for(dy).conv2d_input_gradient(dy, self.params["weight"], self.stride, self.padding, x.shape, plus)
 
     def accumulate_from(self, x, dy, bias=True):
-        self.check_dy(dy, x)
         ops, window = ops_for(dy), (self.params["weight"].shape, self.stride, self.padding)
         if bias and "bias" in self.params:
             dw, db = ops.conv2d_weight_gradient(x, dy, *window)
@@ -238,14 +236,13 @@ class Linear(Affine):
         if image and (len(image) != 3 or np.prod(image) != in_features):
             raise ValueError(f"Linear takes an image (H, W, C) of its {in_features} features, not {image}")
 
-    def shape(self, x):
-        self.check_parameters()
-        weight = self.params["weight"]
+    def output_shape(self, x):
+        weight = self.checked_weight()
         check(self, "x", x, ("N", len(weight)), weight.dtype, WIDER)
         return len(x), weight.shape[1]
 
     def apply(self, x, bias=True):
-        self.shape(x)
+        self.output_shape(x)
         return ops_for(x).linear(x, self.params["weight"], self.params.get("bias") if bias else None)
 
     def transpose(self, dy, x):
@@ -253,7 +250,6 @@ class Linear(Affine):
         return ops_for(dy).linear_input_gradient(dy, self.params["weight"])
 
     def accumulate_from(self, x, dy, bias=True):
-        self.check_dy(dy, x)
         dw, db = ops_for(dy).linear_weight_gradient(x, dy)
         self.accumulate(weight=dw, **({"bias": db} if bias and "bias" in self.params else {}))
 
@@ -275,17 +271,18 @@ class Normalize(Affine):
     def __init__(self, mean, std):
         super().__init__()
         self.buffers.update(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
-        if self.buffers["mean"].ndim != 1 or not self.buffers["std"].all():
+        sizes = {self.buffers["mean"].shape, self.buffers["std"].shape} - {(1,)}
+        if len(sizes) > 1 or any(len(shape) != 1 for shape in sizes) or not self.buffers["std"].all():
             raise ValueError(f"Normalize takes a mean and a std (not 0) for each channel, not {mean} and {std}")
 
-    def shape(self, x):
+    def output_shape(self, x):
         std = self.buffers["std"]
         channels = max(self.buffers["mean"].size, std.size)
         check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WIDER)
         return x.shape
 
     def apply(self, x, bias=True):
-        self.shape(x)
+        self.output_shape(x)
         return ops_for(x).normalize(x, self.buffers["mean"] if bias else None, self.buffers["std"])
 
     def transpose(self, dy, x):
@@ -302,12 +299,12 @@ class Normalize(Affine):
 class Flatten(Affine):
     """(N, ...) -> (N, everything else), in memory order (NHWC)."""
 
-    def shape(self, x):
+    def output_shape(self, x):
         check(self, "x", x, (...,))
         return len(x), x.size // len(x)
 
     def apply(self, x, bias=True):
-        return x.reshape(self.shape(x))
+        return x.reshape(self.output_shape(x))
 
     def transpose(self, dy, x):
         self.check_dy(dy, x)
@@ -323,7 +320,7 @@ class AveragePool2d(Affine):
         super().__init__()
         self.window = None if window is None else whole("AveragePool2d", "window", window)
 
-    def shape(self, x):
+    def output_shape(self, x):
         check(self, "x", x, ("N", "H", "W", "C"))
         n, h, w, c = x.shape
         window = self.window or h
@@ -332,7 +329,7 @@ class AveragePool2d(Affine):
         return n, h // window, w // window, c
 
     def apply(self, x, bias=True):
-        self.shape(x)
+        self.output_shape(x)
         return ops_for(x).average_pool(x, self.window or x.shape[1])
 
     def transpose(self, dy, x):
@@ -354,10 +351,8 @@ class ReLU(Layer):
             if tap is None:
                 return ops_for(z.x).batchnorm_relu(*z), (z, None, None)
             z = z if getattr(tap, "takes_normalized", False) else z.full()
-        elif isinstance(z, PairBatch):
-            z.checked()
         else:
-            check(self, "z", z, (...,))
+            check(self, "z", z.checked().x if isinstance(z, PairBatch) else z, (...,))
         if tap is not None:
             y, record = tap.forward(z)
             return y, (z, tap, record)
@@ -398,7 +393,7 @@ class BatchNorm2d(Layer):
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def forward(self, x, train=False, tap=None):
-        for name, value in self.params.items():
+        for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
             check(self, name, value, (self.channels,))
         check(self, "x", x, (..., self.channels), self.params["weight"].dtype, WIDER)
         ops = ops_for(x)
@@ -421,8 +416,7 @@ class BatchNorm2d(Layer):
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]
         check(self, "dy", dy.dy if isinstance(dy, BehindReLU) else dy, x.shape, x.dtype)
-        if plus is not None:
-            check(self, "plus", plus, x.shape, x.dtype)
+        check_plus(self, plus, x.shape, x.dtype)
         if isinstance(dy, BehindReLU):
             dx, dgamma, dbeta = ops.batchnorm_relu_backward(
                 dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus

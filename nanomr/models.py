@@ -3,6 +3,7 @@
 Weights on disk are safetensors with PyTorch's names and layouts: ``docs/torch_twin.py`` loads them.
 """
 
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +83,16 @@ class Model(Sequential):
         self._views = self._arrays()
 
     def _arrays(self):
-        return [array for layer in self._layers() for s in (layer.params, layer.grads) for array in s.values()]
+        arrays = []
+        for _, layer in self.walk():
+            arrays += layer.params.values()
+            arrays += layer.grads.values()
+        return arrays
 
     def _settled(self):
         """Itself, after :meth:`_pack` if any parameter or gradient is not the view that it was."""
-        if list(map(id, self._arrays())) != list(map(id, self._views)):
+        arrays = self._arrays()
+        if len(arrays) != len(self._views) or not all(map(operator.is_, arrays, self._views)):
             self._pack()
         return self
 

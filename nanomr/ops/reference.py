@@ -258,6 +258,11 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     w -= lr * velocity
 
 
+def norm(x):
+    """The l2 norm of a vector."""
+    return (x @ x) ** 0.5
+
+
 def crop_flip(images, index, top, left, flip, pad=4):
     """Float images in [0, 1], (len(index), H, W, C), of uint8 ``images``: padded by ``pad`` black pixels, cropped at
     (top, left) in [0, 2 pad], mirrored where ``flip`` is true."""

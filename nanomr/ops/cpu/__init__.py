@@ -35,4 +35,4 @@ from .gather_gemm import (  # noqa: F401
     linear_weight_gradient,
 )
 from .memory import release  # noqa: F401
-from .training import corners, crop_flip, sgd_update  # noqa: F401
+from .training import corners, crop_flip, norm, sgd_update  # noqa: F401

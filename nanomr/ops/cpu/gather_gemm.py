@@ -36,8 +36,14 @@ def ready(x):
 
 
 def threads():
-    """Numba's threads: into how many chunks a kernel cuts its work."""
+    """Numba's threads: into how many chunks a kernel cuts its work. Never a sum: see :func:`sum_parts`."""
     return numba.get_num_threads()
+
+
+def sum_parts(size):
+    """Into how many parts a sum of ``size`` numbers over images is cut: whatever the threads, so that its bits are the
+    same for any number of them. Few where it is large, since each part is written and read once more."""
+    return 16 if size <= 1 << 14 else 8 if size <= 1 << 16 else 4 if size <= 1 << 20 else 2
 
 
 # --- the gather-GEMM --------------------------------------------------------------------------------------------------
@@ -282,7 +288,8 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
     flat = (_columns(flat) if w_shape[3] % WIDTH else ready(flat)).reshape(len(x), len(pixels), -1)
     rows = np.zeros(-(-len(taps) // ROWS) * ROWS, np.int64)  # the rows added are computed and thrown away
     rows[: len(taps)] = taps
-    columns, chunks = flat.shape[2], threads()
+    columns = flat.shape[2]
+    chunks = sum_parts(len(rows) * columns)
     dw, db = np.zeros((chunks, len(rows), columns), np.float32), np.zeros((chunks, columns), np.float32)
     steps = np.arange(ROWS) * columns  # from one row of dw to the next
     _gather_gemm_reduce(_rows_of(x), *place, flat, rows, pixels, steps, dw, db, _lanes(columns))

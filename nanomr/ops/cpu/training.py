@@ -22,6 +22,21 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
 
 
 @njit(parallel=True, **FLAGS)
+def _sum_squares(x, partial):
+    for t in prange(len(partial)):
+        total = _ZERO
+        for i in range(len(x) * t // len(partial), len(x) * (t + 1) // len(partial)):
+            total += x[i] * x[i]
+        partial[t] = total
+
+
+def norm(x):
+    partial = np.empty(64, np.float32)  # not a dot product of BLAS, whose threads may decide how it is summed
+    _sum_squares(x, partial)
+    return np.float32(partial.sum(dtype=np.float64) ** 0.5)
+
+
+@njit(parallel=True, **FLAGS)
 def _crop_flip(images, index, top, left, flip, pad, out):
     n, height, width, channels = out.shape
     scale = np.float32(1 / 255)
