@@ -48,10 +48,12 @@ def to_numpy(x) -> np.ndarray:
 
 
 def to_device(x, device: str):
-    """``x`` on ``device`` ("cpu" or "gpu"); no copy if it is there already."""
+    """``x`` on ``device`` ("cpu" or "gpu"); no copy if it is there already. Raises UserError without CuPy."""
     if device == "cpu":
         return to_numpy(x)
     if device == "gpu":
+        if find_cupy() is None:
+            raise UserError(f"nothing can be moved to a GPU without CuPy: {INSTALL}, or stay on the CPU")
         return find_cupy().asarray(x)
     raise ValueError(f"device must be 'cpu' or 'gpu', not {device!r}")
 

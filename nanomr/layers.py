@@ -11,13 +11,17 @@ The contract of every layer:
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
 - ``plus``, which Conv2d takes both ways and BatchNorm2d in backward: an array to add to the result, in the same pass.
+- What does not fit the layer (x, dy, plus, a weight that was exchanged) is a ValueError before anything is computed;
+  so is an empty batch. bfloat16 and float32 may meet, other dtypes may not.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
+from .borders import WIDER, check, check_plus, check_triple, whole
 from .ops import ops_for
+from .ops.reference import conv2d_shape
 
 
 class PairBatch(NamedTuple):
@@ -30,13 +34,20 @@ class PairBatch(NamedTuple):
     x: object
     rho: object
 
+    def checked(self) -> "PairBatch":
+        """Itself, if there is a rho for each x."""
+        check("a PairBatch", "x", self.x, (...,))
+        check("a PairBatch", "rho", self.rho, self.x.shape, self.x.dtype)
+        return self
+
     def full(self):
         """The 3N batch itself."""
-        return ops_for(self.x).expand_pair(self.x, self.rho)
+        return ops_for(self.checked().x).expand_pair(self.x, self.rho)
 
     @staticmethod
     def gradient(d_full) -> "PairBatch":
         """The gradient with respect to (x, rho), from the one with respect to the 3N batch."""
+        check_triple("PairBatch.gradient", d_full)
         return PairBatch(*ops_for(d_full).contract_pair(d_full))
 
 
@@ -75,6 +86,9 @@ class Layer:
         self.buffers: dict = {}
         self.children: dict[str, Layer] = {}
 
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name} {value.shape}' for name, value in self.params.items())})"
+
     def walk(self, prefix=""):
         """Yield (dotted name, layer) for this layer and everything below it, in forward order."""
         yield prefix, self
@@ -97,6 +111,7 @@ class Layer:
     def accumulate(self, **gradients):
         for name, gradient in gradients.items():
             if name in self.grads:
+                check(self, f"{name}'s gradient", self.grads[name], gradient.shape)
                 self.grads[name] += gradient
             else:  # a layer outside a model: nothing has made room for its gradients yet
                 self.grads[name] = gradient
@@ -107,6 +122,24 @@ class Affine(Layer):
 
     takes_pairs = True
 
+    def make(self, bias, *shape):
+        """The parameters, for good of these shapes: a weight, whose last axis is the outputs, and a bias."""
+        self.shapes = {"weight": shape, "bias": shape[-1:]}
+        self.params = {name: np.zeros(self.shapes[name], np.float32) for name in ("weight", "bias")[: 1 + bool(bias)]}
+
+    def output_shape(self, x):
+        """The shape of A x. ValueError unless x fits, and the parameters have the shapes that they were made with."""
+        raise NotImplementedError
+
+    def checked_weight(self):
+        """The weight, if all parameters still have their shapes."""
+        for name, value in self.params.items():
+            check(self, name, value, self.shapes[name], self.params["weight"].dtype)
+        return self.params["weight"]
+
+    def check_dy(self, dy, x):
+        check(self, "dy", dy, self.output_shape(x), x.dtype)
+
     def apply(self, x, bias=True):
         raise NotImplementedError
 
@@ -115,23 +148,23 @@ class Affine(Layer):
         raise NotImplementedError
 
     def accumulate_from(self, x, dy, bias=True):
-        """Add the parameters' gradients."""
+        """Add the parameters' gradients; x and dy are checked."""
 
     def forward(self, x, train=False, tap=None):
         if isinstance(x, PairBatch):
-            return PairBatch(self.apply(x.x), self.apply(x.rho, bias=False)), x
+            return PairBatch(self.apply(x.checked().x), self.apply(x.rho, bias=False)), x
         return self.apply(x), x
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         pair = isinstance(cache, PairBatch)
+        if pair != isinstance(dy, PairBatch):
+            raise ValueError(f"{self} takes a PairBatch as dy exactly where its input was one, not {type(dy).__name__}")
         parts = list(zip(cache, dy, (True, False), strict=True)) if pair else [(cache, dy, True)]
+        dx = [self.transpose(d, x) if input_grad else self.check_dy(d, x) for x, d, _ in parts]
         if param_grads and self.params:
             for x, d, bias in parts:
                 self.accumulate_from(x, d, bias)
-        if not input_grad:
-            return None
-        dx = [self.transpose(d, x) for x, d, _ in parts]
-        return PairBatch(*dx) if pair else dx[0]
+        return PairBatch(*dx) if pair and input_grad else dx[0]
 
 
 class Conv2d(Affine):
@@ -139,12 +172,14 @@ class Conv2d(Affine):
 
     def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, bias=True):
         super().__init__()
-        self.stride = stride
-        self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        self.params["weight"] = np.zeros((kernel, kernel, in_channels, out_channels), np.float32)
-        if bias:
-            self.params["bias"] = np.zeros(out_channels, np.float32)
-        self.fan_in = kernel * kernel * in_channels
+        sizes = dict(in_channels=in_channels, out_channels=out_channels, kernel=kernel, stride=stride)
+        c, c_out, kernel, self.stride = (whole("Conv2d", name, size) for name, size in sizes.items())
+        sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
+        self.padding = tuple(whole("Conv2d", "padding", side, 0) for side in sides)
+        if len(self.padding) != 4:
+            raise ValueError(f"Conv2d takes one number of padding, or (top, bottom, left, right), not {padding!r}")
+        self.make(bias, kernel, kernel, c, c_out)
+        self.fan_in = kernel * kernel * c
 
     def forward(self, x, train=False, tap=None, plus=None):
         return super().forward(x) if plus is None else (self.apply(x, plus=plus), x)
@@ -155,11 +190,19 @@ class Conv2d(Affine):
         super().backward(dy, cache, param_grads, input_grad=False)
         return self.transpose(dy, cache, plus)
 
+    def output_shape(self, x):
+        weight = self.checked_weight()
+        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WIDER)
+        return conv2d_shape(x.shape, weight.shape, self.stride, self.padding)
+
     def apply(self, x, bias=True, plus=None):
-        b = self.params.get("bias") if bias else None
+        shape, b = self.output_shape(x), self.params.get("bias") if bias else None
+        check_plus(self, plus, shape, x.dtype)
         return ops_for(x).conv2d(x, self.params["weight"], b, self.stride, self.padding, plus)
 
     def transpose(self, dy, x, plus=None):
+        self.check_dy(dy, x)
+        check_plus(self, plus, x.shape, x.dtype)
         return ops_for(dy).conv2d_input_gradient(dy, self.params["weight"], self.stride, self.padding, x.shape, plus)
 
     def accumulate_from(self, x, dy, bias=True):
@@ -187,15 +230,23 @@ class Linear(Affine):
 
     def __init__(self, in_features, out_features, bias=True, image=None):
         super().__init__()
-        self.params["weight"] = np.zeros((in_features, out_features), np.float32)
-        if bias:
-            self.params["bias"] = np.zeros(out_features, np.float32)
+        sizes = dict(in_features=in_features, out_features=out_features)
+        self.make(bias, *(whole("Linear", name, size) for name, size in sizes.items()))
         self.fan_in, self.image = in_features, image
+        if image and (len(image) != 3 or np.prod(image) != in_features):
+            raise ValueError(f"Linear takes an image (H, W, C) of its {in_features} features, not {image}")
+
+    def output_shape(self, x):
+        weight = self.checked_weight()
+        check(self, "x", x, ("N", len(weight)), weight.dtype, WIDER)
+        return len(x), weight.shape[1]
 
     def apply(self, x, bias=True):
+        self.output_shape(x)
         return ops_for(x).linear(x, self.params["weight"], self.params.get("bias") if bias else None)
 
     def transpose(self, dy, x):
+        self.check_dy(dy, x)
         return ops_for(dy).linear_input_gradient(dy, self.params["weight"])
 
     def accumulate_from(self, x, dy, bias=True):
@@ -220,11 +271,22 @@ class Normalize(Affine):
     def __init__(self, mean, std):
         super().__init__()
         self.buffers.update(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
+        sizes = {self.buffers["mean"].shape, self.buffers["std"].shape} - {(1,)}
+        if len(sizes) > 1 or any(len(shape) != 1 for shape in sizes) or not self.buffers["std"].all():
+            raise ValueError(f"Normalize takes a mean and a std (not 0) for each channel, not {mean} and {std}")
+
+    def output_shape(self, x):
+        std = self.buffers["std"]
+        channels = max(self.buffers["mean"].size, std.size)
+        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WIDER)
+        return x.shape
 
     def apply(self, x, bias=True):
+        self.output_shape(x)
         return ops_for(x).normalize(x, self.buffers["mean"] if bias else None, self.buffers["std"])
 
     def transpose(self, dy, x):
+        self.check_dy(dy, x)
         return ops_for(dy).normalize(dy, None, self.buffers["std"])
 
     def to_torch(self, name, value):
@@ -237,10 +299,15 @@ class Normalize(Affine):
 class Flatten(Affine):
     """(N, ...) -> (N, everything else), in memory order (NHWC)."""
 
+    def output_shape(self, x):
+        check(self, "x", x, (...,))
+        return len(x), x.size // len(x)
+
     def apply(self, x, bias=True):
-        return x.reshape(len(x), -1)
+        return x.reshape(self.output_shape(x))
 
     def transpose(self, dy, x):
+        self.check_dy(dy, x)
         if x.dtype.name == "bfloat16":  # logits, and gradients on their way back from them, are float32
             dy = ops_for(dy).cast(dy, x.dtype)
         return dy.reshape(x.shape)
@@ -251,16 +318,22 @@ class AveragePool2d(Affine):
 
     def __init__(self, window=None):
         super().__init__()
-        self.window = window
+        self.window = None if window is None else whole("AveragePool2d", "window", window)
 
-    def apply(self, x, bias=True):
-        h, w = x.shape[1:3]
+    def output_shape(self, x):
+        check(self, "x", x, ("N", "H", "W", "C"))
+        n, h, w, c = x.shape
         window = self.window or h
         if h % window or w % window or (self.window is None and h != w):
             raise ValueError(f"a {h}x{w} image cannot be pooled by {window}x{window} tiles")
-        return ops_for(x).average_pool(x, window)
+        return n, h // window, w // window, c
+
+    def apply(self, x, bias=True):
+        self.output_shape(x)
+        return ops_for(x).average_pool(x, self.window or x.shape[1])
 
     def transpose(self, dy, x):
+        self.check_dy(dy, x)
         return ops_for(dy).average_pool_backward(dy, self.window or x.shape[1])
 
 
@@ -278,6 +351,8 @@ class ReLU(Layer):
             if tap is None:
                 return ops_for(z.x).batchnorm_relu(*z), (z, None, None)
             z = z if getattr(tap, "takes_normalized", False) else z.full()
+        else:
+            check(self, "z", z.checked().x if isinstance(z, PairBatch) else z, (...,))
         if tap is not None:
             y, record = tap.forward(z)
             return y, (z, tap, record)
@@ -290,6 +365,8 @@ class ReLU(Layer):
         if not input_grad:
             return None
         z, tap, record = cache
+        like, n = (z, 1) if not isinstance(z, tuple) else (z.x, 1 + 2 * isinstance(z, PairBatch))
+        check(self, "dy", dy, (n * len(like), *like.shape[1:]), like.dtype)
         if tap is not None:
             return tap.backward(dy, z, record)
         if isinstance(z, Normalized):
@@ -310,11 +387,15 @@ class BatchNorm2d(Layer):
     def __init__(self, channels, eps=1e-5, momentum=0.1, before_relu=False):
         super().__init__()
         self.eps, self.momentum, self.before_relu = eps, momentum, before_relu
+        self.channels = channels = whole("BatchNorm2d", "channels", channels)
         self.params.update(weight=np.ones(channels, np.float32), bias=np.zeros(channels, np.float32))
         self.buffers.update(running_mean=np.zeros(channels, np.float32), running_var=np.ones(channels, np.float32))
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def forward(self, x, train=False, tap=None):
+        for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
+            check(self, name, value, (self.channels,))
+        check(self, "x", x, (..., self.channels), self.params["weight"].dtype, WIDER)
         ops = ops_for(x)
         if train:
             mean, var = ops.batchnorm_statistics(x)
@@ -332,6 +413,8 @@ class BatchNorm2d(Layer):
     def backward(self, dy, cache, param_grads=True, input_grad=True, plus=None):
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]
+        check(self, "dy", dy.dy if isinstance(dy, BehindReLU) else dy, x.shape, x.dtype)
+        check_plus(self, plus, x.shape, x.dtype)
         if isinstance(dy, BehindReLU):
             dx, dgamma, dbeta = ops.batchnorm_relu_backward(
                 dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train

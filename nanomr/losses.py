@@ -4,6 +4,7 @@ Values are means over the batch. On a GPU they are 0-d arrays: reading one (``fl
 """
 
 from .backend import array_module
+from .borders import check, check_labels, check_triple
 from .layers import BehindReLU, Normalized, PairBatch
 from .ops import ops_for
 
@@ -11,9 +12,11 @@ from .ops import ops_for
 def cross_entropy(logits, labels):
     """(mean of -log softmax(logits)[label], its gradient). logits (N, K), labels (N,) ints in [0, K).
 
-    ``derivations/cross_entropy.md``: the gradient is (softmax - onehot) / N.
+    ``derivations/cross_entropy.md``: the gradient is (softmax - onehot) / N. ValueError for other shapes or labels.
     """
-    xp, n = array_module(logits), len(logits)
+    check("cross_entropy", "logits", logits, ("N", "K"))
+    xp, (n, classes) = array_module(logits), logits.shape
+    labels = check_labels(labels, n, classes)
     shifted = logits - logits.max(1, keepdims=True)
     exp = xp.exp(shifted)
     total = exp.sum(1, keepdims=True)
@@ -29,6 +32,8 @@ def intrinsic(f_plus, f_minus):
 
     Section 5.4 of the paper; ``derivations/intrinsic.md``.
     """
+    check("intrinsic", "f_plus", f_plus, ("N", "K"))
+    check("intrinsic", "f_minus", f_minus, f_plus.shape, f_plus.dtype)
     n = len(f_plus)
     difference = f_plus - f_minus
     d_plus = difference * (2.0 / n)
@@ -41,8 +46,9 @@ def of_logits(logits, labels, gamma_i=None):
     Logits (3 N, K) of [x; x + rho; x - rho]; or, without ``gamma_i``, (N, K) for the cross-entropy alone. labels (N,).
     """
     ops, n = ops_for(logits), len(labels)
+    check("of_logits", "logits", logits, (n if gamma_i is None else 3 * n, "K"))
     if logits.dtype.name == "float32" and hasattr(ops, "losses"):  # one launch, which a CUDA graph can hold
-        values, gradient = ops.losses(logits, labels, gamma_i)
+        values, gradient = ops.losses(logits, check_labels(labels, n, logits.shape[1]), gamma_i)
         return values[0], values[1], gradient
     value, gradient = cross_entropy(logits[:n], labels)
     if gamma_i is None:
@@ -59,6 +65,8 @@ def hamming(z_plus, z_minus, alpha=8.0, per_sample=False):
     tensor, or per sample (then averaged over the batch). At z+ = z-, where H has a kink, the gradient is 0.
     This is the formula; training computes the same, fused with ReLU, through :class:`Hamming`.
     """
+    check("hamming", "z_plus", z_plus, (...,))
+    check("hamming", "z_minus", z_minus, z_plus.shape, z_plus.dtype)
     xp = array_module(z_plus)
     t_plus, t_minus = xp.tanh(alpha * z_plus), xp.tanh(alpha * z_minus)
     difference = t_plus - t_minus
@@ -88,6 +96,8 @@ class Hamming:
 
     def forward(self, z):
         """(relu(z), norms); called by ReLU."""
+        if not isinstance(z, PairBatch):
+            check_triple("Hamming", z.x if isinstance(z, Normalized) else z)
         if isinstance(z, PairBatch):
             y, squares = ops_for(z.x).relu_hamming_pair(z.x, z.rho, self.alpha)
         elif isinstance(z, Normalized):

@@ -5,6 +5,7 @@ Sections 2 and 5 of the paper; ``docs/derivations/laplacian.md``.
 
 from . import rng
 from .backend import array_module
+from .borders import check
 from .ops import ops_for
 
 
@@ -13,6 +14,7 @@ def corner_pairs(x, eps: float, seed: int, step: int):
 
     Drawn afresh for each (seed, step), equal on every device. ``eps`` in pixel units ([0, 1]).
     """
+    check("corner_pairs", "x", x, (...,))
     xp = array_module(x)
     words = rng.words(seed, rng.CORNERS, step, -(-x.size // 64))
     return ops_for(x).corners(xp.asarray(words), x.shape, eps).astype(x.dtype, copy=False)
@@ -20,6 +22,7 @@ def corner_pairs(x, eps: float, seed: int, step: int):
 
 def heat_kernel(x, scale: float):
     """Weights exp(-|x_j - x_k|^2 / scale) between the points of each set: x (..., c, d) -> (..., c, c)."""
+    check("heat_kernel", "x", x, (..., "d"))
     xp = array_module(x)
     difference = x[..., :, None, :] - x[..., None, :, :]
     return xp.exp((difference * difference).sum(-1) * (-1.0 / scale))
@@ -27,6 +30,8 @@ def heat_kernel(x, scale: float):
 
 def laplacian(f, weights):
     """Eq. 2: (1/N^2 sum_ij |f_i - f_j|^2 L_ij, its gradient by f). f (N, K), weights L (N, N)."""
+    check("laplacian", "f", f, ("N", "K"))
+    check("laplacian", "weights", weights, (len(f), len(f)))
     value, gradient = resampled_laplacian(f[None], weights[None])
     return value, gradient[0]
 
@@ -36,7 +41,9 @@ def resampled_laplacian(f, weights):
 
     Two points and a constant weight of 1 give the pair form: intrinsic(f+, f-) / (2 N).
     """
+    check("resampled_laplacian", "f", f, ("N", "c", "K"))
     n, c, _ = f.shape
+    check("resampled_laplacian", "weights", weights, (n, c, c))
     scale = 1.0 / (c * n) ** 2
     difference = f[:, :, None] - f[:, None]
     value = ((difference * difference).sum(-1) * weights).sum() * scale
@@ -67,5 +74,6 @@ def hamming_distance(model, x, y):
 
     It is the limit of sum |tanh(alpha z) - tanh(alpha z')| / 2 as alpha grows.
     """
+    check("hamming_distance", "y", y, x.shape, x.dtype)
     pairs = zip(hamming_embedding(model, x), hamming_embedding(model, y), strict=True)
     return sum(((a != b).reshape(len(a), -1).sum(1) for a, b in pairs), start=array_module(x).zeros(len(x), int))

@@ -5,6 +5,7 @@
 The ambient term gamma_K |w|^2 is the optimiser's weight decay.
 """
 
+from .borders import check_labels
 from .layers import PairBatch
 from .losses import Hamming, of_logits
 
@@ -12,7 +13,11 @@ METHODS = ("manifold", "intrinsic", "hamming", "standard")
 
 
 def standard_step(model, x, labels) -> dict:
-    """Cross-entropy on x (N, H, W, C) and labels (N,): {"loss", "cross_entropy"}."""
+    """Cross-entropy on x (N, H, W, C) and labels (N,): {"loss", "cross_entropy"}.
+
+    ValueError for images, or labels, that do not fit each other or the model.
+    """
+    check_labels(labels, len(x))
     logits, cache = model.forward(x, train=True)
     value, _, gradient = of_logits(logits, labels)
     model.backward(gradient, cache, input_grad=False)
@@ -25,6 +30,7 @@ def manifold_step(model, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, pe
     x, rho (N, H, W, C); labels (N,). {"loss", "cross_entropy", "intrinsic", "hamming"}, the last two unweighted.
     ``docs/derivations/pair_batch.md``.
     """
+    check_labels(labels, len(x))
     tap = Hamming(alpha, gamma_h, per_sample)
     logits, cache = model.forward(PairBatch(x, rho), train=True, tap=tap)
     ce, pair, gradient = of_logits(logits, labels, gamma_i)

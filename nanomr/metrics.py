@@ -2,6 +2,7 @@
 
 from .attacks import pgd
 from .backend import array_module
+from .borders import check_labels
 from .manifold import corner_pairs, hamming_distance, hamming_embedding
 from .verify import interval
 
@@ -12,8 +13,8 @@ def as_float(images):
 
 
 def accuracy(model, images, labels, batch_size=1000) -> float:
-    """Share of uint8 ``images`` (N, H, W, C) that the model classifies as ``labels`` say."""
-    right = 0
+    """Share of uint8 ``images`` (N, H, W, C) that the model classifies as ``labels`` (N,) say."""
+    right, labels = 0, check_labels(labels, len(images))
     for i in range(0, len(images), batch_size):
         logits, _ = model.forward(as_float(images[i : i + batch_size]))
         right += int((logits.argmax(1) == labels[i : i + batch_size]).sum())

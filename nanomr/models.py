@@ -3,13 +3,14 @@
 Weights on disk are safetensors with PyTorch's names and layouts: ``docs/torch_twin.py`` loads them.
 """
 
-import copy
+import operator
 from pathlib import Path
 
 import numpy as np
 
 from . import checkpoint, rng
 from .backend import array_module, to_device, to_numpy
+from .borders import check
 from .errors import UserError
 from .layers import (
     AveragePool2d,
@@ -33,7 +34,9 @@ class Model(Sequential):
     """A network that maps images (N, H, W, C) in [0, 1] to logits (N, K).
 
     ``weights`` and ``gradients`` are flat vectors; every parameter and its gradient is a view into them, so that the
-    optimiser is one pass. ``architecture`` = {"name": ..., keyword arguments}: what a checkpoint needs to rebuild it.
+    optimiser is one pass. Whoever exchanges a parameter, a gradient or a layer need not know: the next look at the
+    vectors, and the next forward pass, take it in. Copies and pickles are networks of their own.
+    ``architecture`` = {"name": ..., keyword arguments}: what a checkpoint needs to rebuild it.
     """
 
     def __init__(self, children: dict[str, Layer], architecture: dict, input_shape: tuple, seed: int = 0):
@@ -45,51 +48,92 @@ class Model(Sequential):
                 bound = layer.fan_in**-0.5
                 for name, value in layer.params.items():
                     layer.params[name] = generator.uniform(-bound, bound, value.shape)
-        self._pack(np, np.dtype(np.float32))
+        self._weights = self._gradients = np.zeros(0, np.float32)
+        self._pack()
 
-    def _pack(self, xp, dtype):
-        """(Re)build the flat vectors in this array module and dtype; parameters and gradients become views."""
-        slots = [(layer, name) for _, layer in self.walk() for name in layer.params]
-        size = sum(layer.params[name].size for layer, name in slots)
-        self.weights, self.gradients = xp.empty(size, dtype), xp.zeros(size, dtype)
+    def _layers(self):
+        """Each layer once, however many names it has."""
+        return {id(layer): layer for _, layer in self.walk()}.values()
+
+    def _pack(self):
+        """Make every parameter and gradient a view of the flat vectors, which keep their place while all fits."""
+        xp, dtype = array_module(self._weights), self._weights.dtype
+        device = "cpu" if xp is np else "gpu"
+        slots = [(layer, name) for layer in self._layers() for name in layer.params]
+        weights = [xp.asarray(to_device(layer.params[name], device), dtype) for layer, name in slots]
+        gradients = [xp.zeros(value.shape, dtype) for value in weights]
+        for (layer, name), gradient in zip(slots, gradients, strict=True):
+            if name in layer.grads and layer.grads[name].shape == gradient.shape:
+                gradient[...] = to_device(layer.grads[name], device)
+        for name, parts in (("_weights", weights), ("_gradients", gradients)):
+            flat = xp.concatenate([xp.zeros(0, dtype), *(part.ravel() for part in parts)])
+            if flat.shape != getattr(self, name).shape:
+                setattr(self, name, xp.empty(flat.shape, dtype))
+            getattr(self, name)[...] = flat
         start = 0
-        for layer, name in slots:
-            value = layer.params[name]
+        for (layer, name), value in zip(slots, weights, strict=True):
             stop = start + value.size
-            self.weights[start:stop] = xp.asarray(value, dtype).ravel()
-            layer.params[name] = self.weights[start:stop].reshape(value.shape)
-            layer.grads[name] = self.gradients[start:stop].reshape(value.shape)
+            layer.params[name] = self._weights[start:stop].reshape(value.shape)
+            layer.grads[name] = self._gradients[start:stop].reshape(value.shape)
             start = stop
-        for _, layer in self.walk():
+        for layer in self._layers():
             for name, value in layer.buffers.items():
                 kind = dtype if value.dtype.kind in "fc" else value.dtype
-                layer.buffers[name] = xp.asarray(value, kind)
+                layer.buffers[name] = xp.asarray(to_device(value, device), kind)
+        self._views = self._arrays()
 
-    def __deepcopy__(self, memo):
-        """A network of its own, whose parameters are views of its own flat vectors."""
-        other = copy.copy(self)
-        memo[id(self)] = other
-        other.children = copy.deepcopy(self.children, memo)
-        other._pack(array_module(self.weights), self.dtype)
-        other.gradients[...] = self.gradients
+    def _arrays(self):
+        arrays = []
+        for _, layer in self.walk():
+            arrays += layer.params.values()
+            arrays += layer.grads.values()
+        return arrays
+
+    def _settled(self):
+        """Itself, after :meth:`_pack` if any parameter or gradient is not the view that it was."""
+        arrays = self._arrays()
+        if len(arrays) != len(self._views) or not all(map(operator.is_, arrays, self._views)):
+            self._pack()
+        return self
+
+    def _put(self, vector, values):
+        if getattr(values, "shape", ()) not in ((), vector.shape):
+            raise ValueError(f"the model takes a vector {vector.shape}, not {values.shape}")
+        vector[...] = values
+
+    weights = property(lambda self: self._settled()._weights, lambda self, values: self._put(self.weights, values))
+    gradients = property(lambda self: self._settled()._gradients, lambda self, v: self._put(self.gradients, v))
+
+    def __getstate__(self):
+        return self.__dict__ | {"_weights": self._weights[:0], "_gradients": self._gradients[:0], "_views": []}
+
+    def __setstate__(self, state):
+        """The parameters of a copy, or of a pickle, are arrays of their own (perhaps read-only): pack them again."""
+        self.__dict__.update(state)
+        for layer in self._layers():
+            layer.buffers = {name: value.copy() for name, value in layer.buffers.items()}
+        self._pack()
+
+    def __copy__(self):
+        """Another name for the same layers and vectors, as copy.copy is meant."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         return other
 
     @property
     def dtype(self):
-        return self.weights.dtype
+        return self._weights.dtype
 
     def to(self, device: str) -> "Model":
         """Move weights and buffers to "cpu" or "gpu", in place; returns self."""
-        for _, layer in self.walk():
-            for store in (layer.params, layer.buffers):
-                for name in store:
-                    store[name] = to_device(store[name], device)
-        self._pack(array_module(to_device(self.weights[:0], device)), self.dtype)
+        self._weights, self._gradients = (to_device(v[:0], device) for v in (self._weights, self._gradients))
+        self._pack()
         return self
 
     def astype(self, dtype) -> "Model":
         """Change the dtype of weights and buffers, in place; returns self. float64 proves gradients."""
-        self._pack(array_module(self.weights), np.dtype(dtype))
+        self._weights, self._gradients = (v[:0].astype(dtype) for v in (self._weights, self._gradients))
+        self._pack()
         return self
 
     def zero_grad(self):
@@ -101,15 +145,9 @@ class Model(Sequential):
         A float32 model takes bfloat16 images too: activations are then bfloat16, weights and logits float32.
         Evaluation mode unless ``train=True``. Raises ValueError for another shape or dtype.
         """
-        pair = isinstance(x, PairBatch)
-        for images in x if pair else (x,):
-            if tuple(images.shape[1:]) != self.input_shape:
-                wanted = ", ".join(map(str, ("N", *self.input_shape)))
-                raise ValueError(f"the model takes images ({wanted}), not {images.shape}")
-            if images.dtype != self.dtype and (images.dtype.name, self.dtype.name) != ("bfloat16", "float32"):
-                raise ValueError(f"the model is {self.dtype}, the images are {images.dtype}: convert one of them")
-        if pair and len(x.x) != len(x.rho):
-            raise ValueError(f"{len(x.x)} images and {len(x.rho)} perturbations: there must be one for each")
+        for images in x if isinstance(x, PairBatch) else (x,):
+            check("the model", "images", images, ("N", *self.input_shape), self.dtype)
+        self._settled()
         logits, cache = super().forward(x, train=train, tap=tap)
         if isinstance(logits, PairBatch):  # no ReLU at all: a linear model
             return logits.full(), (cache, True)
@@ -125,7 +163,7 @@ class Model(Sequential):
         """Parameters and buffers with PyTorch's names and layouts, as NumPy arrays of their own."""
         return {
             f"{path}.{name}": np.array(layer.to_torch(name, to_numpy(value)), order="C")
-            for path, layer in self.walk()
+            for path, layer in self._settled().walk()
             for name, value in (*layer.params.items(), *layer.buffers.items())
         }
 
@@ -133,7 +171,7 @@ class Model(Sequential):
         """Copy values in, by PyTorch's names. Raises UserError, and changes nothing, when names or shapes differ."""
         slots = {
             f"{path}.{name}": (layer, name, value)
-            for path, layer in self.walk()
+            for path, layer in self._settled().walk()
             for name, value in (*layer.params.items(), *layer.buffers.items())
         }
         if missing := sorted(slots.keys() ^ state.keys()):

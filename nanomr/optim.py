@@ -17,10 +17,15 @@ class SGD:
         self.velocity = array_module(model.weights).zeros_like(model.weights)
 
     def step(self, lr: float):
-        """One update from ``model.gradients``, which it then clears. Returns the gradient's norm before clipping."""
+        """One update from ``model.gradients``, which it then clears. Returns the gradient's norm before clipping.
+
+        Raises ValueError when the model has got other layers, or another dtype, since the optimiser was made.
+        """
         weights, gradients = self.model.weights, self.model.gradients
+        if self.velocity.shape != weights.shape or self.velocity.dtype != weights.dtype:
+            raise ValueError("the model has other weights than when this optimiser was made: make a new one")
         ops = ops_for(weights)
-        norm = ops.norm(gradients) if hasattr(ops, "norm") else (gradients @ gradients) ** 0.5
+        norm = ops.norm(gradients)
         if self.clip is not None:
             gradients *= array_module(norm).minimum(1.0, self.clip / (norm + 1e-12)).astype(gradients.dtype)
         ops.sgd_update(weights, gradients, self.velocity, lr, self.momentum, self.weight_decay)

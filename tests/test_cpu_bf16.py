@@ -1,6 +1,9 @@
 """bfloat16 on a CPU: the same checks as of the GPU's kernels (``bf16.py``), by every product that this machine has."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from test_layers import TINY, applies, make_case
 from test_ops import CHANNELS, OPERATIONS, feature_maps
 
 from nanomr.ops import cpu, ops_for
-from nanomr.ops.cpu import gather_gemm, simd
+from nanomr.ops.cpu import amx, gather_gemm, simd
 
 few = settings(
     max_examples=max(3, settings().max_examples * 2 // 5), suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -36,9 +39,20 @@ SHAPES = [  # beside those of the networks: batches that are no pairs, a last gr
 ]
 
 
-@pytest.fixture(params=simd.PRODUCTS)
+TILES = {"amx": amx.Tiles("amx"), "emulated tiles": amx.Tiles("emulated")}
+
+
+@pytest.fixture(params=[*simd.PRODUCTS, *["amx"] * amx.works()])
 def product(request, monkeypatch):
-    monkeypatch.setattr(gather_gemm, "PRODUCT", request.param)
+    """Each way to multiply that this machine has."""
+    monkeypatch.setattr(gather_gemm, "TILES", TILES.get(request.param))
+    if request.param not in TILES:
+        monkeypatch.setattr(gather_gemm, "PRODUCT", request.param)
+
+
+@pytest.fixture(params=["emulated tiles", *["amx"] * amx.works()])
+def tiles(request, monkeypatch):
+    monkeypatch.setattr(gather_gemm, "TILES", TILES[request.param])
 
 
 def test_the_dtype_decides():
@@ -51,6 +65,72 @@ def test_the_dtype_decides():
 @pytest.mark.parametrize(("x_shape", "w_shape", "stride", "padding"), SHAPES)
 def test_convolutions_of_the_networks(product, x_shape, w_shape, stride, padding, rng):
     check_convolutions(cpu, np, rng, x_shape, w_shape, stride, padding)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "stride", "padding"),
+    [
+        ((3, 4, 4, 32), (3, 3, 32, 32), 1, ALL_ROUND),
+        ((33, 3, 5, 64), (3, 3, 64, 32), 2, ALL_ROUND),  # a second block of images, nearly empty; odd sizes
+        ((2, 4, 4, 32), (1, 1, 32, 64), 2, (0, 0, 0, 0)),  # a shortcut
+        ((2, 5, 3, 32), (2, 3, 32, 32), 1, (0, 1, 2, 0)),
+    ],
+)
+def test_convolutions_by_tiles(tiles, x_shape, w_shape, stride, padding, rng, monkeypatch):
+    used = []
+
+    def counted(function):
+        return lambda *args: (used.append(function), function(*args))
+
+    for name in ("gather", "reduce"):
+        monkeypatch.setattr(amx, name, counted(getattr(amx, name)))
+    check_convolutions(cpu, np, rng, x_shape, w_shape, stride, padding)
+    assert len(used) == 6, "some pass was not computed by tiles"
+
+
+@pytest.mark.slow
+def test_tiles_compile_to_tiles():
+    """For a CPU that has them, whatever this one is: every pass has its instructions, and no block of instructions that
+    has one of them calls a function, which might use the tiles."""
+    features = (
+        "64bit adx aes amx-bf16 amx-int8 amx-tile avx avx2 avx512bf16 avx512bw avx512cd avx512dq avx512f avx512ifma "
+        "avx512vbmi avx512vbmi2 avx512vl avx512vnni bmi bmi2 cmov cx16 f16c fma fxsr gfni lzcnt mmx movbe popcnt sse "
+        "sse2 sse3 sse4.1 sse4.2 ssse3 xsave"
+    )
+    environment = {
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in features.split()),
+        "NANOMR_NO_AMX": "1",  # they are not run
+    }
+    script = """
+import numba
+from numba import types as t
+from nanomr.ops.cpu import amx, simd
+
+words, floats, table = (t.Array(kind, 1, "C") for kind in (t.int32, t.float32, t.int64))
+cube = lambda kind: t.Array(kind, 3, "C")
+place, number = t.UniTuple(t.int64, 4), t.int64
+tiles, config = numba.typeof(amx.Tiles("amx")), numba.typeof(amx.CONFIG)
+kernels = {
+    "gather": (cube(t.int32), number, place, words, floats, cube(t.uint16), cube(t.uint16), *[table] * 5,
+               number, number, tiles, config, numba.typeof(simd.Lanes(1))),
+    "reduce": (cube(t.uint16), number, place, cube(t.uint16), table, table, cube(t.float32),
+               t.Array(t.float32, 2, "C"), tiles, config, numba.typeof(simd.Lanes(1, "avx512_bf16"))),
+}
+for name, signature in kernels.items():
+    kernel = numba.njit(**{**amx.FLAGS, "cache": False})(getattr(amx, name).py_func)
+    kernel.compile(signature)
+    found, block = {}, set()
+    for line in "\\n".join(kernel.inspect_asm().values()).splitlines():
+        word = line.split()[0] if line.split() else ""
+        found[word] = found.get(word, 0) + 1
+        block = set() if word.endswith(":") or word.startswith("j") else block | {word[:5]}
+        busy = block & {"tilez", "tilel", "tdpbf", "tiles"}  # from the first sum to the last store
+        assert not (busy and block & {"call", "callq"}), (name, line)
+    for word in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert found.get(word), (name, word)
+"""
+    subprocess.run([sys.executable, "-c", script], env=os.environ | environment, check=True)
 
 
 @few

@@ -226,7 +226,7 @@ def test_one_number_of_padding_means_all_four_sides():
 
 def test_convolution_refuses_what_does_not_fit(rng):
     x = np.zeros((1, 3, 5, 2))
-    for layer, words in ((Conv2d(3, 1, 1), "3 channels"), (Conv2d(2, 1, 4), "does not fit")):
+    for layer, words in ((Conv2d(3, 1, 1), r"\(N, H, W, 3\)"), (Conv2d(2, 1, 4), "does not fit")):
         with pytest.raises(ValueError, match=words):
             prepare(layer, rng).forward(x)
 

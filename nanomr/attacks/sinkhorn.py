@@ -8,7 +8,8 @@ leave the range of a float64; for images where they would, it gives up. ``deriva
 import numpy as np
 from numba import njit, prange
 
-FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
+from ..ops.cpu.flags import FLAGS
+
 LOG2 = 0.6931471805599453
 LIMIT = 500.0  # beyond e^500 we give up: products of two such numbers and a pixel must still be finite
 SMALLEST, LARGEST = np.exp(-LIMIT), np.exp(LIMIT)

@@ -19,8 +19,10 @@ def _sum(result, plus):
 
 
 def conv2d_shape(x_shape, w_shape, stride, padding):
-    """(N, Ho, Wo, Cout) of a convolution; ValueError when the kernel does not fit or the channels differ."""
+    """(N, Ho, Wo, Cout) of a convolution; ValueError when the kernel does not fit."""
     (n, h, w, c), (kh, kw, c_in, c_out), (top, bottom, left, right) = x_shape, w_shape, padding
+    if stride < 1 or min(padding) < 0:
+        raise ValueError(f"a convolution takes a stride of at least 1 and no negative padding, not {stride}, {padding}")
     if c != c_in:
         raise ValueError(f"the convolution expects {c_in} channels, the input has {c}")
     ho, wo = (h + top + bottom - kh) // stride + 1, (w + left + right - kw) // stride + 1
@@ -277,6 +279,11 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     velocity *= momentum
     velocity += g + weight_decay * w
     w -= lr * velocity
+
+
+def norm(x):
+    """The l2 norm of a vector."""
+    return (x @ x) ** 0.5
 
 
 def crop_flip(images, index, top, left, flip, pad=4):

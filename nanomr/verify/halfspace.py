@@ -5,8 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from ..ops.cpu.flags import FLAGS
+
 STEPS = 10  # of bisection
-_jit = njit(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+_jit = njit(**FLAGS)
 
 
 class Rows(NamedTuple):

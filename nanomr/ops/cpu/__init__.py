@@ -1,7 +1,8 @@
 """The CPU: Numba kernels for float32 and bfloat16. The same functions as ``reference``, which is their oracle.
 
-``gather_gemm``: convolutions and linear layers. ``normalization``: batch norm and the ReLU behind it. ``elementwise``,
-``attacks``, ``training``: what touches each number once. ``simd``: vectors in registers. ``memory``: recycled arrays.
+``gather_gemm``: convolutions and linear layers; ``amx``: the same by tiles. ``normalization``: batch norm and the ReLU
+behind it. ``elementwise``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors in registers.
+``memory``: recycled arrays.
 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
@@ -42,4 +43,4 @@ from .normalization import (  # noqa: F401
     batchnorm_statistics,
     scale_channels,
 )
-from .training import corners, crop_flip, sgd_update  # noqa: F401
+from .training import corners, crop_flip, norm, sgd_update  # noqa: F401

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, prange
 
 from .elementwise import _flat
-from .gather_gemm import FLAGS
+from .flags import FLAGS
 from .memory import empty, ready
 
 _ZERO, _ONE = np.float32(0), np.float32(1)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .gather_gemm import FLAGS
+from .flags import FLAGS
 from .memory import BFLOAT16, empty, numbers, ready
 from .simd import narrow, widen
 

@@ -28,25 +28,32 @@ import numpy as np
 from numba import njit, prange
 
 from ..reference import conv2d_shape
-from . import simd
+from . import amx, simd
+from .flags import FLAGS
 from .memory import BFLOAT16, empty, numbers, ready
 from .simd import MAX_LANES, ROWS, WIDTH
 
 PRODUCT = simd.PRODUCTS[0]  # how words are multiplied on this machine
+TILES = amx.Tiles("amx") if amx.works() else None  # ... or by tiles, where channels fill them
 
 
 def kernel(precision: str) -> str:
     """How this machine multiplies: what the last bits of a result depend on. ``precision`` "fp32" or "bf16"."""
     floats = "fma, " + ("AVX-512" if simd.AVX512 else "256 bits or less")
+    if precision == "bf16" and TILES is not None:
+        return "amx"
     return "avx512_bf16" if precision == "bf16" and PRODUCT == "avx512_bf16" else floats
 
 
-FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)  # but NaN and infinity stay what they are
-
-
 def threads():
-    """Numba's threads: into how many chunks a kernel cuts its work."""
+    """Numba's threads: into how many chunks a kernel cuts its work. Never a sum: see :func:`sum_parts`."""
     return numba.get_num_threads()
+
+
+def sum_parts(size):
+    """Into how many parts a sum of ``size`` numbers over images is cut: whatever the threads, so that its bits are the
+    same for any number of them. Few where it is large, since each part is written and read once more."""
+    return 16 if size <= 1 << 14 else 8 if size <= 1 << 17 else 4
 
 
 # --- the gather-GEMM --------------------------------------------------------------------------------------------------
@@ -366,6 +373,19 @@ def _plus(plus, y):
     return _rows_of(y[:0]) if plus is None else _rows_of(plus.astype(y.dtype, copy=False))
 
 
+def _fills_tiles(product, *channels):
+    """Do so many channels, read and stored, fill AMX's tiles, and are there any?"""
+    return TILES is not None and product != "float32" and all(c % amx.SUMS == 0 for c in channels)
+
+
+def _by_tiles(x, words, place, w, bias, plus, y, a, o, pixels, b, taps, width):
+    """:func:`_gather_gemm` by tiles; ``width`` is how many pixels follow each other in a row."""
+    run = width * -(-16 // width)  # enough of them for a panel of w to be worth reading
+    amx.gather(
+        x, words, place, w, bias, plus, y, a, o, pixels, b, taps, run, threads(), TILES, amx.CONFIG, simd.Lanes(1)
+    )
+
+
 def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
     rows, c, product = _source(x)
@@ -374,6 +394,11 @@ def conv2d(x, w, b, stride, padding, plus=None):
     a, o, taps, place = _forward_tables((images, *x.shape[1:3], c), (*w.shape[:2], c, shape[3]), stride, padding)
     weights, lanes = _panels(w.reshape(-1, shape[3]), product)
     y = empty(shape, x.dtype)
+    if _fills_tiles(product, x.shape[3], shape[3]):
+        a, o, taps, place = _forward_tables((1, *x.shape[1:3], c), (*w.shape[:2], c, shape[3]), stride, padding)
+        ends = np.array([0, len(a)]), taps, np.array([0, len(taps)])
+        _by_tiles(rows, c, place, weights, _bias(b, shape[3]), _plus(plus, y), _rows_of(y), a, o, *ends, shape[2])
+        return y
     groups = np.array([0, len(a)]), taps, np.array([0, len(taps)])  # of pixels: one, which meets all taps
     inputs = (rows, place, weights, _bias(b, shape[3]), _plus(plus, y), _rows_of(y), (0, 0, 0, 0), images)
     _gather_gemm(*inputs, a, o, *groups, shape[3], 1, threads(), lanes)
@@ -397,6 +422,12 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     w = w.transpose(0, 2, 5, 1, 3, 4).reshape(-1, 1 if product == "float32" else 2, channels)[index]
     weights, lanes = _panels(w.reshape(-1, channels), product)
     dx = empty(x_shape, dy.dtype)
+    if spans == (1, 1) and _fills_tiles(product, dy.shape[3], channels):
+        one = (1, *x_shape[1:]), shapes[1]
+        a, o, pixels, b, taps, _, place, _ = _input_gradient_tables(*one, stride, padding, spans)
+        ends = a, o, pixels, b, taps, -(-w_x // stride)
+        _by_tiles(rows, c_out, place, weights, _bias(None, channels), _plus(plus, dx), _rows_of(dx), *ends)
+        return dx
     inputs = (rows, place, weights, _bias(None, channels), _plus(plus, dx), _rows_of(dx), wide)
     _gather_gemm(*inputs, images, a, o, pixels, b, taps, channels, spans[0], threads(), lanes)
     return dx
@@ -409,8 +440,7 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
     pixels, _, taps, place = _forward_tables((images, *x.shape[1:]), w_shape, stride, padding)
     rows = np.zeros(-(-len(taps) // ROWS) * ROWS, np.int64)  # the rows added are computed and thrown away
     rows[: len(taps)] = taps
-    # The images are cut into parts whose sums are added up: their number must not depend on that of the threads.
-    parts = max(4, min(16, (1 << 21) // (len(rows) * columns)))
+    parts = sum_parts(len(rows) * columns)
     dw, db = np.zeros((parts, len(rows), columns), np.float32), np.zeros((parts, columns), np.float32)
     steps = np.arange(ROWS) * columns  # from one row of dw to the next
     if x.dtype == np.float32:
@@ -422,6 +452,12 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
         flat = numbers(dy.astype(x.dtype, copy=False)).reshape(len(dy), -1, c_out)
         if c_out != columns:
             flat = np.pad(flat, ((0, 0), (0, 0), (0, columns - c_out)))
+        if _fills_tiles(PRODUCT, w_shape[2], c_out):
+            pixels, _, taps, place = _forward_tables((1, *x.shape[1:]), w_shape, stride, padding)
+            dw = np.zeros((parts, len(taps), columns), np.float32)
+            tables = taps, pixels, dw, db, TILES, amx.CONFIG, simd.Lanes(1, PRODUCT)
+            amx.reduce(_rows_of(x), w_shape[2], place, flat, *tables)
+            return dw.sum(0).reshape(w_shape), db.sum(0)
         lanes = _lanes(columns, PRODUCT)
         _gather_gemm_reduce_pairs(_rows_of(x), place, images, flat, columns, rows, pixels, steps, dw, db, lanes)
     return dw.sum(0)[: len(taps), :c_out].reshape(w_shape), db.sum(0)[:c_out]

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from .elementwise import _max0, _relu_hamming_gradients, _tanh
-from .gather_gemm import FLAGS
+from .flags import FLAGS
 from .memory import empty, numbers, ready
 from .simd import narrow, widen
 

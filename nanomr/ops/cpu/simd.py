@@ -17,18 +17,18 @@ from numba.core import types
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
 
-def _has(feature: str) -> bool:
+def has(feature: str) -> bool:
     chosen = os.environ.get("NUMBA_CPU_FEATURES")
     return f"+{feature}" in chosen if chosen is not None else get_host_cpu_features().get(feature, False)
 
 
-AVX512 = _has("avx512f")
+AVX512 = has("avx512f")
 WIDTH = 16  # numbers in the narrow vector
 ROWS = 7 if AVX512 else 4  # accumulators: what leaves registers for the operands, by trial
 MAX_LANES = 2 if AVX512 else 1
 
 # How words are multiplied: by one instruction (AVX-512 BF16), or by two float32 products (any machine).
-PRODUCTS = ("avx512_bf16", "fma") if AVX512 and _has("avx512bf16") else ("fma",)
+PRODUCTS = ("avx512_bf16", "fma") if AVX512 and has("avx512bf16") else ("fma",)
 
 
 class Lanes(NamedTuple):
@@ -107,7 +107,7 @@ def _unbox(kind, _, context):
 # --- what LLVM is told ------------------------------------------------------------------------------------------------
 
 
-def _address(context, builder, array_type, array, index):
+def address(context, builder, array_type, array, index):
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
@@ -117,7 +117,7 @@ def _load(builder, address, kind):
     return value
 
 
-def _call(builder, name, result, arguments):
+def call(builder, name, result, arguments):
     function = builder.module.globals.get(name)
     function = function or ir.Function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
     return builder.call(function, arguments)
@@ -139,7 +139,7 @@ def _part(builder, vector, first, count):
 
 
 def _fma(builder, a, b, c):
-    return _call(builder, f"llvm.fma.v{c.type.count}f32", c.type, [a, b, c])
+    return call(builder, f"llvm.fma.v{c.type.count}f32", c.type, [a, b, c])
 
 
 def _halves(builder, words):
@@ -161,7 +161,7 @@ def _multiply(builder, product, scalar, b, c):
         return c
     sixteen = _broadcast(builder, scalar, WIDTH)
     parts = [
-        _call(
+        call(
             builder,
             "llvm.x86.avx512bf16.dpbf16ps.512",
             ir.VectorType(_FLOAT, WIDTH),
@@ -219,7 +219,7 @@ def _store(builder, value, address, first, last):
             builder.store(value, pointer).align = align
         with some:
             arguments = [value, pointer, ir.Constant(_I32, align), _mask(builder, width, first, last)]
-            _call(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), arguments)
+            call(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), arguments)
 
 
 def _plus(builder, value, address, first, last):
@@ -228,7 +228,7 @@ def _plus(builder, value, address, first, last):
     align = ir.Constant(_I32, 2 if kind.element == _I16 else 4)
     mask = _mask(builder, kind.count, first, last)
     nothing = _splat(kind, 0 if kind.element == _I16 else 0.0)
-    found = _call(builder, f"llvm.masked.load.{name}.p0", kind, [pointer, align, mask, nothing])
+    found = call(builder, f"llvm.masked.load.{name}.p0", kind, [pointer, align, mask, nothing])
     if kind.element == _I16:
         words = ir.VectorType(_I32, kind.count)
         found = builder.bitcast(builder.shl(builder.zext(found, words), _splat(words, 16)), value.type)
@@ -249,7 +249,7 @@ def load(typingctx, array, index, lanes):
     """array[index :], a vector to multiply by."""
 
     def codegen(context, builder, signature, args):
-        return _load(builder, _address(context, builder, signature.args[0], *args[:2]), signature.return_type.llvm)
+        return _load(builder, address(context, builder, signature.args[0], *args[:2]), signature.return_type.llvm)
 
     return Operand(lanes)(array, types.intp, lanes), codegen
 
@@ -259,7 +259,7 @@ def load_sums(typingctx, array, index, lanes):
     """array[index :], float32: what sums begin with."""
 
     def codegen(context, builder, signature, args):
-        return _load(builder, _address(context, builder, signature.args[0], *args[:2]), signature.return_type.llvm)
+        return _load(builder, address(context, builder, signature.args[0], *args[:2]), signature.return_type.llvm)
 
     return Sums(lanes.width)(array, types.intp, lanes), codegen
 
@@ -269,7 +269,7 @@ def offset(typingctx, table, index):
     """table[index], int64; unlike Numba's own indexing it does not ask whether the index is negative."""
 
     def codegen(context, builder, signature, args):
-        return builder.load(_address(context, builder, signature.args[0], *args))
+        return builder.load(address(context, builder, signature.args[0], *args))
 
     return types.int64(table, types.intp), codegen
 
@@ -279,7 +279,7 @@ def store(typingctx, array, index, value, first, last):
     """array[index + j] = number j of the sums ``value``, for first <= j < last."""
 
     def codegen(context, builder, signature, args):
-        _store(builder, args[2], _address(context, builder, signature.args[0], *args[:2]), *args[3:])
+        _store(builder, args[2], address(context, builder, signature.args[0], *args[:2]), *args[3:])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value, types.intp, types.intp), codegen
@@ -290,7 +290,7 @@ def plus(typingctx, array, index, value, first, last):
     """value + array[index + j], for first <= j < last."""
 
     def codegen(context, builder, signature, args):
-        return _plus(builder, args[2], _address(context, builder, signature.args[0], *args[:2]), *args[3:])
+        return _plus(builder, args[2], address(context, builder, signature.args[0], *args[:2]), *args[3:])
 
     return value(array, types.intp, value, types.intp, types.intp), codegen
 
@@ -301,9 +301,9 @@ def copy(typingctx, source, start, target, at, lanes):
 
     def codegen(context, builder, signature, args):
         kind = ir.VectorType(signature.args[4].element, signature.args[4].width)
-        value = _load(builder, _address(context, builder, signature.args[0], *args[:2]), kind)
-        address = _address(context, builder, signature.args[2], *args[2:4])
-        builder.store(value, builder.bitcast(address, kind.as_pointer())).align = 4
+        value = _load(builder, address(context, builder, signature.args[0], *args[:2]), kind)
+        there = address(context, builder, signature.args[2], *args[2:4])
+        builder.store(value, builder.bitcast(there, kind.as_pointer())).align = 4
         return context.get_dummy_value()
 
     return types.void(source, types.intp, target, types.intp, lanes), codegen
@@ -328,7 +328,7 @@ def fma(typingctx, array, index, b, c):
     """array[index] b + c, for a vector b and sums c."""
 
     def codegen(context, builder, signature, args):
-        scalar = builder.load(_address(context, builder, signature.args[0], *args[:2]))
+        scalar = builder.load(address(context, builder, signature.args[0], *args[:2]))
         return _multiply(builder, signature.args[2].product, scalar, args[2], args[3])
 
     return c(array, types.intp, b, c), codegen
@@ -348,9 +348,9 @@ def tile_rows(typingctx, array, table, start):
         result = ir.Constant(signature.return_type.llvm, ir.Undefined)
         for row in range(ROWS):
             index = builder.add(start_value, ir.Constant(_I64, row))
-            index = builder.load(_address(context, builder, signature.args[1], table_value, index))
-            address = _address(context, builder, signature.args[0], array_value, index)
-            result = builder.insert_value(result, address, row)
+            index = builder.load(address(context, builder, signature.args[1], table_value, index))
+            place = address(context, builder, signature.args[0], array_value, index)
+            result = builder.insert_value(result, place, row)
         return result
 
     return Rows(_ELEMENTS[array.dtype])(array, table, types.intp), codegen

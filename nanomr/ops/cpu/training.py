@@ -3,7 +3,8 @@
 import numpy as np
 from numba import njit, prange
 
-from .gather_gemm import FLAGS, threads
+from .flags import FLAGS
+from .gather_gemm import threads
 from .memory import empty
 
 _ZERO = np.float32(0)
@@ -19,6 +20,21 @@ def _sgd_update(w, g, velocity, lr, momentum, weight_decay, chunks):
 
 def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     _sgd_update(w, g, velocity, *(np.float32(v) for v in (lr, momentum, weight_decay)), threads())
+
+
+@njit(parallel=True, **FLAGS)
+def _sum_squares(x, partial):
+    for t in prange(len(partial)):
+        total = _ZERO
+        for i in range(len(x) * t // len(partial), len(x) * (t + 1) // len(partial)):
+            total += x[i] * x[i]
+        partial[t] = total
+
+
+def norm(x):
+    partial = np.empty(64, np.float32)  # not a dot product of BLAS, whose threads may decide how it is summed
+    _sum_squares(x, partial)
+    return np.float32(partial.sum(dtype=np.float64) ** 0.5)
 
 
 @njit(parallel=True, **FLAGS)
