@@ -27,6 +27,14 @@ def whole(who: str, name: str, value, least: int = 1) -> int:
     return number
 
 
+def four_sides(who: str, padding) -> tuple:
+    """``padding``, one number from 0 on or (top, bottom, left, right), as four."""
+    sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
+    if len(sides) != 4:
+        raise ValueError(f"{who} takes one number of padding, or (top, bottom, left, right), not {padding!r}")
+    return tuple(whole(who, "padding", side, 0) for side in sides)
+
+
 def check(who, name: str, x, shape: tuple, dtype=None, mixed=MIXED) -> None:
     """``x`` must be an array of floats of this shape, and of this dtype or one that it mixes with.
 

@@ -74,6 +74,7 @@ def hamming_distance(model, x, y):
 
     It is the limit of sum |tanh(alpha z) - tanh(alpha z')| / 2 as alpha grows.
     """
+    check("hamming_distance", "x", x, (...,))
     check("hamming_distance", "y", y, x.shape, x.dtype)
     pairs = zip(hamming_embedding(model, x), hamming_embedding(model, y), strict=True)
     return sum(((a != b).reshape(len(a), -1).sum(1) for a, b in pairs), start=array_module(x).zeros(len(x), int))

@@ -46,8 +46,9 @@ class Model(Sequential):
         for _, layer in self.walk():
             if isinstance(layer, Conv2d | Linear):  # PyTorch's default: uniform within 1 / sqrt(fan in)
                 bound = layer.fan_in**-0.5
-                for name, value in layer.params.items():
-                    layer.params[name] = generator.uniform(-bound, bound, value.shape)
+                drawn = {n: generator.uniform(-bound, bound, value.shape) for n, value in layer.params.items()}
+                if not any(value.any() for value in layer.params.values()):  # a layer of another network is kept
+                    layer.params.update(drawn)
         self._weights = self._gradients = np.zeros(0, np.float32)
         self._pack()
 
