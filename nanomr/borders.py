@@ -54,7 +54,7 @@ def _fits(found, shape):
     if shape and shape[0] is ...:
         if 0 in found or len(found) < len(shape):
             return False
-        return len(shape) == 1 or found[1 - len(shape) :] == shape[1:]
+        return len(shape) == 1 or _fits(found[1 - len(shape) :], shape[1:])
     if len(found) != len(shape):
         return False
     for size, wanted in zip(found, shape, strict=True):

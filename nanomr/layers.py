@@ -152,7 +152,8 @@ class Affine(Layer):
 
     def forward(self, x, train=False, tap=None):
         if isinstance(x, PairBatch):
-            return PairBatch(self.apply(x.checked().x), self.apply(x.rho, bias=False)), x
+            x.checked()
+            return PairBatch(self.apply(x.x), self.apply(x.rho, bias=False)), x
         return self.apply(x), x
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):

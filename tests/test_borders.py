@@ -50,6 +50,8 @@ class Entry:
 
 
 def fit(shape, wanted):
+    if callable(wanted):
+        return wanted(shape) and 0 not in shape
     if wanted is None:
         return len(shape) > 0 and 0 not in shape
     return len(shape) == len(wanted) and all(s == w if w else s > 0 for s, w in zip(shape, wanted, strict=True))
@@ -159,6 +161,7 @@ def entries():
     yield "hamming", lambda: bound(losses.hamming, (N, H, K), (N, H, K))
     yield "laplacian", lambda: bound(manifold.laplacian, (N, K), (N, N), fits=((N, ANY), (N, N)))
     yield "resampled", lambda: bound(manifold.resampled_laplacian, (N, C, K), (N, C, C), fits=((N, C, ANY), (N, C, C)))
+    yield "heat_kernel", lambda: bound(lambda x: manifold.heat_kernel(x, 1.0), (2, N, K), fits=(lambda s: len(s) > 1,))
     yield "corner_pairs", lambda: bound(lambda x: manifold.corner_pairs(x, 0.1, 0, 0), IMAGE, fits=(None,))
     yield "hamming_distance", lambda: bound(lambda x, y: manifold.hamming_distance(model(), x, y), IMAGE, IMAGE)
     yield "standard_step", lambda: bound(lambda x: methods.standard_step(model(), x, LABELS), IMAGE)
