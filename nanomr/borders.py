@@ -10,10 +10,11 @@ import numpy as np
 
 from .backend import array_module
 
-# Dtypes that may meet though they differ: pictures and what weights and logits are, a complex step and what it leaves;
-# WIDER ones may meet float32 weights, which they lose nothing of.
-MIXED = {("bfloat16", "float32"), ("float32", "bfloat16"), ("complex128", "float64"), ("float64", "complex128")}
-WIDER = MIXED | {("float64", "float32"), ("complex128", "float32")}
+# (found, wanted): dtypes that may meet though they differ. Pictures are bfloat16 where weights, logits and what comes
+# back from them are float32; a complex step goes through float64; weights narrower than pictures lose nothing.
+BFLOAT16 = {("bfloat16", "float32")}
+MIXED = {("float32", "bfloat16"), ("complex128", "float64"), ("float64", "complex128")}
+WEIGHTS = BFLOAT16 | MIXED | {("float64", "float32"), ("complex128", "float32")}
 
 
 def whole(who: str, name: str, value, least: int = 1) -> int:
@@ -36,7 +37,7 @@ def four_sides(who: str, padding) -> tuple:
 
 
 def check(who, name: str, x, shape: tuple, dtype=None, mixed=MIXED) -> None:
-    """``x`` must be an array of floats of this shape, and of this dtype or one that it mixes with.
+    """``x`` must be an array of floats of this shape, and of this dtype or one that may be ``mixed`` with it.
 
     ``shape``: numbers, letters where any size from 1 on will do, and perhaps ... in the first place.
     """

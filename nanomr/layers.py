@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .borders import WIDER, check, check_plus, check_triple, four_sides, whole
+from .borders import WEIGHTS, check, check_plus, check_triple, four_sides, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
 
@@ -37,7 +37,7 @@ class PairBatch(NamedTuple):
     def checked(self) -> "PairBatch":
         """Itself, if there is a rho for each x."""
         check("a PairBatch", "x", self.x, (...,))
-        check("a PairBatch", "rho", self.rho, self.x.shape, self.x.dtype)
+        check("a PairBatch", "rho", self.rho, self.x.shape, self.x.dtype, mixed=())
         return self
 
     def full(self):
@@ -190,7 +190,7 @@ class Conv2d(Affine):
 
     def output_shape(self, x):
         weight = self.checked_weight()
-        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WIDER)
+        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WEIGHTS)
         return conv2d_shape(x.shape, weight.shape, self.stride, self.padding)
 
     def apply(self, x, bias=True, plus=None):
@@ -236,7 +236,7 @@ class Linear(Affine):
 
     def output_shape(self, x):
         weight = self.checked_weight()
-        check(self, "x", x, ("N", len(weight)), weight.dtype, WIDER)
+        check(self, "x", x, ("N", len(weight)), weight.dtype, WEIGHTS)
         return len(x), weight.shape[1]
 
     def apply(self, x, bias=True):
@@ -276,7 +276,7 @@ class Normalize(Affine):
     def output_shape(self, x):
         std = self.buffers["std"]
         channels = max(self.buffers["mean"].size, std.size)
-        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WIDER)
+        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WEIGHTS)
         return x.shape
 
     def apply(self, x, bias=True):
@@ -393,8 +393,8 @@ class BatchNorm2d(Layer):
 
     def forward(self, x, train=False, tap=None):
         for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
-            check(self, name, value, (self.channels,))
-        check(self, "x", x, ("N", "H", "W", self.channels), self.params["weight"].dtype, WIDER)
+            check(self, name, value, (self.channels,), getattr(self.params["weight"], "dtype", None))
+        check(self, "x", x, ("N", "H", "W", self.channels), self.params["weight"].dtype, WEIGHTS)
         ops = ops_for(x)
         if train:
             mean, var = ops.batchnorm_statistics(x)

@@ -21,6 +21,7 @@ from strategies import convolutions, fewer, seeds
 
 import nanomr as mr
 from nanomr import losses, manifold, methods, metrics
+from nanomr.data import Dataset
 from nanomr.layers import (
     AveragePool2d,
     BatchNorm2d,
@@ -238,7 +239,7 @@ def test_weights_wider_than_the_pictures_are_refused(dtype):
                 layer.forward(floats(shape))
 
 
-def test_bfloat16_meets_float32(monkeypatch):
+def test_bfloat16_meets_float32():
     """Pictures are bfloat16 where weights and logits are float32; by the formulas here, by kernels on a device."""
     layer = Sequential({"relu": ReLU(), "flat": Flatten()})
     x = floats(IMAGE).astype(ml_dtypes.bfloat16)
@@ -246,6 +247,9 @@ def test_bfloat16_meets_float32(monkeypatch):
     assert y.dtype == x.dtype
     layer.children["relu"].backward(floats(IMAGE), passed)
     Linear(C, K).output_shape(x[:, 0, 0])
+    for rho in (x, x.astype(np.float32)):  # one kernel reads both: they are of one dtype
+        with pytest.raises(ValueError, match="rho"):
+            PairBatch(x if rho is not x else x.astype(np.float32), rho).checked()
     with pytest.raises(ValueError, match="bfloat16"):
         drawn(model()).astype(np.float64).forward(x)
 
@@ -324,6 +328,9 @@ def test_running_statistics_of_another_shape_are_refused():
     layer.buffers["running_mean"] = np.zeros(1, np.float32)
     with pytest.raises(ValueError, match="running_mean"):
         layer.forward(floats(IMAGE))
+    layer.buffers["running_mean"] = np.zeros(C)
+    with pytest.raises(ValueError, match=r"running_mean \(3,\) float32, not \(3,\) float64"):
+        layer.forward(floats(IMAGE))
 
 
 def test_a_gradient_is_added_to_one_of_its_own_shape():
@@ -394,6 +401,16 @@ def test_accuracy_takes_a_label_for_each_image():
     for wrong in ("(N, 1)", "one", "too many", "-1", "floats"):  # an (N, 1) column compared N x N
         with pytest.raises(ValueError, match="labels must be"):
             metrics.accuracy(model(), images, WRONG_LABELS[wrong])
+
+
+@pytest.mark.parametrize("wrong", [name for name in WRONG_LABELS if name not in ("text", "uint64")])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_data_set_has_a_class_for_each_image(part, wrong):
+    images = np.zeros((N, H, W, C), np.uint8)
+    parts = dict(train_images=images, train_labels=LABELS, test_images=images, test_labels=LABELS)
+    Dataset("own", ("a",) * K, **parts, source={})
+    with pytest.raises(ValueError, match="labels must be"):
+        Dataset("own", ("a",) * K, **parts | {f"{part}_labels": WRONG_LABELS[wrong]}, source={})
 
 
 def test_labels_on_a_device_are_not_looked_at(cupy):
