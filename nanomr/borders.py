@@ -10,10 +10,11 @@ import numpy as np
 
 from .backend import array_module
 
-# Dtypes that may meet though they differ: pictures and what weights and logits are, a complex step and what it leaves;
-# WIDER ones may meet float32 weights, which they lose nothing of.
-MIXED = {("bfloat16", "float32"), ("float32", "bfloat16"), ("complex128", "float64"), ("float64", "complex128")}
-WIDER = MIXED | {("float64", "float32"), ("complex128", "float32")}
+# (found, wanted): dtypes that may meet though they differ. Pictures are bfloat16 where weights, logits and what comes
+# back from them are float32; a complex step goes through float64; weights narrower than pictures lose nothing.
+BFLOAT16 = {("bfloat16", "float32")}
+MIXED = {("float32", "bfloat16"), ("complex128", "float64"), ("float64", "complex128")}
+WEIGHTS = BFLOAT16 | MIXED | {("float64", "float32"), ("complex128", "float32")}
 
 
 def whole(who: str, name: str, value, least: int = 1) -> int:
@@ -27,8 +28,16 @@ def whole(who: str, name: str, value, least: int = 1) -> int:
     return number
 
 
+def four_sides(who: str, padding) -> tuple:
+    """``padding``, one number from 0 on or (top, bottom, left, right), as four."""
+    sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
+    if len(sides) != 4:
+        raise ValueError(f"{who} takes one number of padding, or (top, bottom, left, right), not {padding!r}")
+    return tuple(whole(who, "padding", side, 0) for side in sides)
+
+
 def check(who, name: str, x, shape: tuple, dtype=None, mixed=MIXED) -> None:
-    """``x`` must be an array of floats of this shape, and of this dtype or one that it mixes with.
+    """``x`` must be an array of floats of this shape, and of this dtype or one that may be ``mixed`` with it.
 
     ``shape``: numbers, letters where any size from 1 on will do, and perhaps ... in the first place.
     """
@@ -46,7 +55,7 @@ def _fits(found, shape):
     if shape and shape[0] is ...:
         if 0 in found or len(found) < len(shape):
             return False
-        return len(shape) == 1 or found[1 - len(shape) :] == shape[1:]
+        return len(shape) == 1 or _fits(found[1 - len(shape) :], shape[1:])
     if len(found) != len(shape):
         return False
     for size, wanted in zip(found, shape, strict=True):

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import shapes10
+from .borders import check_labels
 from .errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -47,6 +48,10 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     source: dict  # where it came from and how that was checked; goes into a run's config.json
+
+    def __post_init__(self):
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            check_labels(labels, len(images), len(self.classes))  # on a device nobody will look at them
 
     def hold_out(self, n: int = 5000) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(train_images, train_labels, held_images, held_labels): views, the last ``n`` training images held out."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .borders import WIDER, check, check_plus, check_triple, whole
+from .borders import WEIGHTS, check, check_plus, check_triple, four_sides, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
 
@@ -37,7 +37,7 @@ class PairBatch(NamedTuple):
     def checked(self) -> "PairBatch":
         """Itself, if there is a rho for each x."""
         check("a PairBatch", "x", self.x, (...,))
-        check("a PairBatch", "rho", self.rho, self.x.shape, self.x.dtype)
+        check("a PairBatch", "rho", self.rho, self.x.shape, self.x.dtype, mixed=())
         return self
 
     def full(self):
@@ -87,7 +87,7 @@ class Layer:
         self.children: dict[str, Layer] = {}
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{name} {value.shape}' for name, value in self.params.items())})"
+        return f"{type(self).__name__}({', '.join(f'{name} {np.shape(value)}' for name, value in self.params.items())})"
 
     def walk(self, prefix=""):
         """Yield (dotted name, layer) for this layer and everything below it, in forward order."""
@@ -134,7 +134,7 @@ class Affine(Layer):
     def checked_weight(self):
         """The weight, if all parameters still have their shapes."""
         for name, value in self.params.items():
-            check(self, name, value, self.shapes[name], self.params["weight"].dtype)
+            check(self, name, value, self.shapes[name], getattr(self.params["weight"], "dtype", None))
         return self.params["weight"]
 
     def check_dy(self, dy, x):
@@ -152,7 +152,8 @@ class Affine(Layer):
 
     def forward(self, x, train=False, tap=None):
         if isinstance(x, PairBatch):
-            return PairBatch(self.apply(x.checked().x), self.apply(x.rho, bias=False)), x
+            x.checked()
+            return PairBatch(self.apply(x.x), self.apply(x.rho, bias=False)), x
         return self.apply(x), x
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
@@ -174,10 +175,7 @@ class Conv2d(Affine):
         super().__init__()
         sizes = dict(in_channels=in_channels, out_channels=out_channels, kernel=kernel, stride=stride)
         c, c_out, kernel, self.stride = (whole("Conv2d", name, size) for name, size in sizes.items())
-        sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
-        self.padding = tuple(whole("Conv2d", "padding", side, 0) for side in sides)
-        if len(self.padding) != 4:
-            raise ValueError(f"Conv2d takes one number of padding, or (top, bottom, left, right), not {padding!r}")
+        self.padding = four_sides("Conv2d", padding)
         self.make(bias, kernel, kernel, c, c_out)
         self.fan_in = kernel * kernel * c
 
@@ -192,7 +190,7 @@ class Conv2d(Affine):
 
     def output_shape(self, x):
         weight = self.checked_weight()
-        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WIDER)
+        check(self, "x", x, ("N", "H", "W", weight.shape[2]), weight.dtype, WEIGHTS)
         return conv2d_shape(x.shape, weight.shape, self.stride, self.padding)
 
     def apply(self, x, bias=True, plus=None):
@@ -238,7 +236,7 @@ class Linear(Affine):
 
     def output_shape(self, x):
         weight = self.checked_weight()
-        check(self, "x", x, ("N", len(weight)), weight.dtype, WIDER)
+        check(self, "x", x, ("N", len(weight)), weight.dtype, WEIGHTS)
         return len(x), weight.shape[1]
 
     def apply(self, x, bias=True):
@@ -278,7 +276,7 @@ class Normalize(Affine):
     def output_shape(self, x):
         std = self.buffers["std"]
         channels = max(self.buffers["mean"].size, std.size)
-        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WIDER)
+        check(self, "x", x, ("N", "H", "W", channels if channels > 1 else "C"), std.dtype, WEIGHTS)
         return x.shape
 
     def apply(self, x, bias=True):
@@ -304,7 +302,8 @@ class Flatten(Affine):
         return len(x), x.size // len(x)
 
     def apply(self, x, bias=True):
-        return x.reshape(self.output_shape(x))
+        shape = self.output_shape(x)
+        return x.reshape(shape)
 
     def transpose(self, dy, x):
         self.check_dy(dy, x)
@@ -394,8 +393,8 @@ class BatchNorm2d(Layer):
 
     def forward(self, x, train=False, tap=None):
         for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
-            check(self, name, value, (self.channels,))
-        check(self, "x", x, (..., self.channels), self.params["weight"].dtype, WIDER)
+            check(self, name, value, (self.channels,), getattr(self.params["weight"], "dtype", None))
+        check(self, "x", x, ("N", "H", "W", self.channels), self.params["weight"].dtype, WEIGHTS)
         ops = ops_for(x)
         if train:
             mean, var = ops.batchnorm_statistics(x)

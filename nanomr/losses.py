@@ -45,10 +45,12 @@ def of_logits(logits, labels, gamma_i=None):
 
     Logits (3 N, K) of [x; x + rho; x - rho]; or, without ``gamma_i``, (N, K) for the cross-entropy alone. labels (N,).
     """
-    ops, n = ops_for(logits), len(labels)
+    check("of_logits", "logits", logits, ("N" if gamma_i is None else "3 N", "K"))
+    ops, n = ops_for(logits), len(logits) // (1 if gamma_i is None else 3)
     check("of_logits", "logits", logits, (n if gamma_i is None else 3 * n, "K"))
+    labels = check_labels(labels, n, logits.shape[1])
     if logits.dtype.name == "float32" and hasattr(ops, "losses"):  # one launch, which a CUDA graph can hold
-        values, gradient = ops.losses(logits, check_labels(labels, n, logits.shape[1]), gamma_i)
+        values, gradient = ops.losses(logits, labels, gamma_i)
         return values[0], values[1], gradient
     value, gradient = cross_entropy(logits[:n], labels)
     if gamma_i is None:

@@ -42,8 +42,8 @@ def resampled_laplacian(f, weights):
     Two points and a constant weight of 1 give the pair form: intrinsic(f+, f-) / (2 N).
     """
     check("resampled_laplacian", "f", f, ("N", "c", "K"))
+    check("resampled_laplacian", "weights", weights, (*f.shape[:2], f.shape[1]))
     n, c, _ = f.shape
-    check("resampled_laplacian", "weights", weights, (n, c, c))
     scale = 1.0 / (c * n) ** 2
     difference = f[:, :, None] - f[:, None]
     value = ((difference * difference).sum(-1) * weights).sum() * scale
@@ -74,6 +74,7 @@ def hamming_distance(model, x, y):
 
     It is the limit of sum |tanh(alpha z) - tanh(alpha z')| / 2 as alpha grows.
     """
+    check("hamming_distance", "x", x, (...,))
     check("hamming_distance", "y", y, x.shape, x.dtype)
     pairs = zip(hamming_embedding(model, x), hamming_embedding(model, y), strict=True)
     return sum(((a != b).reshape(len(a), -1).sum(1) for a, b in pairs), start=array_module(x).zeros(len(x), int))

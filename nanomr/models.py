@@ -10,7 +10,7 @@ import numpy as np
 
 from . import checkpoint, rng
 from .backend import array_module, to_device, to_numpy
-from .borders import check
+from .borders import BFLOAT16, check
 from .errors import UserError
 from .layers import (
     AveragePool2d,
@@ -46,8 +46,9 @@ class Model(Sequential):
         for _, layer in self.walk():
             if isinstance(layer, Conv2d | Linear):  # PyTorch's default: uniform within 1 / sqrt(fan in)
                 bound = layer.fan_in**-0.5
-                for name, value in layer.params.items():
-                    layer.params[name] = generator.uniform(-bound, bound, value.shape)
+                drawn = {n: generator.uniform(-bound, bound, value.shape) for n, value in layer.params.items()}
+                if not any(value.any() for value in layer.params.values()):  # a layer of another network is kept
+                    layer.params.update(drawn)
         self._weights = self._gradients = np.zeros(0, np.float32)
         self._pack()
 
@@ -83,6 +84,7 @@ class Model(Sequential):
         self._views = self._arrays()
 
     def _arrays(self):
+        """Every parameter and gradient there is."""
         arrays = []
         for _, layer in self.walk():
             arrays += layer.params.values()
@@ -97,12 +99,26 @@ class Model(Sequential):
         return self
 
     def _put(self, vector, values):
+        """What ``model.weights = values`` means, and ``-=``: the numbers, in place."""
         if getattr(values, "shape", ()) not in ((), vector.shape):
             raise ValueError(f"the model takes a vector {vector.shape}, not {values.shape}")
         vector[...] = values
 
-    weights = property(lambda self: self._settled()._weights, lambda self, values: self._put(self.weights, values))
-    gradients = property(lambda self: self._settled()._gradients, lambda self, v: self._put(self.gradients, v))
+    @property
+    def weights(self):
+        return self._settled()._weights
+
+    @weights.setter
+    def weights(self, values):
+        self._put(self.weights, values)
+
+    @property
+    def gradients(self):
+        return self._settled()._gradients
+
+    @gradients.setter
+    def gradients(self, values):
+        self._put(self.gradients, values)
 
     def __getstate__(self):
         return self.__dict__ | {"_weights": self._weights[:0], "_gradients": self._gradients[:0], "_views": []}
@@ -146,7 +162,7 @@ class Model(Sequential):
         Evaluation mode unless ``train=True``. Raises ValueError for another shape or dtype.
         """
         for images in x if isinstance(x, PairBatch) else (x,):
-            check("the model", "images", images, ("N", *self.input_shape), self.dtype)
+            check("the model", "images", images, ("N", *self.input_shape), self.dtype, BFLOAT16)
         self._settled()
         logits, cache = super().forward(x, train=train, tap=tap)
         if isinstance(logits, PairBatch):  # no ReLU at all: a linear model

@@ -1,6 +1,9 @@
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,3 +138,26 @@ def test_there_and_back_on_a_gpu(rng):
     assert backend.array_module(on_gpu).__name__ == "cupy"
     assert backend.to_device(on_gpu, "gpu") is on_gpu
     assert np.array_equal(backend.to_device(on_gpu, "cpu"), x)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_an_installation_that_cannot_be_written_to_runs(writable, tmp_path):
+    """As in a container: neither ``__pycache__`` beside the sources nor the user's cache can be made, here because
+    files stand in their place, which stops root too. Kernels are then compiled without a cache, which is said once."""
+    package = Path(backend.__file__).parent
+    shutil.copytree(package, tmp_path / "nanomr", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in {source.parent for source in (tmp_path / "nanomr").rglob("*.py")}:
+        (folder / "__pycache__").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG", "NUMBA_CACHE"))}
+    environment |= {"PYTHONPATH": str(tmp_path), "HOME": os.devnull}
+    if writable:
+        environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+    code = (
+        "import numpy as np, nanomr as mr, nanomr.attacks.sinkhorn, nanomr.verify.halfspace; print(mr.__file__); "
+        "print(mr.layers.ReLU().forward(np.array([[-1, 2]], np.float32))[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'nanomr' / '__init__.py'}\n[[0. 2.]]\n"), done.stderr
+    said = "" if writable else "NUMBA_CACHE_DIR may name a folder that can"
+    assert done.stderr.count("RuntimeWarning") == (not writable) and said in done.stderr
+    assert any((tmp_path / "cache").rglob("*.nbi")) == writable

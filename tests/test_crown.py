@@ -329,7 +329,7 @@ def test_a_dropped_padding_would_be_seen(name, seen, monkeypatch, rng):
 @pytest.mark.parametrize("shape", [(2, 1), (1, 3)])
 def test_an_oblong_kernel_goes_row_by_row(shape, rng):
     layers = [Conv2d(2, 2, 2), ReLU(), Conv2d(2, 2, 2), ReLU(), Flatten()]
-    layers[0].params["weight"] = np.zeros((*shape, 2, 2), np.float32)
+    layers[0].make(True, *shape, 2, 2)
     z = layers[2].apply(layers[0].apply(np.zeros((1, 5, 5, 2))))
     model = sequence([*layers, Linear(z.size, 3)], (5, 5, 2), rng)
     setting = Setting(model, rng, 0.3)

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -18,7 +19,10 @@ from strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
 from nanomr import rng as streams
 from nanomr.backend import to_numpy
+from nanomr.methods import manifold_step
+from nanomr.models import small_cnn
 from nanomr.ops import reference
+from nanomr.optim import SGD
 
 TOLERANCE = 1e-5
 
@@ -355,6 +359,10 @@ OPERATIONS = {
     "average_pool_backward": Operation(
         arguments(pool_shapes, lambda g, s: (_normal(g, s[0]), s[1])), ones_for(reference.average_pool_backward)
     ),
+    "norm": Operation(
+        arguments(st.sampled_from((1, 7, 63, 64, 65, 1000)), lambda g, n: (_normal(g, n, special=True),)),
+        ones_for(reference.norm),
+    ),
     "linf_step": Operation(
         arguments(feature_maps, _linf_step), lambda x, gradient, size, x0, eps: np.abs(x) + _dims(size, x) + x0 + eps
     ),
@@ -449,6 +457,9 @@ def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
             *(cpu.linear_input_gradient(dy, w[:n]) for n in (5, 40)),
             cpu.conv2d(images, filters, None, *geometry),
             cpu.conv2d_input_gradient(up, filters, *geometry, images.shape),
+            *cpu.linear_weight_gradient(x, dy),
+            *cpu.conv2d_weight_gradient(images, up, filters.shape, *geometry),
+            *cpu.conv2d_weight_gradient(images[:, :, :1], up[:, :, :1], filters.shape, 2, (1, 1, 1, 2)),
         ]
 
     monkeypatch.setattr(gather_gemm, "threads", lambda: 1)
@@ -456,6 +467,34 @@ def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
     monkeypatch.setattr(gather_gemm, "threads", lambda: chunks)
     for one, many in zip(alone, results(), strict=True):
         np.testing.assert_array_equal(one, many)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkeypatch, rng):
+    """Whatever is summed over images, or over all gradients, is cut by sizes alone. ``threads`` stands for more threads
+    than this machine has: it is all that kernels know of them."""
+    modules = [importlib.import_module(f"nanomr.ops.cpu.{name}") for name in ("gather_gemm", "training")]
+    x, rho = rng.random((2, 11, 32, 32, 3), np.float32)
+    labels = rng.integers(0, 10, 11)
+
+    def run(threads):
+        for module in modules:
+            monkeypatch.setattr(module, "threads", lambda: threads)
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        model = small_cnn(seed=0, hidden=20)
+        optimizer = SGD(model, clip=clip)
+        for _ in range(3):
+            manifold_step(model, x, labels, rho * 0.1, 0.4, 900.0)
+            optimizer.step(0.05)
+        return model.weights
+
+    before = numba.get_num_threads()
+    try:
+        alone = run(1)
+        for threads in (2, 3, 16):
+            np.testing.assert_array_equal(run(threads), alone)
+    finally:
+        numba.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
