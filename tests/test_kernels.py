@@ -789,15 +789,16 @@ def test_an_epoch_on_a_gpu_is_looked_at_once(fake, tmp_path, monkeypatch):
     assert looks == [2, 3, 4, 6, 8, 9, 10, 12]
 
 
-def test_a_step_with_cublas_is_not_captured(fake, tmp_path):
-    """The control of the tests above: float32 convolutions are noticed, and the message says what helps."""
-    trainer = trainer_of(tmp_path, precision="fp32")
+def test_a_step_with_cublas_is_not_captured(fake, tmp_path, capsys):
+    """The control of the tests above: float32 convolutions are noticed. The run goes on, and takes the same steps."""
+    trainer, eager = (trainer_of(tmp_path, precision="fp32") for _ in range(2))
     assert trainer._on_device == trainer.device_step, "a graph is for bf16 alone"
-    trainer._start_epoch(0)
-    step = graph.Replayed(trainer.device_step)
-    step(), step()
-    with pytest.raises(UserError, match=r"cannot become a CUDA graph \(RuntimeError: cuBLAS.*: use --no-graph"):
-        step()
+    trainer._on_device = step = graph.Replayed(trainer.device_step, warm=1)
+    for _ in range(3):
+        trainer.advance()
+        eager.advance()
+    assert re.match("RuntimeError: cuBLAS", step.failure) and step.failure in capsys.readouterr().err
+    assert_equal_states(state_of(trainer), state_of(eager))
 
 
 def test_a_replay_repeats_launches_not_python(fake):
@@ -814,9 +815,6 @@ def test_a_replay_repeats_launches_not_python(fake):
         by[...] = value
         replayed()
     assert x.tolist() == [10] and host.tolist() == [31]
-    for look in (lambda: float(x), lambda: fake.asarray(1.0), lambda: x @ x):
-        with pytest.raises(UserError, match="use --no-graph"):
-            graph.Replayed(look, warm=0)()
 
 
 def test_a_look_in_bfloat16(fake, tmp_path, rng):
