@@ -426,7 +426,8 @@ def time_by_kernel(clock, work: Work) -> dict:
     """{kernel: us} of one step in bfloat16, most first, with what is left between our kernels under REST.
 
     Each launch lies between two events, and the device is kept busy until the host has launched them all, so that it
-    waits for nobody; by one kernel, since the queue takes about 1,000 launches before it stops the host. Medians of a few steps. The events themselves take a little of the device's time.
+    waits for nobody; by one kernel, since the queue takes about 1,000 launches before it stops the host. Medians of a
+    few steps. The events themselves take a little of the device's time.
     """
     step, runs = our_step(work, "bfloat16"), []
     for _ in range(max(clock.warm, 1)):  # compiles

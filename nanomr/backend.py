@@ -1,14 +1,17 @@
 """Where arrays live: NumPy on the CPU, CuPy on the GPU. The one module that imports CuPy (with ``ops/gpu.py``).
 
 The data decides: a function that is given CuPy arrays computes on the GPU. ``--device`` only chooses where
-the weights and the data set are put. ``python -m nanomr.backend`` prints what this machine offers.
+the weights and the data set are put. ``python -m nanomr.backend`` prints what this machine offers, with ``--test``
+which of our GPU kernels are right on it.
 """
 
+import argparse
 import os
 import platform
 import sys
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +22,11 @@ from .errors import UserError
 __path__: list[str] = []
 
 INSTALL = "pip install 'nanomr[cuda12]' (or [cuda13])"  # CuPy with the parts of CUDA that it needs
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be had again: data sets, what the self-test found."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomr"
 
 
 def find_cupy():
@@ -72,6 +80,23 @@ def resolve_device(wanted: str) -> str:
     return "gpu"
 
 
+def use_device(wanted: str, kernels: str = "auto") -> str:
+    """:func:`resolve_device` for a program: on a GPU it also chooses the kernels, ``--kernels auto|own|plain``. "auto"
+    tests each of ours when it meets a device for the first time (``ops/gpu/selftest.py``)."""
+    device = resolve_device(wanted)
+    if device == "gpu":
+        from .ops.gpu import selftest
+
+        try:
+            selftest.choose(kernels)
+        except UserError as error:
+            if wanted == "gpu":
+                raise
+            print(f"{error}; going on with the CPU", file=sys.stderr, flush=True)
+            return "cpu"
+    return device
+
+
 def report() -> list[str]:
     """What there is to compute with, one line for each thing, and what is missing. Never raises."""
     probes = {
@@ -100,8 +125,27 @@ def report() -> list[str]:
 
 
 def main() -> None:
-    """Print :func:`report`."""
+    """Print :func:`report`; with --test, what the self-test finds."""
+    parser = argparse.ArgumentParser(prog="python -m nanomr.backend", description="What there is to compute with.")
+    text = "hold each of the GPU's kernels to its formula, and remember what came out"
+    parser.add_argument("--test", action="store_true", help=text)
+    if parser.parse_args().test:
+        from .cli import run
+
+        run(_test)
     print("\n".join(report()))
+
+
+def _test() -> int:
+    resolve_device("gpu")
+    from .ops.gpu import selftest
+
+    print(selftest.identity(), flush=True)
+    results = selftest.test(report=lambda name, problem: print(f"{name:28} {problem or 'ok'}", flush=True))
+    selftest.remember(results)
+    failed = sum(problem is not None for problem in results.values())
+    print(f"{failed} of {len(results)} failed" if failed else f"all {len(results)} passed")
+    return 1 if failed else 0
 
 
 def _version(*names: str) -> str | None:

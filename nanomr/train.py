@@ -110,7 +110,7 @@ class Trainer:
             self.counter = to_device(np.zeros(1, np.uint64), device)  # which step comes next
             self.order = to_device(np.zeros(self.steps_per_epoch * config.batch_size, np.int32), device)
             self.schedule = to_device(np.zeros((self.steps_per_epoch, 4), np.float32), device)
-            captured = graph and config.precision == "bf16"
+            captured = graph and config.precision == "bf16" and not gpu.replaced
             step = gpu.tf32()(self.device_step) if config.precision == "tf32" else self.device_step
             self._on_device = Replayed(step) if captured else step
 
@@ -259,7 +259,13 @@ class Trainer:
             **metrics.stability(self.model, few, config.eps, config.seed),
             **config.schedule(epoch),
             "images_per_s": steps * config.batch_size / self.seconds,
+            **(self._kernels() if self.device == "gpu" else {}),
         }
+
+    def _kernels(self) -> dict:
+        """How steps are taken on this GPU: which functions are not our own kernels, and is a step one CUDA graph?"""
+        graph = getattr(self._on_device, "graph", None) is not None
+        return {"plain_kernels": [name for name in gpu.replaced if name != "graph"], "graph": graph}
 
     def _stop_on_nan(self):
         totals, weights = to_numpy(self.totals), self.model.weights

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from ...backend import array_module
-from .. import reference
+from . import plain
 from .cuda import BLOCKS, REALS, ceil, has_kernels, launch, ready
 from .elementwise import contract_pair, expand_pair, to_bf16
 
@@ -54,17 +54,6 @@ def _plan(x, activation, channels=None):
     return pass_plan(x.shape, x.dtype.name, activation, channels)
 
 
-def _by_formula(function, *arguments):
-    """``reference``'s function, bfloat16 taken as float32: for shapes that no kernel takes. Slow, and correct."""
-    dtype = next(a.dtype for a in arguments if hasattr(a, "dtype"))
-    if dtype.name != "bfloat16":
-        return function(*arguments)
-    result = function(*[a.astype(np.float32) if getattr(a, "dtype", None) == dtype else a for a in arguments])
-    single = not isinstance(result, tuple)
-    converted = [r.astype(dtype) if r.ndim > 1 else r for r in ((result,) if single else result)]
-    return converted[0] if single else tuple(converted)
-
-
 def _floats(*arrays):
     return [None if a is None else ready(a, np.float32) for a in arrays]
 
@@ -103,24 +92,24 @@ def _like(dy, x):
 
 def relu(z):
     plan = _plan(z, RELU)
-    return _activate(plan, z)[0] if plan else reference.relu(z)
+    return _activate(plan, z)[0] if plan else plain.relu(z)
 
 
 def relu_backward(dy, z):
     plan = _plan(z, RELU)
-    return _activate_backward(plan, dy, z) if plan else reference.relu_backward(dy, z)
+    return _activate_backward(plan, dy, z) if plan else plain.relu_backward(dy, z)
 
 
 def relu_hamming(z, alpha):
     plan = _plan(z, HAMMING)
-    return _activate(plan, z, alpha=alpha) if plan else reference.relu_hamming(z, alpha)
+    return _activate(plan, z, alpha=alpha) if plan else plain.relu_hamming(z, alpha)
 
 
 def relu_hamming_backward(dy, z, alpha, weight):
     plan = _plan(z, HAMMING)
     if plan:
         return _activate_backward(plan, dy, z, alpha, weight)
-    return reference.relu_hamming_backward(dy, z, alpha, weight)
+    return plain.relu_hamming_backward(dy, z, alpha, weight)
 
 
 def relu_hamming_pair(u, v, alpha):
@@ -135,21 +124,21 @@ def normalize(x, mean, std):
     xp, c = array_module(x), x.shape[-1]
     plan = _plan(x, IDENTITY, c)
     if plan is None:
-        return reference.normalize(x, mean, std)
+        return plain.normalize(x, mean, std)
     scale = xp.broadcast_to(1 / std, (c,))
     return _activate(plan, x, None if mean is None else xp.broadcast_to(mean, (c,)), scale)[0]
 
 
 def scale_channels(x, by, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
-    return _activate(plan, x, scale=by, plus=plus)[0] if plan else _by_formula(reference.scale_channels, x, by, plus)
+    return _activate(plan, x, scale=by, plus=plus)[0] if plan else plain.scale_channels(x, by, plus)
 
 
 def batchnorm_statistics(x):
     c = x.shape[-1]
     plan = _plan(x, IDENTITY, c)
     if plan is None:
-        return _by_formula(reference.batchnorm_statistics, x)
+        return plain.batchnorm_statistics(x)
     xp, x = array_module(x), ready(x)
     partial = xp.empty((plan.blocks, 2, c), np.float32)
     mean, var = xp.empty(c, np.float32), xp.empty(c, np.float32)
@@ -167,7 +156,7 @@ def _normalized(activation, x, gamma, beta, mean, inv_std, alpha=0.0):
 
 def batchnorm(x, gamma, beta, mean, inv_std):
     y, _ = _normalized(IDENTITY, x, gamma, beta, mean, inv_std)
-    return _by_formula(reference.batchnorm, x, gamma, beta, mean, inv_std) if y is None else y
+    return plain.batchnorm(x, gamma, beta, mean, inv_std) if y is None else y
 
 
 def batchnorm_relu(x, gamma, beta, mean, inv_std):
@@ -207,7 +196,7 @@ def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta,
 def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return _by_formula(reference.batchnorm_parameter_gradient, dy, x, mean, inv_std)
+        return plain.batchnorm_parameter_gradient(dy, x, mean, inv_std)
     x = ready(x)
     return _channel_gradients(plan, _like(dy, x), x, mean, None, None, inv_std)
 
@@ -215,7 +204,7 @@ def batchnorm_parameter_gradient(dy, x, mean, inv_std):
 def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return _by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+        return plain.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
     x = ready(x)
     return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
 
