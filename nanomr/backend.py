@@ -8,6 +8,7 @@ which of our GPU kernels are right on it.
 import argparse
 import os
 import platform
+import re
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -73,11 +74,38 @@ def resolve_device(wanted: str) -> str:
         return "cpu"
     if wanted not in ("auto", "gpu"):
         raise UserError(f"--device must be auto, cpu or gpu, not {wanted!r}")
+    packages = _cupy_packages()
+    if len(packages) > 1:
+        both = " and ".join(packages)
+        raise UserError(f"{both} overwrite each other: pip uninstall -y {' '.join(packages)}, then {INSTALL}")
     if find_cupy() is None:
-        raise UserError(f"--device gpu needs CuPy: {INSTALL}, or use --device cpu")
+        missing = f"{packages[0]} does not import: reinstall it" if packages else f"--device gpu needs CuPy: {INSTALL}"
+        raise UserError(f"{missing}, or use --device cpu")
     if not gpu_available():
-        raise UserError("--device gpu: CuPy is installed but finds no CUDA device or driver; use --device cpu")
+        raise UserError(_why_no_device())
     return "gpu"
+
+
+def _cupy_packages() -> list[str]:
+    """The CuPy packages that are installed; there may be one alone."""
+    names = {re.sub(r"[-_.]+", "-", d.name or "").lower() for d in metadata.distributions()}
+    return sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
+
+
+def _why_no_device() -> str:
+    """CuPy is there and finds no device: is it for another CUDA version than the driver?"""
+    runtime, no_gpu = find_cupy().cuda.runtime, "--device gpu: CuPy is installed but finds no CUDA device or driver"
+    try:
+        built, driver = runtime.runtimeGetVersion() // 1000, runtime.driverGetVersion() // 1000
+    except Exception:
+        built = driver = 0
+    if not 0 < driver < built:
+        return f"{no_gpu}; use --device cpu"
+    remedy = f"pip install 'nanomr[cuda{driver}]'" if driver >= 12 else "update the driver"
+    return (
+        f"--device gpu: CuPy is for CUDA {built}, the driver for CUDA {driver}: "
+        f"pip uninstall -y {' '.join(_cupy_packages())}, then {remedy}; or use --device cpu"
+    )
 
 
 def use_device(wanted: str, kernels: str = "auto") -> str:
@@ -107,7 +135,7 @@ def report() -> list[str]:
         "CPU": _cpu,
         "BLAS": _blas,
         "CuPy": lambda: (
-            _version("cupy-cuda12x", "cupy-cuda13x", "cupy")
+            " and ".join(f"{name} {_version(name)}" for name in _cupy_packages())
             or f"not installed: {INSTALL}, after the driver's CUDA version"
         ),
         "GPU": _gpu,

@@ -10,14 +10,14 @@ import math
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint, metrics, models, optim, plots, rng
-from .backend import array_module, to_device, to_numpy
+from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
 from .errors import UserError
 from .graph import Replayed
@@ -178,8 +178,28 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         if self._order[0] != epoch:
             self._start_epoch(epoch)
-        self._on_device()
+        try:
+            self._on_device()
+        except MemoryError:
+            self._on_device = None  # the graph's memory; a step's is held by the exception, until here
+        if self._on_device is None:
+            raise UserError(self._out_of_memory())
         self.step += 1
+
+    def _out_of_memory(self) -> str:
+        """Which batch does fit the GPU: halved until a step ends. The weights are of no use behind it."""
+        n = self.config.batch_size
+        full = f"the GPU's memory is full at --batch-size {n}"
+        while n > 1:
+            n //= 2
+            self.config = replace(self.config, batch_size=n)
+            try:
+                find_cupy().get_default_memory_pool().free_all_blocks()
+                self.device_step()
+                return f"{full}: {n} fits"
+            except MemoryError:
+                pass
+        return f"{full}, and not even 1 fits: does another program hold it (nvidia-smi)?"
 
     def _start_epoch(self, epoch):
         """What the host has to say of an epoch on a GPU: its order and its schedule. Nothing else is drawn there."""

@@ -116,6 +116,16 @@ def test_what_the_stand_in_refuses_is_not_in_cupy(real):
         assert hasattr(real.ndarray, method)
 
 
+def test_what_a_full_card_raises(real):
+    assert [c.__name__ for c in real.cuda.memory.OutOfMemoryError.__mro__[:2]] == ["OutOfMemoryError", "MemoryError"]
+    assert hasattr(real.get_default_memory_pool(), "free_all_blocks")
+
+
+def test_the_versions_that_tell_why_there_is_no_device(real):
+    """... where there is none: both are numbers without a driver, too."""
+    assert real.cuda.runtime.runtimeGetVersion() >= 12000 and real.cuda.runtime.driverGetVersion() >= 0
+
+
 def test_the_switch_for_tf32(real):
     """Names only; what it does takes a GPU."""
     from cupy import _core

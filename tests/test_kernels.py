@@ -817,6 +817,18 @@ def test_a_replay_repeats_launches_not_python(fake):
     assert x.tolist() == [10] and host.tolist() == [31]
 
 
+@pytest.mark.parametrize(("largest", "advice"), [(10_000, "2 fits"), (50, "not even 1 fits: does another program")])
+def test_a_full_card_says_what_fits(fake, largest, advice, tmp_path, monkeypatch):
+    """Halves of the batch are tried; the memory of the step that failed is free by then."""
+    trainer = trainer_of(tmp_path, batch_size=4)
+    freed = []
+    monkeypatch.setattr(fake.MemoryPool, "free_all_blocks", lambda self: freed.append(trainer._on_device))
+    monkeypatch.setattr(fake, "largest", largest)
+    with pytest.raises(UserError, match=f"the GPU's memory is full at --batch-size 4(:|, and) {advice}"):
+        trainer.advance()
+    assert freed and set(freed) == {None}
+
+
 def test_a_look_in_bfloat16(fake, tmp_path, rng):
     """Evaluation and its gradient by the kernels of bf16: float32 outside, near the model's own."""
     trainer = trainer_of(tmp_path, graph=False)
