@@ -101,7 +101,7 @@ def load_network(path: Path, dataset, device: str):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: 0 or what it returns; 2 for a UserError, 130 for Ctrl-C, 141 for a closed pipe.
 
-    A UserError, full memory (2) and Ctrl-C print one line on stderr. Every other exception is a bug, with its traceback.
+    A UserError, full memory (2) and Ctrl-C print one line on stderr. Others are bugs and keep their traceback.
     """
     try:
         code = main()

@@ -168,7 +168,8 @@ class Conv2d(Affine):
             dw, db = ops.conv2d_weight_gradient(x, dy, *window)
             return self.accumulate(weight=dw, bias=db)
         if hasattr(ops, "conv2d_dw"):
-            return self.accumulate(weight=ops.conv2d_dw(x, dy, *window))
+            dw = ops.conv2d_dw(x, dy, *window, into=self.grads.get("weight"))
+            return None if dw is None else self.accumulate(weight=dw)
         self.accumulate(weight=ops.conv2d_weight_gradient(x, dy, *window)[0])
 
     def to_torch(self, name, value):
@@ -315,8 +316,12 @@ class BatchNorm2d(Layer):
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def forward(self, x, train=False, tap=None):
-        ops = ops_for(x)
-        if train:
+        ops, fused = ops_for(x), None
+        if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
+            fused = ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers)
+        if fused:
+            mean, inv_std = fused
+        elif train:
             mean, var = ops.batchnorm_statistics(x)
             m, keep, take = x.size // x.shape[-1], 1 - self.momentum, self.momentum
             for name, batch in (("running_mean", mean), ("running_var", var * (m / max(m - 1, 1)))):
@@ -325,7 +330,8 @@ class BatchNorm2d(Layer):
         else:
             # a copy: a training pass may move the buffer while this cache is alive
             mean, var = self.buffers["running_mean"].copy(), self.buffers["running_var"]
-        inv_std = 1 / (var + self.eps) ** 0.5
+        if not fused:
+            inv_std = 1 / (var + self.eps) ** 0.5
         y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
         if not (train and self.before_relu and hasattr(ops, "batchnorm_relu")):
             y = y.full()
@@ -335,10 +341,11 @@ class BatchNorm2d(Layer):
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]
         if isinstance(dy, BehindReLU):
+            into = (self.grads["weight"], self.grads["bias"]) if param_grads and self.grads else None
             dx, dgamma, dbeta = ops.batchnorm_relu_backward(
-                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, into
             )
-            if param_grads:
+            if param_grads and into is None:
                 self.accumulate(weight=dgamma, bias=dbeta)
             return dx if input_grad else None
         if param_grads or (train and input_grad):

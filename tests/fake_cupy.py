@@ -94,6 +94,7 @@ def run(name, function, args, kwargs):
     inputs = arrays_in((args, kwargs))
     with np.errstate(all="ignore"):
         if _capture is not None and (name == "__setitem__" or kwargs.get("out")):
+            counts["CuPy"] += 1
             _capture.append(lambda: function(*args, **kwargs))
             return ndarray(kwargs["out"][0]) if kwargs.get("out") else None
         result = function(*args, **kwargs)
@@ -113,6 +114,7 @@ def run(name, function, args, kwargs):
             for r, f in zip(results, found if several else (found,), strict=True):
                 np.copyto(r, f)
 
+        counts["CuPy"] += name not in ("empty", "__getitem__")  # its own kernels
         _capture.append(again)
     return type(result)(map(ndarray, results)) if several else ndarray(results[0])
 

@@ -40,6 +40,7 @@ from .normalization import (  # noqa: F401
     batchnorm_relu_backward,
     batchnorm_relu_hamming,
     batchnorm_statistics,
+    batchnorm_training,
     normalize,
     relu,
     relu_backward,
@@ -56,6 +57,8 @@ from .training import (  # noqa: F401
     draw_augmentation,
     draw_corners,
     end_step,
+    hamming_norms,
+    hamming_weight,
     linear,
     linear_input_gradient,
     linear_weight_gradient,
@@ -66,10 +69,11 @@ from .training import (  # noqa: F401
 
 # What launches kernels of ours. ``plain`` has the same functions but for those that a CPU does not have either: layers
 # and losses know what to do without.
+OPTIONAL = ("batchnorm_training", "conv2d_dw", "hamming_norms", "hamming_weight", "losses", "norm")
 OWN = {
     name: function
     for name, function in list(globals().items())
-    if hasattr(plain, name) or name in ("conv2d_dw", "losses", "norm")
+    if hasattr(plain, name) or name in OPTIONAL
     if getattr(function, "__module__", "").startswith(__name__ + ".")
 }
 replaced: tuple[str, ...] = ()  # those that are not in use, and "graph" where CUDA graphs are not

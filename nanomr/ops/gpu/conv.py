@@ -61,9 +61,9 @@ class ConvPlan:
         defines, shared = self.tile.defines(self.direction), self.tile.shared(self.direction)
         launch("conv.cu", defines, name, self.grid, self.tile.threads, (*arrays, *self.sizes), shared)
 
-    def sum_splits(self, partial, dw):
-        """dw = the sum of the splits' ``partial`` (splits, ...), always in the same order."""
-        arguments = (partial, dw, dw.size, self.splits)
+    def sum_splits(self, partial, dw, more=False):
+        """dw = the sum of the splits' ``partial`` (splits, ...), always in the same order; ``more``: added to dw."""
+        arguments = (partial, dw, dw.size, self.splits, int(more))
         launch("conv.cu", self.tile.defines(WEIGHT), "sum_splits", (ceil(dw.size, 256),), 256, arguments)
 
 
@@ -144,16 +144,25 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
     return conv2d_dw(x, dy, w_shape, stride, padding), batchnorm_statistics(dy)[0] * (dy.size // dy.shape[3])
 
 
-def conv2d_dw(x, dy, w_shape, stride, padding):
-    """dw of :func:`conv2d_weight_gradient` alone: db is a pass over dy, and most convolutions have no bias."""
-    if not has_kernels(x, "bfloat16"):
-        return plain.conv2d_weight_gradient(x, dy, w_shape, stride, padding)[0]
+def conv2d_dw(x, dy, w_shape, stride, padding, into=None):
+    """dw of :func:`conv2d_weight_gradient` alone: db is a pass over dy, and most convolutions have no bias. ``into``:
+    an array to which dw is added; the result is then None."""
     xp, (kh, kw, c, co) = array_module(x), w_shape
-    x, dy = to_bf16(x, _eights(c)), to_bf16(dy, _eights(co))
-    plan = conv_plan(WEIGHT, x.shape, (kh, kw, x.shape[3], dy.shape[3]), stride, tuple(padding))
-    dw = xp.empty((kh, kw, x.shape[3], dy.shape[3]), np.float32)
-    partial = dw if plan.splits == 1 else xp.empty((plan.splits, *dw.shape), np.float32)
-    plan.launch(x, dy, partial)
-    if plan.splits > 1:
-        plan.sum_splits(partial, dw)
-    return dw[:, :, :c, :co]
+    if not has_kernels(x, "bfloat16"):
+        dw = plain.conv2d_weight_gradient(x, dy, w_shape, stride, padding)[0]
+    else:
+        x, dy = to_bf16(x, _eights(c)), to_bf16(dy, _eights(co))
+        full = (kh, kw, x.shape[3], dy.shape[3])
+        plan = conv_plan(WEIGHT, x.shape, full, stride, tuple(padding))
+        partial = xp.empty((plan.splits, *full), np.float32)
+        plan.launch(x, dy, partial)
+        if into is not None and full == tuple(w_shape):
+            return plan.sum_splits(partial, into, more=True)
+        dw = partial[0]
+        if plan.splits > 1:
+            dw = xp.empty(full, np.float32)
+            plan.sum_splits(partial, dw)
+        dw = dw[:, :, :c, :co]
+    if into is None:
+        return dw
+    into += dw

@@ -58,11 +58,11 @@ def _floats(*arrays):
     return [None if a is None else ready(a, np.float32) for a in arrays]
 
 
-def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0, plus=None):
-    """activation((x - mean) scale + shift), and each sample's Hamming squares (or None). ``plus`` is added where there
-    is no activation."""
+def _activate(plan, x, mean=None, gamma=None, inv_std=None, shift=None, alpha=0.0, plus=None):
+    """activation((x - mean) gamma inv_std + shift), and each sample's Hamming squares (or None). ``plus`` is added
+    where there is no activation."""
     xp, x = array_module(x), ready(x)
-    y, arrays = xp.empty(x.shape, x.dtype), _floats(mean, scale, shift)
+    y, arrays = xp.empty(x.shape, x.dtype), _floats(mean, gamma, inv_std, shift)
     sizes = (plan.channels, float(alpha))
     if plan.defines[-1] != f"ACTIVATION={HAMMING}":
         plus = None if plus is None else _like(plus, x)
@@ -79,7 +79,7 @@ def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0, plus=None):
 
 def _activate_backward(plan, dy, x, alpha=0.0, weight=None):
     x, dz = ready(x), array_module(x).empty(x.shape, x.dtype)
-    arguments = (_like(dy, x), x, None, None, None, *_floats(weight), dz, plan.pixels, plan.pixels_per_sample)
+    arguments = (_like(dy, x), x, *_floats(weight), dz, plan.pixels, plan.pixels_per_sample)
     arguments += (plan.channels, float(alpha))
     launch("normalize.cu", plan.defines, "activate_backward", (plan.blocks,), 256, arguments)
     return dz
@@ -131,27 +131,41 @@ def normalize(x, mean, std):
 
 def scale_channels(x, by, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
-    return _activate(plan, x, scale=by, plus=plus)[0] if plan else plain.scale_channels(x, by, plus)
+    return _activate(plan, x, gamma=by, plus=plus)[0] if plan else plain.scale_channels(x, by, plus)
 
 
 def batchnorm_statistics(x):
-    c = x.shape[-1]
-    plan = _plan(x, IDENTITY, c)
+    plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
         return plain.batchnorm_statistics(x)
-    xp, x = array_module(x), ready(x)
-    partial = xp.empty((plan.blocks, 2, c), np.float32)
-    mean, var = xp.empty(c, np.float32), xp.empty(c, np.float32)
-    launch("normalize.cu", plan.defines, "moments", (plan.blocks,), 256, (x, partial, plan.pixels, c), plan.shared)
-    arguments = (partial, x, mean, var, plan.blocks, c, plan.pixels)
-    launch("normalize.cu", plan.defines, "finish_moments", (c,), 32, arguments)
+    mean, var = (array_module(x).empty(x.shape[-1], np.float32) for _ in range(2))
+    _moments(plan, x, (mean, var, None, None, None, None))
     return mean, var
+
+
+def batchnorm_training(x, eps, momentum, running_mean, running_var, num_batches_tracked):
+    """(mean, inv_std) of a batch, which the running statistics follow and count; None where no kernel fits."""
+    plan = _plan(x, IDENTITY, x.shape[-1])
+    if plan is None:
+        return None
+    mean, inv_std = (array_module(x).empty(x.shape[-1], np.float32) for _ in range(2))
+    running = running_mean, running_var, num_batches_tracked
+    _moments(plan, x, (mean, None, inv_std, *running), eps, momentum)
+    return mean, inv_std
+
+
+def _moments(plan, x, results, eps=0.0, momentum=0.0):
+    x, c = ready(x), x.shape[-1]
+    partial = array_module(x).empty((plan.blocks, 2, c), np.float32)
+    launch("normalize.cu", plan.defines, "moments", (plan.blocks,), 256, (x, partial, plan.pixels, c), plan.shared)
+    sizes = (plan.blocks, c, plan.pixels, float(eps), float(momentum))
+    launch("normalize.cu", plan.defines, "finish_moments", (c,), 32, (partial, x, *results, *sizes))
 
 
 def _normalized(activation, x, gamma, beta, mean, inv_std, alpha=0.0):
     """(activation(batchnorm(x)), Hamming squares or None) in one pass; (None, None) where no kernel fits."""
     plan = _plan(x, activation, x.shape[-1])
-    return _activate(plan, x, mean, inv_std * gamma, beta, alpha) if plan else (None, None)
+    return _activate(plan, x, mean, gamma, inv_std, beta, alpha) if plan else (None, None)
 
 
 def batchnorm(x, gamma, beta, mean, inv_std):
@@ -162,32 +176,34 @@ def batchnorm(x, gamma, beta, mean, inv_std):
 def batchnorm_relu(x, gamma, beta, mean, inv_std):
     """relu(batchnorm(x)): one pass instead of two."""
     y, _ = _normalized(RELU, x, gamma, beta, mean, inv_std)
-    return relu(batchnorm(x, gamma, beta, mean, inv_std)) if y is None else y
+    return plain.batchnorm_relu(x, gamma, beta, mean, inv_std) if y is None else y
 
 
 def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
     """relu_hamming(batchnorm(x)): (y, squares) in one pass over x; z is never stored."""
     y, squares = _normalized(HAMMING, x, gamma, beta, mean, inv_std, alpha)
-    return relu_hamming(batchnorm(x, gamma, beta, mean, inv_std), alpha) if y is None else (y, squares)
+    if y is None:
+        return plain.batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha)
+    return y, squares
 
 
-def _channel_gradients(plan, dy, x, mean, scale, shift, inv_std, alpha=0.0, weight=None):
-    """(dgamma, dbeta), from dy behind the activation."""
+def _channel_gradients(plan, dy, x, mean, gamma, inv_std, shift, alpha=0.0, weight=None, into=(None, None)):
+    """(dgamma, dbeta), from dy behind the activation; added to ``into``, too."""
     xp, c = array_module(x), x.shape[-1]
     partial = xp.empty((plan.blocks, 2, c), np.float32)
-    arguments = (dy, x, *_floats(mean, scale, shift, weight), partial, plan.pixels, plan.pixels_per_sample, c)
-    shared = plan.shared
-    launch("normalize.cu", plan.defines, "channel_gradients", (plan.blocks,), 256, (*arguments, float(alpha)), shared)
+    arrays = _floats(mean, gamma, inv_std, shift, weight)
+    arguments = (dy, x, *arrays, partial, plan.pixels, plan.pixels_per_sample, c, float(alpha))
+    launch("normalize.cu", plan.defines, "channel_gradients", (plan.blocks,), 256, arguments, plan.shared)
     dgamma, dbeta = xp.empty(c, np.float32), xp.empty(c, np.float32)
-    arguments = (partial, *_floats(inv_std), dgamma, dbeta, plan.blocks, c)
+    arguments = (partial, *_floats(inv_std), dgamma, dbeta, *into, plan.blocks, c)
     launch("normalize.cu", plan.defines, "finish_gradients", (c,), 32, arguments)
     return dgamma, dbeta
 
 
-def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta, plus, alpha=0.0, weight=None):
+def _normalize_backward(plan, dy, x, mean, gamma, inv_std, shift, dgamma, dbeta, plus, alpha=0.0, weight=None):
     xp, c = array_module(x), x.shape[-1]
     dx, plus = xp.empty(x.shape, x.dtype), None if plus is None else _like(plus, x)
-    arguments = (dy, x, *_floats(mean, scale, shift, weight, inv_std, dgamma, dbeta), plus, dx)
+    arguments = (dy, x, *_floats(mean, gamma, inv_std, shift, weight, dgamma, dbeta), plus, dx)
     sizes = (plan.pixels, plan.pixels_per_sample, c, float(alpha), c / x.size)
     launch("normalize.cu", plan.defines, "normalize_backward", (plan.blocks,), 256, (*arguments, *sizes))
     return dx
@@ -198,7 +214,7 @@ def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     if plan is None:
         return plain.batchnorm_parameter_gradient(dy, x, mean, inv_std)
     x = ready(x)
-    return _channel_gradients(plan, _like(dy, x), x, mean, None, None, inv_std)
+    return _channel_gradients(plan, _like(dy, x), x, mean, None, inv_std, None)
 
 
 def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
@@ -206,20 +222,17 @@ def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     if plan is None:
         return plain.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
     x = ready(x)
-    return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
+    return _normalize_backward(plan, _like(dy, x), x, mean, gamma, inv_std, None, dgamma, dbeta, plus)
 
 
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None):
+def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, into=None):
     """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming
-    (training mode). dz is computed twice and never stored: two passes that read dy and x, one of them writes dx."""
-    activation = RELU if alpha is None else HAMMING
-    plan, alpha = _plan(x, activation, x.shape[-1]), alpha or 0.0
+    (training mode). dz is computed twice and never stored: two passes that read dy and x, one of them writes dx.
+    ``into``: two arrays to which dgamma and dbeta are added."""
+    plan = _plan(x, RELU if alpha is None else HAMMING, x.shape[-1])
     if plan is None:
-        z = batchnorm(x, gamma, beta, mean, inv_std)
-        dz = relu_backward(dy, z) if activation == RELU else relu_hamming_backward(dy, z, alpha, weight)
-        dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
-        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
-    x = ready(x)
-    normal = (_like(dy, x), x, mean, gamma * inv_std, beta, inv_std)
-    dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight)
+        return plain.batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha, weight, plus, into)
+    x, alpha = ready(x), alpha or 0.0
+    normal = (_like(dy, x), x, mean, gamma, inv_std, beta)
+    dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight, into or (None, None))
     return _normalize_backward(plan, *normal, dgamma, dbeta, plus, alpha, weight), dgamma, dbeta

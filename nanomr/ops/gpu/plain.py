@@ -126,10 +126,12 @@ def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
 
 
 @_widened
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None):
+def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, into=None):
     z = reference.batchnorm(x, gamma, beta, mean, inv_std)
     dz = reference.relu_backward(dy, z) if alpha is None else reference.relu_hamming_backward(dy, z, alpha, weight)
     dgamma, dbeta = reference.batchnorm_parameter_gradient(dz, x, mean, inv_std)
+    for total, gradient in zip(into or (), (dgamma, dbeta), strict=False):
+        total += gradient
     return reference.batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
 
 

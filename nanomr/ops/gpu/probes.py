@@ -20,7 +20,7 @@ class Case:
 
     arguments: tuple
     expected: tuple
-    changed: tuple[int, ...] = ()
+    changed: tuple = ()  # their numbers; (i, k): of the k-th array in the i-th argument
     slack: float = 1e-4  # of the largest number, besides the rounding of bfloat16
 
 
@@ -132,6 +132,17 @@ def batchnorm_statistics(g):
         yield from call_of(reference.batchnorm_statistics, z, pictures=(0,))
 
 
+def batchnorm_training(g):
+    for z, _, _ in _activations(g):
+        for case in call_of(reference.batchnorm_statistics, z, pictures=(0,)):
+            (mean, var), (x,), c = case.expected, case.arguments, z.shape[-1]
+            before, m = (eighths(g, c), eighths(g, c) + 4, np.array(6)), z.size // c
+            moved = [0.75 * exact(b) + 0.25 * v for b, v in zip(before, (mean, var * m / (m - 1)), strict=False)]
+            given, expected = (x, 0.125, 0.25, *before), (mean, (var + 0.125) ** -0.5)
+            yield Case(given, expected)
+            yield Case(given, (*moved, np.array(7)), changed=(3, 4, 5))
+
+
 def _normal(g, c):
     """gamma, beta, mean, inv_std (C,)."""
     return eighths(g, c), eighths(g, c), eighths(g, c), eighths(g, c) / 4 + 1
@@ -154,9 +165,14 @@ def batchnorm_relu_hamming(g):
 
 def batchnorm_relu_backward(g):
     for z, dy, weight in _activations(g):
-        normal, more = _normal(g, z.shape[-1]), ((0.7, weight, None), (None, None, dy[::-1]))
-        for extra in more:
-            yield from call_of(plain.batchnorm_relu_backward, dy, z, *normal, *extra, pictures=(0, 1, 8))
+        c = z.shape[-1]
+        normal, extra = _normal(g, c), ((0.7, weight, None), (None, None, dy[::-1]))
+        for more in extra:
+            yield from call_of(plain.batchnorm_relu_backward, dy, z, *normal, *more, pictures=(0, 1, 8))
+        arguments, totals = (dy, z, *normal, 0.7, weight, None), [eighths(g, c), eighths(g, c)]
+        _, *gradients = plain.batchnorm_relu_backward(*map(exact, arguments))
+        expected = tuple(t + d for t, d in zip(totals, gradients, strict=True))
+        yield Case((*arguments, totals), expected, changed=((9, 0), (9, 1)))
 
 
 def batchnorm_parameter_gradient(g):
@@ -210,7 +226,9 @@ def conv2d_weight_gradient(g):
 def conv2d_dw(g):
     for x, w, _, dy, window in _convolutions(g):
         dw = lambda *a: reference.conv2d_weight_gradient(*a)[0]  # noqa: E731
-        yield from call_of(dw, x, dy, w.shape, *window, pictures=(0, 1))
+        for case in call_of(dw, x, dy, w.shape, *window, pictures=(0, 1)):
+            yield case
+            yield Case((*case.arguments, w), (exact(w) + case.expected[0],), changed=(5,))
 
 
 def linear(g):
@@ -242,6 +260,21 @@ def of_losses(g):
         yield Case(
             (logits, labels) if gamma is None else (logits, labels, gamma), (np.array([entropy, pair]), gradient)
         )
+
+
+def hamming_norms(g):
+    squares, before = abs(eighths(g, 300)), np.array(0.5, np.float32)
+    root = exact(squares) ** 0.5
+    yield Case((squares, before, 0.25, True), (root, 0.5 + 0.25 * root.sum()))
+    whole = exact(squares).sum(keepdims=True) ** 0.5
+    yield Case((squares, 0.0, 0.25, False), (whole, 0.25 * whole[0]))
+
+
+def hamming_weight(g):
+    norms, gamma = abs(eighths(g, 300)) + 0.125, np.array(3, np.float32)
+    for some in (norms, norms[:1], np.zeros(1, np.float32)):
+        expected = 3 * 0.25 / np.maximum(exact(some), 1e-12)
+        yield Case((some, gamma, 0.25, 300), (np.broadcast_to(expected, (300,)),), slack=1e-6)
 
 
 def norm(g):
@@ -342,7 +375,8 @@ def check(name: str) -> str | None:
         for offset in (0, 1):  # a view anywhere; the same bits
             arguments = [moved(a, xp, offset) for a in case.arguments]
             found = as_tuple(function(*arguments))
-            found = [arguments[i] for i in case.changed] if case.changed else found
+            if case.changed:
+                found = [arguments[i[0]][i[1]] if isinstance(i, tuple) else arguments[i] for i in case.changed]
             for f, expected in zip(found, case.expected, strict=True):
                 if problem := difference(f, expected, case.slack):
                     types = {a.dtype.name for a in case.arguments if hasattr(a, "dtype")}

@@ -86,6 +86,25 @@ def losses(logits, labels, gamma=None):
     return values, gradient
 
 
+def hamming_norms(squares, before, share, per_sample):
+    """(norms, before + share (sum of norms)) of a layer, from its Hamming squares (N,): the root of each, (N,), or of
+    their sum, (1,). ``before``: a 0-d array, or 0."""
+    xp, n = array_module(squares), len(squares)
+    norms, total = xp.empty(n if per_sample else 1, np.float32), xp.empty((), np.float32)
+    before = before if hasattr(before, "dtype") else None
+    arguments = (ready(squares), before, norms, total, n, int(per_sample), float(share))
+    launch("training.cu", (), "hamming_norms", (1,), 256, arguments)
+    return norms, total
+
+
+def hamming_weight(norms, gamma, factor, n):
+    """gamma factor / norms, (n,), from norms (n,) or (1,)."""
+    xp = array_module(norms)
+    weight = xp.empty(n, np.float32)
+    _launch_over("hamming_weight", n, (norms, _scalar(xp, gamma), weight, n, len(norms), float(factor)))
+    return weight
+
+
 def norm(x):
     """The l2 norm of x (n,), as a 0-d array. Not a dot product of cuBLAS, which a CUDA graph refuses."""
     if not has_kernels(x, "float32"):
