@@ -30,6 +30,7 @@ from gpu_plan import BYTES, DIRECTIONS, EPOCHS, FULL, STEPS, TRAINING_IMAGES, Cl
 
 from nanomr import checkpoint
 from nanomr.ops import gpu
+from nanomr.ops.gpu import conv
 
 
 class OutOfTime(BaseException):
@@ -85,7 +86,7 @@ class Bench:
         if not self.args.no_torch:
             for dtype in ("bfloat16", "float32"):
                 rows.append((f"cuDNN {dtype}", 8, lambda dtype=dtype: self.cudnn(dtype)))
-        rows += [("passes", 5, self.passes), ("time by kernel", 5, self.by_kernel)]
+        rows += [("passes", 5, self.passes), ("time by kernel", 5, self.by_kernel), ("tiles", 10, self.tiles)]
         if not self.args.no_attacks:
             for attack in (f"PGD-{self.work.pgd_steps}", "AutoAttack/10"):
                 for precision in ("bfloat16", "float32"):
@@ -148,13 +149,13 @@ class Bench:
 
     def our_convolutions(self):
         found, rows = gpu_ours.our_convolutions(self.clock, self.work), []
-        for conv in convolutions(self.work):
+        for layer in convolutions(self.work):
             for direction in DIRECTIONS:
-                us = found[conv.name][direction]
-                row = {"name": conv.name, "direction": direction, "us": us, "tflops": conv.flops / us / 1e6}
-                rows.append(row | {"gb_per_s": conv.bytes / us / 1e3, "share_of_floor": conv.floor_us / us})
+                us = found[layer.name][direction]
+                row = {"name": layer.name, "direction": direction, "us": us, "tflops": layer.flops / us / 1e6}
+                rows.append(row | {"gb_per_s": layer.bytes / us / 1e3, "share_of_floor": layer.floor_us / us})
                 figures = f"{us:7.1f} us {row['tflops']:5.0f} TFLOP/s {rows[-1]['gb_per_s']:5.0f} GB/s"
-                print(f"{conv.name:22} {direction:15} {figures} {conv.floor_us / us:4.0%} of the floor", flush=True)
+                print(f"{layer.name:22} {direction:15} {figures} {layer.floor_us / us:4.0%} of the floor", flush=True)
         self.result["convolutions"] = rows
 
     def cudnn(self, dtype: str):
@@ -163,6 +164,15 @@ class Bench:
             row[f"cudnn_{dtype}_us"] = us = found[row["name"]][row["direction"]]
             beside = f"cuDNN {dtype} {us:7.1f} us, ours {row['us'] / us:5.2f} times that"
             print(f"{row['name']:22} {row['direction']:15} {beside}", flush=True)
+
+    def tiles(self):
+        """The convolutions in tiles that no run takes yet."""
+        for name, tile in conv.CANDIDATES.items():
+            found = gpu_ours.our_convolutions(self.clock, self.work, tile)
+            for row in self.result.get("convolutions", []):
+                row[f"{name}_us"] = us = found[row["name"]][row["direction"]]
+                beside = f"{row['us'] / us:5.2f} times as fast"
+                print(f"{row['name']:22} {row['direction']:15} {name} {us:7.1f} us, {beside}", flush=True)
 
     def passes(self):
         timed, rows = gpu_ours.our_passes(self.clock, self.work), []

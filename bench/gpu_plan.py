@@ -145,10 +145,10 @@ def show_plan(work: Work = FULL):
     return floor
 
 
-def our_plan(conv, direction):
+def our_plan(conv, direction, tile=None):
     eight = -(-conv.x_shape[3] // 8) * 8
     x_shape, w_shape = (*conv.x_shape[:3], eight), (*conv.w_shape[:2], eight, conv.w_shape[3])
-    return gpu.conv_plan(direction, x_shape, w_shape, conv.stride, conv.padding)
+    return gpu.conv_plan(direction, x_shape, w_shape, conv.stride, conv.padding, tile)
 
 
 def batch(work: Work):

@@ -40,8 +40,12 @@ def figures(found: dict) -> list[str]:
         for r in rows:
             ratio = f"{r['us'] / r['cudnn_bfloat16_us']:.2f}" if "cudnn_bfloat16_us" in r else ""
             speed = f"{r['us']:.0f}", f"{r['tflops']:.0f}", f"{r['share_of_floor']:.0%}"
-            cells.append([r["name"], r["direction"], *speed, ratio])
-        lines += table("convolution | direction | us | TFLOP/s | of the floor | times cuDNN's", cells)
+            tiles = [f"{r[key]:.0f}" if key in r else "" for key in ("square_us", "deep_us")]
+            cells.append([r["name"], r["direction"], *speed, ratio, *tiles])
+        lines += table(
+            "convolution | direction | us | TFLOP/s | of the floor | times cuDNN's | us, square tiles | us, deep tiles",
+            cells,
+        )
     if rows := found.get("passes"):
         cells = [[r["name"], f"{r['us']:.0f}", f"{r['gb_per_s']:.0f}", f"{r['share_of_floor']:.0%}"] for r in rows]
         lines += table("pass | us | GB/s | of the floor", cells)

@@ -33,6 +33,7 @@ SOURCES = [
 # reference's functions that gpu has its own of, for other layouts
 OWN = {"conv2d", "conv2d_input_gradient", "conv2d_weight_gradient", "_pad", "crop_flip", "corners"}
 ON_NUMPY = {("max", "initial"), ("asarray", "order")}  # of arrays that are NumPy's for sure: noise that is being drawn
+ON_NUMPY |= {("dumps", "indent")}  # json's
 
 
 def calls(path):

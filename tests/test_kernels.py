@@ -261,6 +261,19 @@ def test_convolutions_of_any_shape(device, case, seed):
 
 
 @on_device
+@pytest.mark.parametrize("name", gpu_conv.CANDIDATES)
+def test_tiles_that_may_come(device, name, rng, monkeypatch):
+    """What bench/gpu.py times beside the usual ones is right."""
+    monkeypatch.setattr(gpu_conv, "WIDE", gpu_conv.CANDIDATES[name])
+    gpu.conv_plan.cache_clear()
+    try:
+        check_convolutions(device, rng, (2, 5, 6, 72), (3, 3, 72, 80), 2, ALL_ROUND)
+    finally:
+        gpu.conv_plan.cache_clear()
+    assert all(gpu_conv.CANDIDATES[name].shared(d) <= 113 << 10 for d in range(3)), "two blocks on a multiprocessor"
+
+
+@on_device
 def test_a_convolution_split_over_many_blocks(device, rng):
     """More pixels than a split takes, and a last split that is not full."""
     x_shape, w_shape = (5, 16, 15, 8), (3, 3, 8, 8)
@@ -1103,10 +1116,11 @@ def test_the_emulation_tries_other_orders():
 # --- compiled for real ------------------------------------------------------------------------------------------------
 
 REALS = {"float": 4, "bf16": 2}
+TILES = {"narrow": gpu_conv.NARROW, "wide": gpu_conv.WIDE, "tall": gpu_conv.TALL, **gpu_conv.CANDIDATES}
 INSTANTIATIONS = {
     **{
         f"{name} {('y', 'dx', 'dw')[direction]}": ("conv.cu", tile.defines(direction))
-        for name, tile in (("narrow", gpu_conv.NARROW), ("wide", gpu_conv.WIDE), ("tall", gpu_conv.TALL))
+        for name, tile in TILES.items()
         for direction in (gpu_conv.FORWARD, gpu_conv.INPUT, gpu_conv.WEIGHT)
         if name != "tall" or direction == gpu_conv.WEIGHT
     },
@@ -1128,6 +1142,11 @@ INSTANTIATIONS = {
 }
 
 
+def tile_of(defines):
+    sizes = dict(d.split("=") for d in defines)
+    return gpu_conv.Tile(*[int(sizes[name]) for name in ("BM", "BN", "BK", "WM", "WN", "STAGES")])
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("instantiation", INSTANTIATIONS)
@@ -1138,7 +1157,8 @@ def test_machine_code(instantiation, arch):
     assert kernels
     for name, code in kernels.items():
         assert code.stack == 0 and not {"LDL", "STL"} & {i.split(".")[0] for i in code.instructions}, f"{name} spills"
-        assert code.registers <= 128, f"{name} takes {code.registers} registers: two blocks of 256 threads do not fit"
+        threads = tile_of(defines).threads if name in ("convolve", "weight_gradient") else 256
+        assert 2 * code.registers * threads <= 1 << 16, f"{name}: {code.registers} registers: two blocks do not fit"
         if name in ("convolve", "weight_gradient"):
             assert "HMMA.16816.F32.BF16" in code.instructions, f"{name} does not use tensor cores"
             assert {i.split(".")[0] for i in code.instructions} >= {"LDGSTS", "LDSM"}, name

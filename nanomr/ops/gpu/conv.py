@@ -44,6 +44,9 @@ class Tile:
 
 
 NARROW, WIDE, TALL = Tile(128, 64), Tile(128, 128), Tile(192, 64)
+# In WIDE's place, perhaps: a third fewer loads from shared memory for each product, at half the warps. bench/gpu.py
+# times them; no run takes them.
+CANDIDATES = {"square": Tile(128, 128, 32, 64, 64), "deep": Tile(128, 128, 64, 64, 64, 3)}
 
 
 @dataclass(frozen=True)

@@ -390,13 +390,13 @@ def check(name: str) -> str | None:
 
 def check_graph() -> str | None:
     """A small step, replayed, gives the bits of the steps from Python, also when the memory around it was used."""
-    cp, g = find_cupy(), np.random.default_rng(7)
+    xp, g = find_cupy(), np.random.default_rng(7)
     start, x, labels = eighths(g, 3, 3, 8, 8), eighths(g, 2, 6, 6, 8), np.array([3, 5], np.int32)
 
     def train(replayed: bool):
-        w, images, targets = (cp.asarray(a) for a in (start, x, labels))
+        w, images, targets = (xp.asarray(a) for a in (start, x, labels))
         images = gpu.OWN["cast"](images, gpu.bfloat16())
-        velocity, lr = cp.zeros_like(w), cp.asarray(np.float32(0.125))
+        velocity, lr = xp.zeros_like(w), xp.asarray(np.float32(0.125))
 
         def step():
             y = gpu.OWN["conv2d"](images, w, None, 1, (1, 1, 1, 1))
@@ -412,8 +412,8 @@ def check_graph() -> str | None:
             run()
             found.append(to_numpy(w))
             if k == 3:
-                cp.get_default_memory_pool().free_all_blocks()
-                other = [cp.empty(1 << 16, np.float32) for _ in range(8)]
+                xp.get_default_memory_pool().free_all_blocks()
+                other = [xp.empty(1 << 16, np.float32) for _ in range(8)]
                 for array in other:
                     array[...] = np.nan
         return found, getattr(run, "failure", None)

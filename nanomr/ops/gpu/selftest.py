@@ -41,10 +41,10 @@ def child(names) -> None:
     def say(**line):
         print(json.dumps(line), flush=True)
 
-    cp = find_cupy()
+    xp = find_cupy()
 
     def usable():  # raises otherwise
-        return float(cp.arange(4.0).sum())
+        return float(xp.arange(4.0).sum())
 
     usable()
     for name in names:
@@ -112,8 +112,8 @@ def test(limit: float = LIMIT, report=lambda name, problem: None) -> dict[str, s
 @functools.cache
 def identity() -> str:
     """Card, driver, versions and sources: whatever decides the outcome."""
-    cp = find_cupy()
-    runtime, card = cp.cuda.runtime, cp.cuda.runtime.getDeviceProperties(0)
+    xp = find_cupy()
+    runtime, card = xp.cuda.runtime, xp.cuda.runtime.getDeviceProperties(0)
     driver = Path("/proc/driver/nvidia/version")
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*")):
@@ -122,7 +122,7 @@ def identity() -> str:
     parts = [
         card["name"].decode(), f"{card.get('major')}.{card.get('minor')}",
         driver.read_text().splitlines()[0] if driver.exists() else "",
-        runtime.driverGetVersion(), runtime.runtimeGetVersion(), cp.__version__, np.__version__, __version__,
+        runtime.driverGetVersion(), runtime.runtimeGetVersion(), xp.__version__, np.__version__, __version__,
         digest.hexdigest()[:16],
     ]  # fmt: skip
     return " | ".join(map(str, parts))
