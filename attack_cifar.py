@@ -26,7 +26,7 @@ from nanomr.attacks import report as reporting
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from nanomr.attacks.common import l2, recheck
 from nanomr.attacks.wasserstein import wasserstein
-from nanomr.backend import resolve_device, to_device, to_numpy
+from nanomr.backend import to_device, to_numpy, use_device
 from nanomr.errors import UserError
 from nanomr.ops import gpu
 
@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--batch-size", type=positive, default=250, help="images in a forward pass; decides no result")
     g.add_argument("--chunk", type=positive, default=250, help="images between saves: a kill loses no more than these")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
+    text = "on a GPU: auto tests ours on the first run, and replaces what fails there by plain CuPy, which is slower"
+    g.add_argument("--kernels", choices=("auto", "own", "plain"), default="auto", help=text)
     text = "on a GPU: of the network that the attacks see; every verdict is float32's. bf16 may be the weaker attack"
     g.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=text)
     g.add_argument("--out", type=Path, help="run folder; default: runs/WEIGHTS-ATTACK-NORM")
@@ -417,7 +419,7 @@ def main() -> int:
         return 0
     if not args.weights:
         p.error("--weights FILE is needed: the network")
-    device = resolve_device(args.device)
+    device = use_device(args.device, args.kernels)
     if device == "cpu" and args.precision != "fp32":
         raise UserError(f"--precision {args.precision} needs a GPU: use --precision fp32")
     if device == "gpu":

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanomr import checkpoint, cli, data, metrics, models
-from nanomr.backend import resolve_device, to_device
+from nanomr.backend import to_device, use_device
 from nanomr.errors import UserError
 from nanomr.methods import METHODS
 from nanomr.train import Config, Interrupted, Trainer
@@ -86,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help=text)
     text = "on a GPU: start every kernel of a step by itself instead of a CUDA graph of them all (bf16 alone has one)"
     g.add_argument("--no-graph", action="store_true", help=text)
+    text = "on a GPU: auto tests ours on the first run, and replaces what fails there by plain CuPy, which is slower"
+    g.add_argument("--kernels", choices=("auto", "own", "plain"), default="auto", help=text)
     g.add_argument("--out", type=Path, default=None, help="run folder; default: runs/MODEL-DATA-METHOD-SEED")
     g.add_argument(
         "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
@@ -149,7 +151,7 @@ def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
 def main() -> int:
     p = parser()
     args = p.parse_args()
-    device = resolve_device(args.device)
+    device = use_device(args.device, args.kernels)
     resume = getattr(args, "resume", None)
     if resume:
         folder, config = resume, read_config(resume / "config.json")

@@ -1,14 +1,18 @@
 """Where arrays live: NumPy on the CPU, CuPy on the GPU. The one module that imports CuPy (with ``ops/gpu.py``).
 
 The data decides: a function that is given CuPy arrays computes on the GPU. ``--device`` only chooses where
-the weights and the data set are put. ``python -m nanomr.backend`` prints what this machine offers.
+the weights and the data set are put. ``python -m nanomr.backend`` prints what this machine offers, with ``--test``
+which of our GPU kernels are right on it.
 """
 
+import argparse
 import os
 import platform
+import re
 import sys
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +23,11 @@ from .errors import UserError
 __path__: list[str] = []
 
 INSTALL = "pip install 'nanomr[cuda12]' (or [cuda13])"  # CuPy with the parts of CUDA that it needs
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be had again: data sets, what the self-test found."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomr"
 
 
 def find_cupy():
@@ -67,11 +76,55 @@ def resolve_device(wanted: str) -> str:
         return "cpu"
     if wanted not in ("auto", "gpu"):
         raise UserError(f"--device must be auto, cpu or gpu, not {wanted!r}")
+    packages = _cupy_packages()
+    if len(packages) > 1:
+        both = " and ".join(packages)
+        raise UserError(f"{both} overwrite each other: pip uninstall -y {' '.join(packages)}, then {INSTALL}")
     if find_cupy() is None:
-        raise UserError(f"--device gpu needs CuPy: {INSTALL}, or use --device cpu")
+        missing = f"{packages[0]} does not import: reinstall it" if packages else f"--device gpu needs CuPy: {INSTALL}"
+        raise UserError(f"{missing}, or use --device cpu")
     if not gpu_available():
-        raise UserError("--device gpu: CuPy is installed but finds no CUDA device or driver; use --device cpu")
+        raise UserError(_why_no_device())
     return "gpu"
+
+
+def _cupy_packages() -> list[str]:
+    """The CuPy packages that are installed; there may be one alone."""
+    names = {re.sub(r"[-_.]+", "-", d.name or "").lower() for d in metadata.distributions()}
+    return sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
+
+
+def _why_no_device() -> str:
+    """CuPy is there and finds no device: is it for another CUDA version than the driver?"""
+    runtime, no_gpu = find_cupy().cuda.runtime, "--device gpu: CuPy is installed but finds no CUDA device or driver"
+    try:
+        built, driver = runtime.runtimeGetVersion() // 1000, runtime.driverGetVersion() // 1000
+    except Exception:
+        built = driver = 0
+    if not 0 < driver < built:
+        return f"{no_gpu}; use --device cpu"
+    remedy = f"pip install 'nanomr[cuda{driver}]'" if driver >= 12 else "update the driver"
+    return (
+        f"--device gpu: CuPy is for CUDA {built}, the driver for CUDA {driver}: "
+        f"pip uninstall -y {' '.join(_cupy_packages())}, then {remedy}; or use --device cpu"
+    )
+
+
+def use_device(wanted: str, kernels: str = "auto") -> str:
+    """:func:`resolve_device` for a program: on a GPU it also chooses the kernels, ``--kernels auto|own|plain``. "auto"
+    tests each of ours when it meets a device for the first time (``ops/gpu/selftest.py``)."""
+    device = resolve_device(wanted)
+    if device == "gpu":
+        from .ops.gpu import selftest
+
+        try:
+            selftest.choose(kernels)
+        except UserError as error:
+            if wanted == "gpu":
+                raise
+            print(f"{error}; going on with the CPU", file=sys.stderr, flush=True)
+            return "cpu"
+    return device
 
 
 def report() -> list[str]:
@@ -84,7 +137,7 @@ def report() -> list[str]:
         "CPU": _cpu,
         "BLAS": _blas,
         "CuPy": lambda: (
-            _version("cupy-cuda12x", "cupy-cuda13x", "cupy")
+            " and ".join(f"{name} {_version(name)}" for name in _cupy_packages())
             or f"not installed: {INSTALL}, after the driver's CUDA version"
         ),
         "GPU": _gpu,
@@ -102,8 +155,27 @@ def report() -> list[str]:
 
 
 def main() -> None:
-    """Print :func:`report`."""
+    """Print :func:`report`; with --test, what the self-test finds."""
+    parser = argparse.ArgumentParser(prog="python -m nanomr.backend", description="What there is to compute with.")
+    text = "hold each of the GPU's kernels to its formula, and remember what came out"
+    parser.add_argument("--test", action="store_true", help=text)
+    if parser.parse_args().test:
+        from .cli import run
+
+        run(_test)
     print("\n".join(report()))
+
+
+def _test() -> int:
+    resolve_device("gpu")
+    from .ops.gpu import selftest
+
+    print(selftest.identity(), flush=True)
+    results = selftest.test(report=lambda name, problem: print(f"{name:28} {problem or 'ok'}", flush=True))
+    selftest.remember(results)
+    failed = sum(problem is not None for problem in results.values())
+    print(f"{failed} of {len(results)} failed" if failed else f"all {len(results)} passed")
+    return 1 if failed else 0
 
 
 def _version(*names: str) -> str | None:

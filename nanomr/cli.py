@@ -101,13 +101,16 @@ def load_network(path: Path, dataset, device: str):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: 0 or what it returns; 2 for a UserError, 130 for Ctrl-C, 141 for a closed pipe.
 
-    A UserError and Ctrl-C print one line on stderr. Every other exception is a bug and keeps its traceback.
+    A UserError, full memory (2) and Ctrl-C print one line on stderr. Others are bugs and keep their traceback.
     """
     try:
         code = main()
         sys.stdout.flush()  # here, so that a closed pipe shows up inside the try
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except MemoryError as error:
+        print(f"error: out of memory: choose a smaller --batch-size ({' '.join(str(error).split())})", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

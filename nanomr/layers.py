@@ -112,7 +112,8 @@ class Layer:
         for name, gradient in gradients.items():
             if name in self.grads:
                 check(self, f"{name}'s gradient", self.grads[name], gradient.shape)
-                self.grads[name] += gradient
+                total = self.grads[name]  # not assigned: a model knows its views by identity
+                total += gradient
             else:  # a layer outside a model: nothing has made room for its gradients yet
                 self.grads[name] = gradient
 
@@ -209,7 +210,8 @@ class Conv2d(Affine):
             dw, db = ops.conv2d_weight_gradient(x, dy, *window)
             return self.accumulate(weight=dw, bias=db)
         if hasattr(ops, "conv2d_dw"):
-            return self.accumulate(weight=ops.conv2d_dw(x, dy, *window))
+            dw = ops.conv2d_dw(x, dy, *window, into=self.grads.get("weight"))
+            return None if dw is None else self.accumulate(weight=dw)
         self.accumulate(weight=ops.conv2d_weight_gradient(x, dy, *window)[0])
 
     def to_torch(self, name, value):
@@ -395,8 +397,12 @@ class BatchNorm2d(Layer):
         for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
             check(self, name, value, (self.channels,), getattr(self.params["weight"], "dtype", None))
         check(self, "x", x, ("N", "H", "W", self.channels), self.params["weight"].dtype, WEIGHTS)
-        ops = ops_for(x)
-        if train:
+        ops, fused = ops_for(x), None
+        if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
+            fused = ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers)
+        if fused:
+            mean, inv_std = fused
+        elif train:
             mean, var = ops.batchnorm_statistics(x)
             m, keep, take = x.size // x.shape[-1], 1 - self.momentum, self.momentum
             for name, batch in (("running_mean", mean), ("running_var", var * (m / max(m - 1, 1)))):
@@ -405,7 +411,8 @@ class BatchNorm2d(Layer):
         else:
             # a copy: a training pass may move the buffer while this cache is alive
             mean, var = self.buffers["running_mean"].copy(), self.buffers["running_var"]
-        inv_std = 1 / (var + self.eps) ** 0.5
+        if not fused:
+            inv_std = 1 / (var + self.eps) ** 0.5
         y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
         return y if self.before_relu else y.full(), (x, mean, inv_std, train)
 
@@ -415,11 +422,12 @@ class BatchNorm2d(Layer):
         check(self, "dy", dy.dy if isinstance(dy, BehindReLU) else dy, x.shape, x.dtype)
         check_plus(self, plus, x.shape, x.dtype)
         if isinstance(dy, BehindReLU):
-            dx, dgamma, dbeta = ops.batchnorm_relu_backward(
-                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train
-            )
             if param_grads:
-                self.accumulate(weight=dgamma, bias=dbeta)
+                self.grads = self.grads or {name: 0 * value for name, value in self.params.items()}
+            into = (self.grads["weight"], self.grads["bias"]) if param_grads else None
+            dx, _, _ = ops.batchnorm_relu_backward(
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train, into
+            )
             return dx if input_grad else None
         if param_grads or (train and input_grad):
             dgamma, dbeta = ops.batchnorm_parameter_gradient(dy, x, mean, inv_std)

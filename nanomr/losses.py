@@ -106,16 +106,23 @@ class Hamming:
             y, squares = ops_for(z.x).batchnorm_relu_hamming(*z, self.alpha)
         else:
             y, squares = ops_for(z).relu_hamming(z, self.alpha)
-        norms = squares**0.5 if self.per_sample else squares.sum(keepdims=True) ** 0.5
-        self.total = self.total + norms.sum() / (2 * y.size // 3)
         self.layers += 1
+        ops, share = ops_for(squares), 1 / (2 * y.size // 3)
+        if squares.dtype.name == "float32" and hasattr(ops, "hamming_norms"):
+            norms, self.total = ops.hamming_norms(squares, self.total, share, self.per_sample)
+            return y, norms
+        norms = squares**0.5 if self.per_sample else squares.sum(keepdims=True) ** 0.5
+        self.total = self.total + norms.sum() * share
         return y, norms
 
     def backward(self, dy, z, norms):
         """dz: ReLU's gradient plus this regulariser's; called by ReLU."""
         xp, ops, n = array_module(dy), ops_for(dy), len(dy) // 3
-        scale = self.weight * self.alpha / (self.layers * 2 * (dy.size // 3))
-        weight = xp.broadcast_to(scale / xp.maximum(norms, 1e-12), (n,))
+        factor = self.alpha / (self.layers * 2 * (dy.size // 3))
+        if norms.dtype.name == "float32" and hasattr(ops, "hamming_weight"):
+            weight = ops.hamming_weight(norms, self.weight, factor, n)
+        else:
+            weight = xp.broadcast_to(self.weight * factor / xp.maximum(norms, 1e-12), (n,))
         if isinstance(z, PairBatch):
             return PairBatch(*ops.relu_hamming_pair_backward(dy, z.x, z.rho, self.alpha, weight))
         if isinstance(z, Normalized):

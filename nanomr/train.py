@@ -10,14 +10,14 @@ import math
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint, metrics, models, optim, plots, rng
-from .backend import array_module, to_device, to_numpy
+from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
 from .errors import UserError
 from .graph import Replayed
@@ -111,7 +111,7 @@ class Trainer:
             self.counter = to_device(np.zeros(1, np.uint64), device)  # which step comes next
             self.order = to_device(np.zeros(self.steps_per_epoch * config.batch_size, np.int32), device)
             self.schedule = to_device(np.zeros((self.steps_per_epoch, 4), np.float32), device)
-            captured = graph and config.precision == "bf16"
+            captured = graph and config.precision == "bf16" and not gpu.replaced
             step = gpu.tf32()(self.device_step) if config.precision == "tf32" else self.device_step
             self._on_device = Replayed(step) if captured else step
 
@@ -183,8 +183,28 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         if self._order[0] != epoch:
             self._start_epoch(epoch)
-        self._on_device()
+        try:
+            self._on_device()
+        except MemoryError:
+            self._on_device = None  # the graph's memory; a step's is held by the exception, until here
+        if self._on_device is None:
+            raise UserError(self._out_of_memory())
         self.step += 1
+
+    def _out_of_memory(self) -> str:
+        """Which batch does fit the GPU: halved until a step ends. The weights are of no use behind it."""
+        n = self.config.batch_size
+        full = f"the GPU's memory is full at --batch-size {n}"
+        while n > 1:
+            n //= 2
+            self.config = replace(self.config, batch_size=n)
+            try:
+                find_cupy().get_default_memory_pool().free_all_blocks()
+                self.device_step()
+                return f"{full}: {n} fits"
+            except MemoryError:
+                pass
+        return f"{full}, and not even 1 fits: does another program hold it (nvidia-smi)?"
 
     def _start_epoch(self, epoch):
         """What the host has to say of an epoch on a GPU: its order and its schedule. Nothing else is drawn there."""
@@ -213,7 +233,8 @@ class Trainer:
                 bar.update(n)
                 epoch_ends, now = self.step % self.steps_per_epoch == 0, time.monotonic()
                 late = now - saved > SAVE_EVERY
-                look = (late or self.step % CHECK_EVERY == 0) if self.device == "cpu" else late
+                regular = self.step % CHECK_EVERY == 0
+                look = late or regular if self.device == "cpu" else late and regular
                 if not (epoch_ends or interrupted or look):
                     continue
                 self._stop_on_nan()
@@ -267,7 +288,13 @@ class Trainer:
             "seconds": round(self.seconds, 2),
             "images_per_s": steps * config.batch_size / self.seconds,
             "kernel": self.kernel,
+            **(self._kernels() if self.device == "gpu" else {}),
         }
+
+    def _kernels(self) -> dict:
+        """How steps are taken on this GPU: which functions are not our own kernels, and is a step one CUDA graph?"""
+        graph = getattr(self._on_device, "graph", None) is not None
+        return {"plain_kernels": [name for name in gpu.replaced if name != "graph"], "graph": graph}
 
     def _stop_on_nan(self):
         totals, weights = to_numpy(self.totals), self.model.weights

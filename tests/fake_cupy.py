@@ -6,6 +6,7 @@ number taken from the host is baked in. What a capture does not allow (a look at
 ``counts`` has how often each happened.
 """
 
+import os
 import sys
 import time
 import types
@@ -16,17 +17,32 @@ import numpy as np
 import shim
 
 from nanomr.ops import gpu
-from nanomr.ops.gpu import cuda
+from nanomr.ops.gpu import cuda, selftest
 
 counts: Counter = Counter()
 _capture: list | None = None  # the launches of the capture under way
-MOVES = {"reshape", "ravel", "__getitem__", "ascontiguousarray", "copy", "empty", "empty_like", "transpose", "T"}
+MOVES = {
+    "reshape",
+    "ravel",
+    "__getitem__",
+    "ascontiguousarray",
+    "copy",
+    "empty",
+    "empty_like",
+    "transpose",
+    "T",
+    "view",
+}
 CUBLAS = {"matmul", "dot", "tensordot", "einsum", "vdot", "inner"}
 SIZES = {"nonzero", "flatnonzero", "argwhere", "unique", "compress"}
 # Held to the real CuPy in test_fake_cupy.py: options of functions and attributes of arrays that only NumPy has.
 NOT_IN_CUPY = {"initial", "where"}
 NO_ATTRIBUTES = {"ctypes", "getfield", "resize", "setfield", "setflags"}
 NO_ATTRIBUTES |= {"__array_interface__", "__array_struct__", "__index__"}
+launched: set = set()  # (kernel, defines) of all launches
+faults: dict[str, str] = {}  # kernel: how it is broken, one of FAULTS
+FAULTS = ("wrong", "nan", "compile", "launch", "hang", "crash")
+largest = 1 << 40  # bytes that empty() can give
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without being allowed more
 
 
@@ -46,6 +62,10 @@ def as_in_cupy(name, args, kwargs):
         refuse_in_capture("sync")  # how long the result is depends on values
     if any(isinstance(p, list) for p in parts):
         refuse_in_capture("upload")
+
+
+class OutOfMemoryError(MemoryError):
+    """CuPy's has this name and base."""
 
 
 def unwrap(x):
@@ -74,9 +94,12 @@ def run(name, function, args, kwargs):
     inputs = arrays_in((args, kwargs))
     with np.errstate(all="ignore"):
         if _capture is not None and (name == "__setitem__" or kwargs.get("out")):
+            counts["CuPy"] += 1
             _capture.append(lambda: function(*args, **kwargs))
             return ndarray(kwargs["out"][0]) if kwargs.get("out") else None
         result = function(*args, **kwargs)
+    if name == "empty" and result.nbytes > largest:
+        raise OutOfMemoryError(f"Out of memory allocating {result.nbytes} bytes")
     if result is None or isinstance(result, bool):
         return result
     several = isinstance(result, (tuple, list))
@@ -91,6 +114,7 @@ def run(name, function, args, kwargs):
             for r, f in zip(results, found if several else (found,), strict=True):
                 np.copyto(r, f)
 
+        counts["CuPy"] += name not in ("empty", "__getitem__")  # its own kernels
         _capture.append(again)
     return type(result)(map(ndarray, results)) if several else ndarray(results[0])
 
@@ -159,6 +183,23 @@ def asarray(x, dtype=None):
     return ndarray(np.array(x, dtype))
 
 
+def misbehave(fault, launcher, code, defines, name, arguments, *geometry):
+    """A launch of a kernel that is broken."""
+    if fault == "launch":
+        raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+    if fault == "hang":
+        time.sleep(600)
+    if fault == "crash":
+        os._exit(139)
+    arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+    before = [a.copy() for a in arrays]
+    launcher(code, defines, name, *geometry, arguments)
+    for a, b in zip(arrays, before, strict=True):
+        if a.tobytes() != b.tobytes():  # it wrote this one
+            last = a.reshape(-1)[-1:]  # one number of all
+            last[...] = np.nan if fault == "nan" and a.dtype.kind not in "iu" else last + np.ones(1, a.dtype)
+
+
 class RawModule:
     def __init__(self, code, options):
         device = cuda.source("device.cuh")
@@ -166,6 +207,9 @@ class RawModule:
         assert isinstance(options, tuple) and all(isinstance(o, str) for o in options)
         self.code, self.defines = code.removeprefix(device), tuple(o.removeprefix("-D") for o in options[1:])
         self.launcher = shim.Launcher()
+        for name, fault in faults.items():
+            if fault == "compile" and f" {name}(" in code:
+                raise RuntimeError(f"kernel.cu(7): error: identifier in {name} is undefined")
 
     def get_function(self, name):
         def function(grid, block, args, shared_mem=0):
@@ -174,9 +218,13 @@ class RawModule:
             assert all(isinstance(sizes, tuple) and min(sizes) > 0 for sizes in (grid, block)), name
             arguments = unwrap(list(args))
             assert all(isinstance(a, (np.ndarray, np.generic)) for a in arguments), name
+            geometry = grid, block, shared_mem
 
             def launch():
-                self.launcher(self.code, self.defines, name, grid, block, shared_mem, arguments)
+                launched.add((name, self.defines))
+                if name in faults:
+                    return misbehave(faults[name], self.launcher, self.code, self.defines, name, arguments, *geometry)
+                self.launcher(self.code, self.defines, name, *geometry, arguments)
 
             launch() if _capture is None else _capture.append(launch)
 
@@ -258,7 +306,10 @@ class Module(types.ModuleType):
         Stream=Stream, MemoryPool=MemoryPool, using_allocator=using_allocator, Event=Event,
         Device=lambda: types.SimpleNamespace(synchronize=lambda: refuse_in_capture("wait")), is_available=lambda: True,
         get_elapsed_time=lambda first, last: 1e3 * (last.time - first.time),
-        runtime=types.SimpleNamespace(getDeviceProperties=lambda _: {"name": b"Stand-in (CPU)"}),
+        runtime=types.SimpleNamespace(
+            getDeviceProperties=lambda _: {"name": b"Stand-in (CPU)"}, driverGetVersion=lambda: 0,
+            runtimeGetVersion=lambda: 0,
+        ),
     )  # fmt: skip
 
     def __getattr__(self, name):
@@ -277,6 +328,9 @@ def forget():
     global _capture
     _capture = None
     counts.clear()
+    launched.clear()
+    faults.clear()
+    gpu.replace()
     cuda._function.cache_clear()
 
 
@@ -285,3 +339,4 @@ def install(monkeypatch):
     forget()
     monkeypatch.setitem(sys.modules, "cupy", Module("cupy"))
     monkeypatch.setattr(gpu, "set_tf32", lambda on: None)
+    monkeypatch.setattr(selftest, "remembered", lambda: dict.fromkeys(selftest.NAMES))  # test_selftest.py has it

@@ -99,6 +99,45 @@ def test_device_gpu_without_a_gpu_is_one_clear_line(monkeypatch, cupy, message):
     assert "\n" not in str(caught.value)
 
 
+def installed(monkeypatch, *names):
+    found = [SimpleNamespace(name=name) for name in ("numpy", "cupy-xarray", *names)]
+    monkeypatch.setattr(backend.metadata, "distributions", lambda: found)
+
+
+def test_two_cupys_are_named(monkeypatch):
+    installed(monkeypatch, "cupy_cuda12x", "cupy-cuda13x")
+    monkeypatch.setattr(backend, "find_cupy", fake_cupy)
+    with pytest.raises(UserError) as caught:
+        backend.resolve_device("gpu")
+    both = "cupy-cuda12x and cupy-cuda13x overwrite each other: pip uninstall -y cupy-cuda12x cupy-cuda13x"
+    assert str(caught.value) == f"{both}, then {backend.INSTALL}"
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "advice"),
+    [
+        (13000, 12080, "pip uninstall -y cupy-cuda13x, then pip install 'nanomr[cuda12]'; or use --device cpu"),
+        (12090, 11080, "pip uninstall -y cupy-cuda13x, then update the driver; or use --device cpu"),
+        (12090, 13000, "finds no CUDA device or driver; use --device cpu"),
+        (12090, 0, "finds no CUDA device or driver; use --device cpu"),
+    ],
+)
+def test_a_cupy_for_another_cuda_version_says_what_to_install(monkeypatch, built, driver, advice):
+    installed(monkeypatch, "cupy-cuda13x")
+    versions = dict(runtimeGetVersion=lambda: built, driverGetVersion=lambda: driver)
+    monkeypatch.setattr(backend, "find_cupy", lambda: fake_cupy(available=False, **versions))
+    with pytest.raises(UserError) as caught:
+        backend.resolve_device("gpu")
+    assert str(caught.value).endswith(advice) and str(caught.value).startswith("--device gpu: CuPy is ")
+
+
+def test_a_cupy_that_does_not_import_is_not_missing(monkeypatch):
+    installed(monkeypatch, "cupy-cuda12x")
+    monkeypatch.setattr(backend, "find_cupy", lambda: None)
+    with pytest.raises(UserError, match="cupy-cuda12x does not import: reinstall it, or use --device cpu"):
+        backend.resolve_device("gpu")
+
+
 def test_device_with_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "find_cupy", fake_cupy)
     assert backend.resolve_device("auto") == backend.resolve_device("gpu") == "gpu"

@@ -107,6 +107,7 @@ def stop(error):
     [
         (lambda: None, 0, ""),
         (lambda: 3, 3, ""),
+        (stop(MemoryError("Out\nof 4 GB")), 2, "error: out of memory: choose a smaller --batch-size (Out of 4 GB)\n"),
         (stop(UserError("no such file;\ncheck the path")), 2, "error: no such file; check the path\n"),
         (stop(KeyboardInterrupt()), 130, "\ninterrupted\n"),
     ],

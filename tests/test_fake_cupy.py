@@ -3,6 +3,7 @@ refuses in a CUDA graph, in tests that run on the stand-in here and on CuPy with
 """
 
 import ast
+import importlib
 import inspect
 import re
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 import fake_cupy
 import numpy as np
 import pytest
+import shim
 
 from nanomr import graph
 from nanomr.backend import to_numpy
@@ -31,6 +33,7 @@ SOURCES = [
 # reference's functions that gpu has its own of, for other layouts
 OWN = {"conv2d", "conv2d_input_gradient", "conv2d_weight_gradient", "_pad", "crop_flip", "corners"}
 ON_NUMPY = {("max", "initial"), ("asarray", "order")}  # of arrays that are NumPy's for sure: noise that is being drawn
+ON_NUMPY |= {("dumps", "indent")}  # json's
 
 
 def calls(path):
@@ -114,6 +117,16 @@ def test_what_the_stand_in_refuses_is_not_in_cupy(real):
         assert hasattr(real.ndarray, method)
 
 
+def test_what_a_full_card_raises(real):
+    assert [c.__name__ for c in real.cuda.memory.OutOfMemoryError.__mro__[:2]] == ["OutOfMemoryError", "MemoryError"]
+    assert hasattr(real.get_default_memory_pool(), "free_all_blocks")
+
+
+def test_the_versions_that_tell_why_there_is_no_device(real):
+    """... where there is none: both are numbers without a driver, too."""
+    assert real.cuda.runtime.runtimeGetVersion() >= 12000 and real.cuda.runtime.driverGetVersion() >= 0
+
+
 def test_the_switch_for_tf32(real):
     """Names only; what it does takes a GPU."""
     from cupy import _core
@@ -142,6 +155,15 @@ def test_cupy_compiles_the_kernels(real, file, monkeypatch):
             code = cuda.source("device.cuh") + cuda.source(file)
             cubin, _ = compiler._compile_using_nvrtc_no_warning(code, given, "90", "kernel.cu")
             assert cubin[:4] == b"\x7fELF"
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    if shim.missing():
+        pytest.skip(shim.missing())
+    fake_cupy.install(monkeypatch)
+    yield importlib.import_module("cupy")
+    fake_cupy.forget()
 
 
 # --- the same on both -------------------------------------------------------------------------------------------------
@@ -208,23 +230,75 @@ REFUSED = {  # in a capture
     "a branch": lambda xp, x: bool(x[0] > 0),
     "a list": lambda xp, x: x.tolist(),
     "a copy for the host": lambda xp, x: to_numpy(x),
-    "an upload": lambda xp, x: xp.asarray(np.ones(3, np.float32)),
     "a mask": lambda xp, x: x[x > 0],
     "a place to write by mask": lambda xp, x: x.__setitem__(x > 0, 1),
-    "indices of a list": lambda xp, x: x[[0, 1]],
     "where it is": lambda xp, x: xp.flatnonzero(x > 0),
     "cuBLAS": lambda xp, x: x.reshape(2, 2) @ x.reshape(2, 2),
 }
 
 
+UPLOADS = {  # which CuPy lets through, as a copy from host memory that a replay finds gone: the stand-in alone refuses
+    "an upload": lambda xp, x: xp.asarray(np.ones(3, np.float32)),
+    "indices of a list": lambda xp, x: x[[0, 1]],
+}
+
+
+def check_that_a_capture_refuses(cupy, what, capsys):
+    x, calls = cupy.asarray(np.ones(4, np.float32)), []
+
+    def step():
+        calls.append(what(cupy, x))
+
+    replayed = graph.Replayed(step, warm=1)
+    replayed()  # as it is, it may
+    assert replayed.failure is None and not capsys.readouterr().err
+    replayed()
+    assert replayed.graph is None and len(calls) == 2, "the capture broke off, and the step was taken as it is"
+    replayed()
+    assert len(calls) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"the step does not become a CUDA graph ({replayed.failure}): ")
+    assert float(x.sum()) > 0 and cupy.asarray(np.ones(2)).argsort().size == 2, "the device goes on"
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_capture_refuses(cupy, name):
-    x = cupy.asarray(np.ones(4, np.float32))
-    step = graph.Replayed(lambda: REFUSED[name](cupy, x), warm=1)
-    step()  # as it is, it may
-    with pytest.raises(graph.UserError, match="cannot become a CUDA graph"):
-        step()
-    assert float(x.sum()) > 0, "after a capture that failed the device goes on"
+def test_a_capture_refuses(cupy, name, capsys):
+    check_that_a_capture_refuses(cupy, REFUSED[name], capsys)
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_a_capture_on_the_stand_in_refuses_uploads(stand_in, name, capsys):
+    check_that_a_capture_refuses(stand_in, UPLOADS[name], capsys)
+
+
+@pytest.mark.parametrize("fails", ["begin_capture", "end_capture", "launch"])
+def test_a_graph_that_fails_costs_speed_alone(stand_in, fails, monkeypatch, capsys):
+    """Wherever it fails, the steps go on, each once; an invalidated capture shows when it ends."""
+
+    def broken(*_):
+        fake_cupy._capture = None
+        raise RuntimeError("invalidated\nwith a second line")
+
+    monkeypatch.setattr(fake_cupy.Graph if fails == "launch" else fake_cupy.Stream, fails, broken)
+    x = stand_in.asarray(np.zeros(1, np.float32))
+    replayed = graph.Replayed(lambda: x.__setitem__(Ellipsis, x + 1), warm=1)
+    for k in range(1, 5):
+        replayed()
+        assert float(x[0]) == k
+    assert replayed.failure == "RuntimeError: invalidated" and capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_in_a_capture_is_no_failure_of_it(stand_in):
+    """It ends the capture, and goes on up."""
+
+    def step():
+        if fake_cupy._capture is not None:
+            raise KeyboardInterrupt
+
+    replayed = graph.Replayed(step, warm=0)
+    with pytest.raises(KeyboardInterrupt):
+        replayed()
+    assert fake_cupy._capture is None and replayed.failure is None
 
 
 def test_numpy_arrays_do_not_mix(cupy):

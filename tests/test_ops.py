@@ -369,7 +369,8 @@ OPERATIONS = {
     "plane_step": Operation(arguments(feature_maps, _plane_step), _plane_step_magnitude),
     "crop_flip": Operation(arguments(images(n=(1, 4), size=(1, 9)), _crops), ones_for(reference.crop_flip)),
 }
-ELSEWHERE = {"conv2d_shape", "sgd_update", "corners"}  # numbers, an update in place, and bits: tests of their own
+ELSEWHERE = {"batchnorm_relu", "batchnorm_relu_hamming", "batchnorm_relu_backward"}  # bf16.py, in both dtypes
+ELSEWHERE |= {"conv2d_shape", "sgd_update", "corners"}  # numbers, an update in place, and bits: tests of their own
 
 
 def test_every_function_is_compared():

@@ -202,14 +202,21 @@ def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
     return relu_hamming(batchnorm(x, gamma, beta, mean, inv_std), alpha)
 
 
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True):
+def batchnorm_relu_backward(
+    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None
+):
     """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming.
 
-    Without ``train``, mean and inv_std are constants.
+    ``into``: two arrays to which dgamma and dbeta are added. Without ``train``, mean and inv_std are constants; then
+    dgamma and dbeta are None, unless there is an ``into``.
     """
     z = batchnorm(x, gamma, beta, mean, inv_std)
     dz = relu_backward(dy, z) if alpha is None else relu_hamming_backward(dy, z, alpha, weight)
+    if not train and into is None:
+        return scale_channels(dz, gamma * inv_std, plus), None, None
     dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
+    for total, gradient in zip(into or (), (dgamma, dbeta), strict=False):
+        total += gradient
     if train:
         return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
     return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta

@@ -242,8 +242,14 @@ def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     return _input_gradient(dy, x, mean, scale, None, *_slopes(x, scale, inv_std, dgamma, dbeta), False, plus)
 
 
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True):
+def batchnorm_relu_backward(
+    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None
+):
     scale = gamma * inv_std
-    dgamma, dbeta = _parameter_gradient(dy, x, mean, scale, beta, inv_std, True, alpha, weight)
+    dgamma = dbeta = None
+    if train or into is not None:
+        dgamma, dbeta = _parameter_gradient(dy, x, mean, scale, beta, inv_std, True, alpha, weight)
+        for total, gradient in zip(into or (), (dgamma, dbeta), strict=False):
+            total += gradient
     slopes = _slopes(x, scale, inv_std, dgamma, dbeta) if train else (None, None)
     return _input_gradient(dy, x, mean, scale, beta, *slopes, True, plus, alpha, weight), dgamma, dbeta

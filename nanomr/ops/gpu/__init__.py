@@ -6,7 +6,8 @@ kernels for all that only moves numbers, and im2col with a matrix product (cuBLA
 the oracle of the others. Everything else (float64) takes ``reference``'s formulas, as do NumPy arrays.
 
 ``conv``, ``normalization``, ``elementwise`` and ``training`` launch one file of kernels each, by way of ``cuda``.
-Nothing imports CuPy before a kernel is launched on a CuPy array.
+Nothing imports CuPy before a kernel is launched on a CuPy array. A function whose kernels fail on this device can be
+replaced by ``plain``'s, or left out: :func:`replace`; ``selftest`` finds out which.
 """
 
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy as np
 
 from .. import bfloat16  # noqa: F401  (offered from here)
 from ..reference import conv2d_shape, linf_step, plane_step  # noqa: F401  (the steps of attacks: as they are)
+from . import plain
 from .conv import (  # noqa: F401
     conv2d,
     conv2d_dw,
@@ -38,6 +40,7 @@ from .normalization import (  # noqa: F401
     batchnorm_relu_backward,
     batchnorm_relu_hamming,
     batchnorm_statistics,
+    batchnorm_training,
     normalize,
     relu,
     relu_backward,
@@ -54,6 +57,8 @@ from .training import (  # noqa: F401
     draw_augmentation,
     draw_corners,
     end_step,
+    hamming_norms,
+    hamming_weight,
     linear,
     linear_input_gradient,
     linear_weight_gradient,
@@ -61,6 +66,29 @@ from .training import (  # noqa: F401
     norm,
     sgd_update,
 )
+
+# What launches kernels of ours. ``plain`` has the same functions but for those that a CPU does not have either: layers
+# and losses know what to do without.
+OPTIONAL = ("batchnorm_training", "conv2d_dw", "hamming_norms", "hamming_weight", "losses")
+OWN = {
+    name: function
+    for name, function in list(globals().items())
+    if hasattr(plain, name) or name in OPTIONAL
+    if getattr(function, "__module__", "").startswith(__name__ + ".")
+}
+replaced: tuple[str, ...] = ()  # those that are not in use, and "graph" where CUDA graphs are not
+
+
+def replace(names=()):
+    """Let these functions of ``OWN`` be ``plain``'s, or missing where it has none, and all others our own."""
+    global replaced
+    replaced = tuple(names)
+    for name, own in OWN.items():
+        function = getattr(plain, name, None) if name in names else own
+        if function:
+            globals()[name] = function
+        else:
+            globals().pop(name, None)
 
 
 def set_tf32(on: bool) -> None:

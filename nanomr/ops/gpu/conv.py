@@ -1,5 +1,5 @@
-"""The launches of ``kernels/conv.cu``, convolutions in bfloat16; and im2col with a matrix product (cuBLAS) for all
-other dtypes. docs/gpu.md draws the tiles."""
+"""The launches of ``kernels/conv.cu``: convolutions in bfloat16. Other dtypes are ``plain``'s, im2col with a matrix
+product (cuBLAS). docs/gpu.md draws the tiles."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 
 from ...backend import array_module
 from ..reference import conv2d_shape
+from . import plain
 from .cuda import BLOCKS, ceil, has_kernels, launch, ready
 from .elementwise import add, resize_rows, to_bf16
 from .normalization import batchnorm_statistics
@@ -43,6 +44,9 @@ class Tile:
 
 
 NARROW, WIDE, TALL = Tile(128, 64), Tile(128, 128), Tile(192, 64)
+# In WIDE's place, perhaps: a third fewer loads from shared memory for each product, at half the warps. bench/gpu.py
+# times them; no run takes them.
+CANDIDATES = {"square": Tile(128, 128, 32, 64, 64), "deep": Tile(128, 128, 64, 64, 64, 3)}
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ class ConvPlan:
         defines, shared = self.tile.defines(self.direction), self.tile.shared(self.direction)
         launch("conv.cu", defines, name, self.grid, self.tile.threads, (*arrays, *self.sizes), shared)
 
-    def sum_splits(self, partial, dw):
-        """dw = the sum of the splits' ``partial`` (splits, ...), always in the same order."""
-        arguments = (partial, dw, dw.size, self.splits)
+    def sum_splits(self, partial, dw, more=False):
+        """dw = the sum of the splits' ``partial`` (splits, ...), always in the same order; ``more``: added to dw."""
+        arguments = (partial, dw, dw.size, self.splits, int(more))
         launch("conv.cu", self.tile.defines(WEIGHT), "sum_splits", (ceil(dw.size, 256),), 256, arguments)
 
 
@@ -97,7 +101,7 @@ def conv_plan(direction: int, x_shape, w_shape, stride: int, padding, tile: Tile
     return ConvPlan(direction, tile, grid, (n, h, w, c, ho, wo, co, *window, per_split), splits)
 
 
-# --- in bfloat16, or im2col -------------------------------------------------------------------------------------------
+# --- in bfloat16 -------------------------------------------------------------------------------------------
 
 
 def _eights(channels):
@@ -114,7 +118,7 @@ def _weights(w):
 def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
     if not has_kernels(x, "bfloat16"):
-        y = _im2col_conv2d(x, w, b, stride, padding)
+        y = plain.conv2d(x, w, b, stride, padding)
         return y if plus is None else add(y, plus)
     xp, x, w, co = array_module(x), to_bf16(x, _eights(x.shape[3])), _weights(w), shape[3]
     y = xp.empty((*shape[:3], w.shape[3]), x.dtype)
@@ -127,7 +131,7 @@ def conv2d(x, w, b, stride, padding, plus=None):
 
 def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     if not has_kernels(dy, "bfloat16"):
-        dx = _im2col_input_gradient(dy, w, stride, padding, x_shape)
+        dx = plain.conv2d_input_gradient(dy, w, stride, padding, x_shape)
         return dx if plus is None else add(dx, plus)
     xp, c, w = array_module(dy), x_shape[3], _weights(w)
     dy = to_bf16(dy, w.shape[3])
@@ -138,54 +142,30 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
-    dw = conv2d_dw(x, dy, w_shape, stride, padding)
     if not has_kernels(x, "bfloat16"):
-        return dw, dy.reshape(-1, w_shape[3]).sum(0)
-    return dw, batchnorm_statistics(dy)[0] * (dy.size // dy.shape[3])
+        return plain.conv2d_weight_gradient(x, dy, w_shape, stride, padding)
+    return conv2d_dw(x, dy, w_shape, stride, padding), batchnorm_statistics(dy)[0] * (dy.size // dy.shape[3])
 
 
-def conv2d_dw(x, dy, w_shape, stride, padding):
-    """dw of :func:`conv2d_weight_gradient` alone: db is a pass over dy, and most convolutions have no bias."""
-    if not has_kernels(x, "bfloat16"):
-        flat = dy.reshape(-1, w_shape[3])
-        return (_columns(x, *w_shape[:2], stride, padding).T @ flat).reshape(w_shape)
+def conv2d_dw(x, dy, w_shape, stride, padding, into=None):
+    """dw of :func:`conv2d_weight_gradient` alone: db is a pass over dy, and most convolutions have no bias. ``into``:
+    an array to which dw is added; the result is then None."""
     xp, (kh, kw, c, co) = array_module(x), w_shape
-    x, dy = to_bf16(x, _eights(c)), to_bf16(dy, _eights(co))
-    plan = conv_plan(WEIGHT, x.shape, (kh, kw, x.shape[3], dy.shape[3]), stride, tuple(padding))
-    dw = xp.empty((kh, kw, x.shape[3], dy.shape[3]), np.float32)
-    partial = dw if plan.splits == 1 else xp.empty((plan.splits, *dw.shape), np.float32)
-    plan.launch(x, dy, partial)
-    if plan.splits > 1:
-        plan.sum_splits(partial, dw)
-    return dw[:, :, :c, :co]
-
-
-def _columns(x, kh, kw, stride, padding):
-    """im2col: (N Ho Wo, kh kw C), each row the patch that one output pixel sees."""
-    xp, (top, bottom, left, right) = array_module(x), padding
-    x = xp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    n, h, w, c = x.shape
-    ho, wo = (h - kh) // stride + 1, (w - kw) // stride + 1
-    image, row, column, channel = x.strides
-    strides = (image, stride * row, stride * column, row, column, channel)
-    patches = xp.lib.stride_tricks.as_strided(x, (n, ho, wo, kh, kw, c), strides)
-    return patches.reshape(n * ho * wo, kh * kw * c)
-
-
-def _im2col_conv2d(x, w, b, stride, padding):
-    shape = conv2d_shape(x.shape, w.shape, stride, padding)
-    y = _columns(x, *w.shape[:2], stride, padding) @ w.reshape(-1, shape[3])
-    if b is not None:
-        y += b
-    return y.reshape(shape)
-
-
-def _im2col_input_gradient(dy, w, stride, padding, x_shape):
-    xp, (top, bottom, left, right) = array_module(dy), padding
-    (kh, kw, c, c_out), (n, h, wd, _), (ho, wo) = w.shape, x_shape, dy.shape[1:3]
-    patches = (dy.reshape(-1, c_out) @ w.reshape(-1, c_out).T).reshape(n, ho, wo, kh, kw, c)
-    padded = xp.zeros((n, h + top + bottom, wd + left + right, c), dy.dtype)
-    for p in range(kh):
-        for q in range(kw):
-            padded[:, p : p + stride * ho : stride, q : q + stride * wo : stride] += patches[:, :, :, p, q]
-    return padded[:, top : top + h, left : left + wd]
+    if not has_kernels(x, "bfloat16"):
+        dw = plain.conv2d_weight_gradient(x, dy, w_shape, stride, padding)[0]
+    else:
+        x, dy = to_bf16(x, _eights(c)), to_bf16(dy, _eights(co))
+        full = (kh, kw, x.shape[3], dy.shape[3])
+        plan = conv_plan(WEIGHT, x.shape, full, stride, tuple(padding))
+        partial = xp.empty((plan.splits, *full), np.float32)
+        plan.launch(x, dy, partial)
+        if into is not None and full == tuple(w_shape):
+            return plan.sum_splits(partial, into, more=True)
+        dw = partial[0]
+        if plan.splits > 1:
+            dw = xp.empty(full, np.float32)
+            plan.sum_splits(partial, dw)
+        dw = dw[:, :, :c, :co]
+    if into is None:
+        return dw
+    into += dw

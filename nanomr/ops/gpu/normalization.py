@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from ...backend import array_module
-from .. import reference
+from . import plain
 from .cuda import BLOCKS, REALS, ceil, has_kernels, launch, ready
 from .elementwise import contract_pair, expand_pair, to_bf16
 
@@ -54,26 +54,15 @@ def _plan(x, activation, channels=None):
     return pass_plan(x.shape, x.dtype.name, activation, channels)
 
 
-def _by_formula(function, *arguments):
-    """``reference``'s function, bfloat16 taken as float32: for shapes that no kernel takes. Slow, and correct."""
-    dtype = next(a.dtype for a in arguments if hasattr(a, "dtype"))
-    if dtype.name != "bfloat16":
-        return function(*arguments)
-    result = function(*[a.astype(np.float32) if getattr(a, "dtype", None) == dtype else a for a in arguments])
-    single = not isinstance(result, tuple)
-    converted = [r.astype(dtype) if r.ndim > 1 else r for r in ((result,) if single else result)]
-    return converted[0] if single else tuple(converted)
-
-
 def _floats(*arrays):
     return [None if a is None else ready(a, np.float32) for a in arrays]
 
 
-def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0, plus=None):
-    """activation((x - mean) scale + shift), and each sample's Hamming squares (or None). ``plus`` is added where there
-    is no activation."""
+def _activate(plan, x, mean=None, gamma=None, inv_std=None, shift=None, alpha=0.0, plus=None):
+    """activation((x - mean) gamma inv_std + shift), and each sample's Hamming squares (or None). ``plus`` is added
+    where there is no activation."""
     xp, x = array_module(x), ready(x)
-    y, arrays = xp.empty(x.shape, x.dtype), _floats(mean, scale, shift)
+    y, arrays = xp.empty(x.shape, x.dtype), _floats(mean, gamma, inv_std, shift)
     sizes = (plan.channels, float(alpha))
     if plan.defines[-1] != f"ACTIVATION={HAMMING}":
         plus = None if plus is None else _like(plus, x)
@@ -90,7 +79,7 @@ def _activate(plan, x, mean=None, scale=None, shift=None, alpha=0.0, plus=None):
 
 def _activate_backward(plan, dy, x, alpha=0.0, weight=None):
     x, dz = ready(x), array_module(x).empty(x.shape, x.dtype)
-    arguments = (_like(dy, x), x, None, None, None, *_floats(weight), dz, plan.pixels, plan.pixels_per_sample)
+    arguments = (_like(dy, x), x, *_floats(weight), dz, plan.pixels, plan.pixels_per_sample)
     arguments += (plan.channels, float(alpha))
     launch("normalize.cu", plan.defines, "activate_backward", (plan.blocks,), 256, arguments)
     return dz
@@ -103,24 +92,24 @@ def _like(dy, x):
 
 def relu(z):
     plan = _plan(z, RELU)
-    return _activate(plan, z)[0] if plan else reference.relu(z)
+    return _activate(plan, z)[0] if plan else plain.relu(z)
 
 
 def relu_backward(dy, z):
     plan = _plan(z, RELU)
-    return _activate_backward(plan, dy, z) if plan else reference.relu_backward(dy, z)
+    return _activate_backward(plan, dy, z) if plan else plain.relu_backward(dy, z)
 
 
 def relu_hamming(z, alpha):
     plan = _plan(z, HAMMING)
-    return _activate(plan, z, alpha=alpha) if plan else reference.relu_hamming(z, alpha)
+    return _activate(plan, z, alpha=alpha) if plan else plain.relu_hamming(z, alpha)
 
 
 def relu_hamming_backward(dy, z, alpha, weight):
     plan = _plan(z, HAMMING)
     if plan:
         return _activate_backward(plan, dy, z, alpha, weight)
-    return reference.relu_hamming_backward(dy, z, alpha, weight)
+    return plain.relu_hamming_backward(dy, z, alpha, weight)
 
 
 def relu_hamming_pair(u, v, alpha):
@@ -135,70 +124,86 @@ def normalize(x, mean, std):
     xp, c = array_module(x), x.shape[-1]
     plan = _plan(x, IDENTITY, c)
     if plan is None:
-        return reference.normalize(x, mean, std)
+        return plain.normalize(x, mean, std)
     scale = xp.broadcast_to(1 / std, (c,))
     return _activate(plan, x, None if mean is None else xp.broadcast_to(mean, (c,)), scale)[0]
 
 
 def scale_channels(x, by, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
-    return _activate(plan, x, scale=by, plus=plus)[0] if plan else _by_formula(reference.scale_channels, x, by, plus)
+    return _activate(plan, x, gamma=by, plus=plus)[0] if plan else plain.scale_channels(x, by, plus)
 
 
 def batchnorm_statistics(x):
-    c = x.shape[-1]
-    plan = _plan(x, IDENTITY, c)
+    plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return _by_formula(reference.batchnorm_statistics, x)
-    xp, x = array_module(x), ready(x)
-    partial = xp.empty((plan.blocks, 2, c), np.float32)
-    mean, var = xp.empty(c, np.float32), xp.empty(c, np.float32)
-    launch("normalize.cu", plan.defines, "moments", (plan.blocks,), 256, (x, partial, plan.pixels, c), plan.shared)
-    arguments = (partial, x, mean, var, plan.blocks, c, plan.pixels)
-    launch("normalize.cu", plan.defines, "finish_moments", (c,), 32, arguments)
+        return plain.batchnorm_statistics(x)
+    mean, var = (array_module(x).empty(x.shape[-1], np.float32) for _ in range(2))
+    _moments(plan, x, (mean, var, None, None, None, None))
     return mean, var
+
+
+def batchnorm_training(x, eps, momentum, running_mean, running_var, num_batches_tracked):
+    """(mean, inv_std) of a batch, which the running statistics follow and count; None where no kernel fits."""
+    plan = _plan(x, IDENTITY, x.shape[-1])
+    if plan is None:
+        return None
+    mean, inv_std = (array_module(x).empty(x.shape[-1], np.float32) for _ in range(2))
+    running = running_mean, running_var, num_batches_tracked
+    _moments(plan, x, (mean, None, inv_std, *running), eps, momentum)
+    return mean, inv_std
+
+
+def _moments(plan, x, results, eps=0.0, momentum=0.0):
+    x, c = ready(x), x.shape[-1]
+    partial = array_module(x).empty((plan.blocks, 2, c), np.float32)
+    launch("normalize.cu", plan.defines, "moments", (plan.blocks,), 256, (x, partial, plan.pixels, c), plan.shared)
+    sizes = (plan.blocks, c, plan.pixels, float(eps), float(momentum))
+    launch("normalize.cu", plan.defines, "finish_moments", (c,), 32, (partial, x, *results, *sizes))
 
 
 def _normalized(activation, x, gamma, beta, mean, inv_std, alpha=0.0):
     """(activation(batchnorm(x)), Hamming squares or None) in one pass; (None, None) where no kernel fits."""
     plan = _plan(x, activation, x.shape[-1])
-    return _activate(plan, x, mean, inv_std * gamma, beta, alpha) if plan else (None, None)
+    return _activate(plan, x, mean, gamma, inv_std, beta, alpha) if plan else (None, None)
 
 
 def batchnorm(x, gamma, beta, mean, inv_std):
     y, _ = _normalized(IDENTITY, x, gamma, beta, mean, inv_std)
-    return _by_formula(reference.batchnorm, x, gamma, beta, mean, inv_std) if y is None else y
+    return plain.batchnorm(x, gamma, beta, mean, inv_std) if y is None else y
 
 
 def batchnorm_relu(x, gamma, beta, mean, inv_std):
     """relu(batchnorm(x)): one pass instead of two."""
     y, _ = _normalized(RELU, x, gamma, beta, mean, inv_std)
-    return relu(batchnorm(x, gamma, beta, mean, inv_std)) if y is None else y
+    return plain.batchnorm_relu(x, gamma, beta, mean, inv_std) if y is None else y
 
 
 def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
     """relu_hamming(batchnorm(x)): (y, squares) in one pass over x; z is never stored."""
     y, squares = _normalized(HAMMING, x, gamma, beta, mean, inv_std, alpha)
-    return relu_hamming(batchnorm(x, gamma, beta, mean, inv_std), alpha) if y is None else (y, squares)
+    if y is None:
+        return plain.batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha)
+    return y, squares
 
 
-def _channel_gradients(plan, dy, x, mean, scale, shift, inv_std, alpha=0.0, weight=None):
-    """(dgamma, dbeta), from dy behind the activation."""
+def _channel_gradients(plan, dy, x, mean, gamma, inv_std, shift, alpha=0.0, weight=None, into=(None, None)):
+    """(dgamma, dbeta), from dy behind the activation; added to ``into``, too."""
     xp, c = array_module(x), x.shape[-1]
     partial = xp.empty((plan.blocks, 2, c), np.float32)
-    arguments = (dy, x, *_floats(mean, scale, shift, weight), partial, plan.pixels, plan.pixels_per_sample, c)
-    shared = plan.shared
-    launch("normalize.cu", plan.defines, "channel_gradients", (plan.blocks,), 256, (*arguments, float(alpha)), shared)
+    arrays = _floats(mean, gamma, inv_std, shift, weight)
+    arguments = (dy, x, *arrays, partial, plan.pixels, plan.pixels_per_sample, c, float(alpha))
+    launch("normalize.cu", plan.defines, "channel_gradients", (plan.blocks,), 256, arguments, plan.shared)
     dgamma, dbeta = xp.empty(c, np.float32), xp.empty(c, np.float32)
-    arguments = (partial, *_floats(inv_std), dgamma, dbeta, plan.blocks, c)
+    arguments = (partial, *_floats(inv_std), dgamma, dbeta, *into, plan.blocks, c)
     launch("normalize.cu", plan.defines, "finish_gradients", (c,), 32, arguments)
     return dgamma, dbeta
 
 
-def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta, plus, alpha=0.0, weight=None):
+def _normalize_backward(plan, dy, x, mean, gamma, inv_std, shift, dgamma, dbeta, plus, alpha=0.0, weight=None):
     xp, c = array_module(x), x.shape[-1]
     dx, plus = xp.empty(x.shape, x.dtype), None if plus is None else _like(plus, x)
-    arguments = (dy, x, *_floats(mean, scale, shift, weight, inv_std, dgamma, dbeta), plus, dx)
+    arguments = (dy, x, *_floats(mean, gamma, inv_std, shift, weight, dgamma, dbeta), plus, dx)
     sizes = (plan.pixels, plan.pixels_per_sample, c, float(alpha), c / x.size)
     launch("normalize.cu", plan.defines, "normalize_backward", (plan.blocks,), 256, (*arguments, *sizes))
     return dx
@@ -207,33 +212,32 @@ def _normalize_backward(plan, dy, x, mean, scale, shift, inv_std, dgamma, dbeta,
 def batchnorm_parameter_gradient(dy, x, mean, inv_std):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return _by_formula(reference.batchnorm_parameter_gradient, dy, x, mean, inv_std)
+        return plain.batchnorm_parameter_gradient(dy, x, mean, inv_std)
     x = ready(x)
-    return _channel_gradients(plan, _like(dy, x), x, mean, None, None, inv_std)
+    return _channel_gradients(plan, _like(dy, x), x, mean, None, inv_std, None)
 
 
 def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
     plan = _plan(x, IDENTITY, x.shape[-1])
     if plan is None:
-        return _by_formula(reference.batchnorm_backward, dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+        return plain.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
     x = ready(x)
-    return _normalize_backward(plan, _like(dy, x), x, mean, gamma * inv_std, None, inv_std, dgamma, dbeta, plus)
+    return _normalize_backward(plan, _like(dy, x), x, mean, gamma, inv_std, None, dgamma, dbeta, plus)
 
 
-def batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True):
+def batchnorm_relu_backward(
+    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None
+):
     """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming.
-    dz is computed twice and never stored: two passes that read dy and x, one of them writes dx. Not so where mean and
-    inv_std are constants (``train`` = False)."""
-    activation = RELU if alpha is None else HAMMING
-    plan, alpha = _plan(x, activation, x.shape[-1]), alpha or 0.0
-    if plan is None or not train:
-        z = batchnorm(x, gamma, beta, mean, inv_std)
-        dz = relu_backward(dy, z) if activation == RELU else relu_hamming_backward(dy, z, alpha, weight)
-        dgamma, dbeta = batchnorm_parameter_gradient(dz, x, mean, inv_std)
-        if not train:
-            return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
-        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
-    x = ready(x)
-    normal = (_like(dy, x), x, mean, gamma * inv_std, beta, inv_std)
-    dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight)
-    return _normalize_backward(plan, *normal, dgamma, dbeta, plus, alpha, weight), dgamma, dbeta
+    dz is computed twice and never stored: two passes that read dy and x, one of them writes dx. Without ``train``, mean
+    and inv_std are constants. ``into``: two arrays to which dgamma and dbeta are added."""
+    plan = _plan(x, RELU if alpha is None else HAMMING, x.shape[-1])
+    if plan is None:
+        return plain.batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha, weight, plus, train, into)
+    x, alpha = ready(x), alpha or 0.0
+    normal = (_like(dy, x), x, mean, gamma, inv_std, beta)
+    dgamma = dbeta = None
+    if train or into is not None:
+        dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight, into or (None, None))
+    moves = (dgamma, dbeta) if train else array_module(x).zeros((2, len(mean)), np.float32)
+    return _normalize_backward(plan, *normal, *moves, plus, alpha, weight), dgamma, dbeta

@@ -6,7 +6,7 @@ import numpy as np
 
 from ... import rng
 from ...backend import array_module
-from .. import reference
+from . import plain
 from .cuda import BLOCKS, ceil, grid_over, has_kernels, launch, ready, runs
 from .elementwise import cast
 from .normalization import IDENTITY
@@ -86,6 +86,25 @@ def losses(logits, labels, gamma=None):
     return values, gradient
 
 
+def hamming_norms(squares, before, share, per_sample):
+    """(norms, before + share (sum of norms)) of a layer, from its Hamming squares (N,): the root of each, (N,), or of
+    their sum, (1,). ``before``: a 0-d array, or 0."""
+    xp, n = array_module(squares), len(squares)
+    norms, total = xp.empty(n if per_sample else 1, np.float32), xp.empty((), np.float32)
+    before = before if hasattr(before, "dtype") else None
+    arguments = (ready(squares), before, norms, total, n, int(per_sample), float(share))
+    launch("training.cu", (), "hamming_norms", (1,), 256, arguments)
+    return norms, total
+
+
+def hamming_weight(norms, gamma, factor, n):
+    """gamma factor / norms, (n,), from norms (n,) or (1,)."""
+    xp = array_module(norms)
+    weight = xp.empty(n, np.float32)
+    _launch_over("hamming_weight", n, (norms, _scalar(xp, gamma), weight, n, len(norms), float(factor)))
+    return weight
+
+
 def norm(x):
     """The l2 norm of x (n,), as a 0-d array. Not a dot product of cuBLAS, which a CUDA graph refuses."""
     if not has_kernels(x, "float32"):
@@ -118,7 +137,7 @@ def end_step(values, now, totals, peaks, step):
 
 def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     if not (has_kernels(w, "float32") and w.flags.c_contiguous and velocity.flags.c_contiguous):
-        return reference.sgd_update(w, g, velocity, lr, momentum, weight_decay)
+        return plain.sgd_update(w, g, velocity, lr, momentum, weight_decay)
     rate = _scalar(array_module(w), lr)
     _launch_over("sgd_update", w.size, (w, ready(g), velocity, w.size, rate, float(momentum), float(weight_decay)))
 
@@ -130,12 +149,7 @@ def crop_flip(images, index, top, left, flip, pad=4):
         drawn = [ready(v, np.int32) for v in (index, top, left, flip)]
         _launch_over("crop_flip", out.size, (ready(images), *drawn, out, n, h, w, c, pad))
         return out
-    padded = xp.pad(images[index], ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    column = xp.arange(w)
-    rows = top[:, None] + xp.arange(h)
-    columns = left[:, None] + xp.where(flip[:, None], w - 1 - column, column)
-    crop = padded[xp.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return crop * xp.float32(1 / 255)
+    return plain.crop_flip(images, index, top, left, flip, pad)
 
 
 def corners(words, shape, eps):
@@ -144,8 +158,7 @@ def corners(words, shape, eps):
         rho = xp.empty(shape, np.float32)
         _launch_over("corners", count, (ready(words, np.uint64), rho, count, float(eps)))
         return rho
-    bits = ((words[:, None] >> xp.arange(64, dtype=xp.uint64)) & xp.uint64(1)).ravel()[:count]
-    return (xp.float32(eps) * (1 - 2 * bits.astype(xp.float32))).reshape(shape)
+    return plain.corners(words, shape, eps)
 
 
 def draw_corners(shape, eps, seed: int, step):

@@ -299,12 +299,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight_gradient(
       }
 }
 
-// dw = the sum of `splits` partial results of `count` numbers each.
+// dw = the sum of `splits` partial results of `count` numbers each; `more`: added to what is there.
 extern "C" __global__ void __launch_bounds__(256) sum_splits(const float* __restrict__ partial, float* __restrict__ dw,
-                                                             int count, int splits) {
+                                                             int count, int splits, int more) {
   const int i = blockIdx.x * 256 + threadIdx.x;
   if (i >= count) return;
-  float sum = 0;
+  float sum = more ? dw[i] : 0.f;
   for (int s = 0; s < splits; s++) sum += partial[(long long)s * count + i];
   dw[i] = sum;
 }

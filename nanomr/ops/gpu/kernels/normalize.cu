@@ -6,8 +6,8 @@
 //   ACTIVATION   what follows z = (x - mean) scale + shift: 0 nothing, 1 ReLU, 2 ReLU and Hamming
 //
 // With Hamming a batch has three branches, [z0; z+; z-]: a thread takes the same place of all three. A place is WIDTH
-// channels of a pixel, counted over one branch. `mean`, `scale` and `shift` (C) may be null: 0, 1
-// and 0. At most 256 WIDTH channels.
+// channels of a pixel, counted over one branch. scale = gamma inv_std; `mean`, `gamma`, `inv_std` and `shift` (C) may be
+// null: 0, 1, 1 and 0. At most 256 WIDTH channels.
 
 constexpr int BRANCHES = ACTIVATION == 2 ? 3 : 1;
 
@@ -82,8 +82,13 @@ struct Channels {
 
 struct Normalization {
   Channels mean, scale, shift;
-  __device__ __forceinline__ Normalization(const float* mean, const float* scale, const float* shift, int channel)
-      : mean(mean, channel, 0.f), scale(scale, channel, 1.f), shift(shift, channel, 0.f) {}
+  __device__ __forceinline__ Normalization(const float* mean, const float* gamma, const float* inv_std,
+                                           const float* shift, int channel)
+      : mean(mean, channel, 0.f), scale(gamma, channel, 1.f), shift(shift, channel, 0.f) {
+    const Channels by(inv_std, channel, 1.f);
+#pragma unroll
+    for (int k = 0; k < WIDTH; k++) scale.at[k] *= by.at[k];
+  }
   __device__ __forceinline__ float operator()(float x, int k) const {
     return (x - mean.at[k]) * scale.at[k] + shift.at[k];
   }
@@ -110,11 +115,11 @@ __device__ __forceinline__ void through_activation(Place& dy, const Place& x, co
 // samples), without Hamming (parts, 1): a branch is cut into samples of `pixels` pixels. partial (samples, parts): each
 // block's share of a sample's (tanh(alpha z+) - tanh(alpha z-))^2.
 extern "C" __global__ void __launch_bounds__(256, 2) activate(const REAL* __restrict__ x,
-    const float* __restrict__ mean, const float* __restrict__ scale, const float* __restrict__ shift,
-    const REAL* __restrict__ plus, REAL* __restrict__ y, float* __restrict__ partial, int pixels, int channels,
+    const float* __restrict__ mean, const float* __restrict__ gamma, const float* __restrict__ inv_std,
+    const float* __restrict__ shift, const REAL* __restrict__ plus, REAL* __restrict__ y, float* __restrict__ partial, int pixels, int channels,
     float alpha) {
   const Thread thread(channels);
-  const Normalization normal(mean, scale, shift, thread.channel);
+  const Normalization normal(mean, gamma, inv_std, shift, thread.channel);
   const int sample = pixels * thread.columns, first = sample * blockIdx.y, all = sample * gridDim.y;
   float squares = 0.f;
   thread.for_each_pixel(pixels, blockIdx.x, gridDim.x, [&](int, int place) {
@@ -147,13 +152,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) activate(const REAL* __rest
   }
 }
 
-// dz from dy and the x that `activate` had. `pixels` of a branch; weight (samples) of pixels_per_sample each.
+// dz from dy and z. `pixels` of a branch; weight (samples) of pixels_per_sample each.
 extern "C" __global__ void __launch_bounds__(256, 2) activate_backward(const REAL* __restrict__ dy,
-    const REAL* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ scale,
-    const float* __restrict__ shift, const float* __restrict__ weight, REAL* __restrict__ dz, int pixels,
+    const REAL* __restrict__ x, const float* __restrict__ weight, REAL* __restrict__ dz, int pixels,
     int pixels_per_sample, int channels, float alpha) {
   const Thread thread(channels);
-  const Normalization normal(mean, scale, shift, thread.channel);
+  const Normalization normal(nullptr, nullptr, nullptr, nullptr, thread.channel);
   const int all = pixels * thread.columns;
   thread.for_each_pixel(pixels, blockIdx.x, gridDim.x, [&](int pixel, int place) {
     Place in, d;
@@ -204,11 +208,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) moments(const REAL* __restr
 
 // (dbeta, dgamma / inv_std) = sums of dz and dz (x - mean), where dz is computed from dy on the way.
 extern "C" __global__ void __launch_bounds__(256, 2) channel_gradients(const REAL* __restrict__ dy,
-    const REAL* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ scale,
-    const float* __restrict__ shift, const float* __restrict__ weight, float* __restrict__ partial, int pixels,
-    int pixels_per_sample, int channels, float alpha) {
+    const REAL* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ gamma,
+    const float* __restrict__ inv_std, const float* __restrict__ shift, const float* __restrict__ weight,
+    float* __restrict__ partial, int pixels, int pixels_per_sample, int channels, float alpha) {
   const Thread thread(channels);
-  const Normalization normal(mean, scale, shift, thread.channel);
+  const Normalization normal(mean, gamma, inv_std, shift, thread.channel);
   const int all = pixels * thread.columns;
   float sums[2][WIDTH] = {};
   thread.for_each_pixel(pixels, blockIdx.x, gridDim.x, [&](int pixel, int place) {
@@ -227,15 +231,15 @@ extern "C" __global__ void __launch_bounds__(256, 2) channel_gradients(const REA
   sum_slots(thread, sums, channels, partial);
 }
 
-// dx = scale (dz - (dbeta + x_hat dgamma) share), where scale = gamma inv_std, x_hat = (x - mean) inv_std, and share =
-// 1 / pixels of all branches. dz is computed from dy on the way. `plus` is added to dx, where it is not null.
+// dx = scale (dz - (dbeta + x_hat dgamma) share), where x_hat = (x - mean) inv_std and share = 1 / pixels of all
+// branches. dz is computed from dy on the way. `plus` is added to dx, where it is not null.
 extern "C" __global__ void __launch_bounds__(256, 2) normalize_backward(const REAL* __restrict__ dy,
-    const REAL* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ scale,
-    const float* __restrict__ shift, const float* __restrict__ weight, const float* __restrict__ inv_std,
+    const REAL* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ gamma,
+    const float* __restrict__ inv_std, const float* __restrict__ shift, const float* __restrict__ weight,
     const float* __restrict__ dgamma, const float* __restrict__ dbeta, const REAL* __restrict__ plus,
     REAL* __restrict__ dx, int pixels, int pixels_per_sample, int channels, float alpha, float share) {
   const Thread thread(channels);
-  const Normalization normal(mean, scale, shift, thread.channel);
+  const Normalization normal(mean, gamma, inv_std, shift, thread.channel);
   Channels offset(dbeta, thread.channel, 0.f), slope(dgamma, thread.channel, 0.f);
 #pragma unroll
   for (int k = 0; k < WIDTH; k++) {
@@ -267,29 +271,40 @@ __device__ __forceinline__ double sum_of_blocks(const float* partial, int blocks
   return sum;
 }
 
-// One warp for each channel: (mean, var), the variance biased, from what `moments` left.
+// One warp for each channel: mean, and the biased variance or 1 / sqrt(variance + eps), whichever is not null, from what
+// `moments` left. The running statistics, if any, move by `momentum`, their variance unbiased, and the batch is counted.
 extern "C" __global__ void __launch_bounds__(32) finish_moments(const float* __restrict__ partial,
-    const REAL* __restrict__ x, float* __restrict__ mean, float* __restrict__ var, int blocks, int channels,
-    int pixels) {
+    const REAL* __restrict__ x, float* __restrict__ mean, float* __restrict__ var, float* __restrict__ inv_std,
+    float* __restrict__ running_mean, float* __restrict__ running_var, long long* __restrict__ tracked, int blocks,
+    int channels, int pixels, float eps, float momentum) {
   const int c = blockIdx.x;
   const double first = sum_of_blocks(partial, blocks, 2 * channels, c) / pixels;
   const double second = sum_of_blocks(partial, blocks, 2 * channels, channels + c) / pixels;
   if (threadIdx.x) return;
-  const double v = second - first * first;
-  mean[c] = (float)(to_float(x[c]) + first);
-  var[c] = (float)(v < 0 ? 0 : v);
+  const float m = (float)(to_float(x[c]) + first), v = (float)fmax(second - first * first, 0.);
+  mean[c] = m;
+  if (var) var[c] = v;
+  if (inv_std) inv_std[c] = (float)(1. / sqrt((double)v + eps));
+  if (!running_mean) return;
+  const float unbiased = v * ((float)pixels / (float)(pixels > 1 ? pixels - 1 : 1));
+  running_mean[c] = (1.f - momentum) * running_mean[c] + momentum * m;
+  running_var[c] = (1.f - momentum) * running_var[c] + momentum * unbiased;
+  if (c == 0) ++*tracked;
 }
 
-// One warp for each channel: (dgamma, dbeta) from what `channel_gradients` left.
+// One warp for each channel: (dgamma, dbeta) from what `channel_gradients` left. They are added to what lies at to_gamma
+// and to_beta, where these are not null.
 extern "C" __global__ void __launch_bounds__(32) finish_gradients(const float* __restrict__ partial,
-    const float* __restrict__ inv_std, float* __restrict__ dgamma, float* __restrict__ dbeta, int blocks,
-    int channels) {
+    const float* __restrict__ inv_std, float* __restrict__ dgamma, float* __restrict__ dbeta,
+    float* __restrict__ to_gamma, float* __restrict__ to_beta, int blocks, int channels) {
   const int c = blockIdx.x;
   const double of_dz = sum_of_blocks(partial, blocks, 2 * channels, c);
   const double of_dz_x = sum_of_blocks(partial, blocks, 2 * channels, channels + c);
   if (threadIdx.x) return;
   dgamma[c] = (float)(of_dz_x * inv_std[c]);
   dbeta[c] = (float)of_dz;
+  if (to_gamma) to_gamma[c] += dgamma[c];
+  if (to_beta) to_beta[c] += dbeta[c];
 }
 
 // out (rows) = sums of partial (rows, columns), one warp a row: the Hamming squares of each sample.

@@ -174,6 +174,35 @@ extern "C" __global__ void __launch_bounds__(256) losses(const float* __restrict
     for (int t = 0; t < 2; t++) values[t] = sums[t][0] / n;
 }
 
+// One block. norms of one layer's Hamming differences from their squares (n): their root each (per_sample), or the root
+// of their sum (1). total = before + share (sum of norms), where `before` is not null.
+extern "C" __global__ void __launch_bounds__(256) hamming_norms(const float* __restrict__ squares,
+    const float* __restrict__ before, float* __restrict__ norms, float* __restrict__ total, int n, int per_sample,
+    float share) {
+  __shared__ float sums[256];
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < n; i += 256) {
+    const float square = squares[i];
+    if (per_sample) norms[i] = sqrtf(square);
+    sum += per_sample ? sqrtf(square) : square;
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = 128; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x) return;
+  sum = per_sample ? sums[0] : sqrtf(sums[0]);
+  if (!per_sample) norms[0] = sum;
+  *total = (before ? *before : 0.f) + share * sum;
+}
+
+// weight[i] = gamma factor / norm: of sample i, or of all (count 1).
+extern "C" __global__ void __launch_bounds__(256) hamming_weight(const float* __restrict__ norms,
+    const float* __restrict__ gamma, float* __restrict__ weight, int n, int count, float factor) {
+  FOR_EACH(i, n) weight[i] = *gamma * factor / fmaxf(norms[count > 1 ? i : 0], 1e-12f);
+}
+
 // --- the last layer --------------------------------------------------------------------------------------------------
 
 // c (rows, columns) = a b + bias, where a[i, k] = a[i a_row + k a_column], b likewise: any of them may be transposed.
