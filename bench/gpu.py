@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import numpy as np  # noqa: E402
 
 from nanomr import attacks, checkpoint, graph, methods, models  # noqa: E402
-from nanomr.attacks import autoattack  # noqa: E402
+from nanomr.attacks.autoattack import STAGES, cascade, quick  # noqa: E402
 from nanomr.ops import gpu  # noqa: E402
 from nanomr.ops.gpu import cuda  # noqa: E402
 from nanomr.ops.reference import conv2d_shape  # noqa: E402
@@ -53,7 +53,7 @@ class Work:
     pgd_images: int = 512
     pgd_steps: int = 20
     auto_images: int = 128
-    stages: tuple = autoattack.quick(autoattack.STAGES["standard"])
+    stages: tuple = quick(STAGES["standard"])
 
     @property
     def images(self) -> int:
@@ -457,7 +457,7 @@ def attack_rate(work: Work, precision: str, attack: str) -> float:
         if attack.startswith("PGD"):
             attacks.pgd(attacked, x, labels, 0.0, steps=work.pgd_steps, batch_size=count)
         else:
-            autoattack.cascade(attacked, x, labels, 0.0, work.stages, batch_size=count)
+            cascade(attacked, x, labels, 0.0, work.stages, batch_size=count)
 
     if work == FULL:
         attacks.pgd(attacked, x, labels, 0.0, steps=1, batch_size=count)  # compiles

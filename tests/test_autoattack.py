@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from nanomr import models
-from nanomr.attacks import autoattack as aa
 from nanomr.attacks import report as reporting
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, autoattack, cascade, quick
 from nanomr.errors import UserError
@@ -250,7 +249,7 @@ def test_eps_zero_is_the_clean_accuracy(task):
 @versions
 def test_autoattack_is_the_cascade(task, version, monkeypatch):
     model, x, labels = task
-    monkeypatch.setitem(aa.STAGES, version, tiny(version))
+    monkeypatch.setitem(STAGES, version, tiny(version))
     adversarial, fooled = autoattack(model, x, labels, 0.008, version=version, seed=5, batch_size=9)
     found = cascade(model, x, labels, 0.008, tiny(version), seed=5)
     assert same(adversarial, found.adversarial) and np.array_equal(fooled, found.fooled)
