@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from nanomr import __version__, checkpoint, cli, data, metrics, models, plots
 from nanomr.attacks import report as reporting
-from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
-from nanomr.attacks.common import l2, recheck
+from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick, with_classes
+from nanomr.attacks.common import l2, logits_of, predictions, recheck
 from nanomr.attacks.wasserstein import wasserstein
 from nanomr.backend import resolve_device, to_device, to_numpy
 from nanomr.errors import UserError
@@ -130,7 +130,13 @@ class Run:
         self.x = metrics.as_float(to_device(images, device))
         self.labels = to_device(dataset.test_labels[: config["n"]], device)
         self.ids = np.arange(config["n"])
-        self.stages = stages_of(config["attack"], config["norm"], config["eps"], config["quick"])
+        classes = logits_of(model, self.x[:1]).shape[1]
+        stages = stages_of(config["attack"], config["norm"], config["eps"], config["quick"])
+        self.stages, left_out = with_classes(stages, classes)
+        if left_out:
+            names = [s.name for s in self.stages]
+            settings = [s for s in config["settings"] if s["name"] in names]
+            self.config = {**config, "settings": settings, "left_out": left_out, "classes": classes}
         self.attacked = PRECISIONS[config["precision"]](model)  # None: the model itself
 
     def open(self, resume: bool) -> bool:
@@ -205,7 +211,7 @@ class Run:
     def _transport(self, x, labels, common, progress) -> dict:
         """The Wasserstein attack's; what only a less precise network falls for is attacked once more, in float32."""
         start, attacked = time.perf_counter(), self.attacked or self.model
-        wrong = to_numpy(recheck(self.model, x, x, labels, 0.0))
+        wrong = to_numpy(predictions(self.model, x) != labels)
         adversarial, radius = to_numpy(x).copy(), np.full(len(x), np.inf)
         by, left, refuted, again = np.where(wrong, WRONG, ROBUST), np.arange(len(x)), 0, 0
         for network in (attacked,) if attacked is self.model else (attacked, self.model):
@@ -214,7 +220,7 @@ class Run:
                 network, x[where], labels[where], progress=progress if network is attacked else None,
                 **common | {"ids": common["ids"][left]}, **self.stages[0].options,
             )  # fmt: skip
-            fresh = to_numpy(self.model.forward(found)[0].argmax(1) != labels[where])
+            fresh = to_numpy(recheck(self.model, x[where], found, labels[where], 1.0))  # eps 1: the box
             found, at = to_numpy(found), to_numpy(at).astype(np.float64)
             claimed = ~wrong[left] & np.isfinite(at) & (at <= self.config["eps"])
             hit = claimed & fresh
@@ -379,7 +385,7 @@ def disagreements(model, saved, report, records, dataset, weights, batch_size, d
     norm, eps = ("linf", 1.0) if report["norm"] == "wasserstein" else (report["norm"], report["eps"])
     on_device = [to_device(a, device) for a in (original, adversarial, truth)]
     fooled = to_numpy(recheck(model, *on_device, eps, norm, batch_size))
-    wrong = to_numpy(recheck(model, on_device[0], on_device[0], on_device[2], 0.0, "linf", batch_size))
+    wrong = to_numpy(predictions(model, on_device[0], batch_size)) != truth
     note(wrong != clean, "are classified otherwise before the attack")
     note(~clean & ~robust & ~fooled, "are not broken: not misclassified, or outside ball or box")
     note((clean | robust) & (adversarial != original).reshape(n, -1).any(1), "that no attack broke are changed")
@@ -412,6 +418,11 @@ def _read_npz(path: Path) -> dict:
 def main() -> int:
     p = parser()
     args = p.parse_args()
+    if args.eps is not None and args.norm == "linf":
+        try:
+            cli.linf_radius(f"{args.eps:g}")
+        except argparse.ArgumentTypeError as error:
+            p.error(f"argument --eps: {error}")
     if args.table:
         print(reporting.tables(read_reports(args.table)))
         return 0

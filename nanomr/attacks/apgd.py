@@ -109,7 +109,7 @@ def _known(shape, *, loss, **_):
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
 
 
-@attack(least=lambda loss, **_: LOSSES[loss][2], check=_known)
+@attack(least=lambda loss="ce", **_: LOSSES[loss][2], check=_known)
 def apgd(batch: Batch, *, loss: str = "ce", steps: int = 100, restarts: int = 1):
     """(adversarial, fooled) by Auto-PGD on the cross-entropy ("ce") or the difference of logits ratio ("dlr").
 

@@ -33,11 +33,12 @@ class Stage:
     @property
     def least(self) -> int:
         """The fewest classes that it works with."""
-        return getattr(self.attack, "least", lambda **_: 2)(**self.complete())
+        return self.attack.least(**self.options) if hasattr(self.attack, "least") else 2
 
-    def complete(self, shape=None) -> dict:
-        """All options. Raises ValueError for those that make no sense, or for images of this shape (N, H, W, C)."""
-        return getattr(self.attack, "complete", lambda shape, **options: options)(shape, **self.options)
+    def check(self, shape) -> None:
+        """Raises ValueError for options that make no sense, and images (N, H, W, C) that it cannot attack."""
+        if hasattr(self.attack, "complete"):
+            self.attack.complete(shape, **self.options)
 
 
 APGD_T = Stage("apgd-t", apgd_targeted, {"steps": 100, "targets": 9})
@@ -171,6 +172,8 @@ def cascade(
     """
     _, labels, ids = check_inputs(x, labels, eps, norm=norm, ids=ids)
     check_options("cascade", {"batch_size": batch_size})
+    for stage in stages:
+        stage.check(x.shape)
     left_out = ()
     if len(x):
         logits = logits_of(model, x[:1])
@@ -178,8 +181,6 @@ def cascade(
         stages, left_out = with_classes(stages, logits.shape[1])
         if not stages:
             raise ValueError(f"{', '.join(left_out)}: no stage works with the model's {logits.shape[1]} classes")
-    for stage in stages:
-        stage.complete(x.shape)
     xp = array_module(x)
     adversarial = x.copy()
     right = to_numpy(predictions(model, x, batch_size) == labels)

@@ -11,7 +11,6 @@ from .. import rng
 from ..backend import array_module, to_numpy
 from ..errors import NoClass
 from ..ops import ops_for
-from ..ops.reference import linf_bounds
 
 PGD, APGD_CE, APGD_T, FAB, FAB_T, SQUARE, WASSERSTEIN, APGD_DLR = range(8)  # the salts of draws(), one for each attack
 
@@ -47,7 +46,7 @@ class Linf:
 
     def bounds(self, x0):
         """(low, high): the smallest and largest allowed images, ball and box together, rounded inwards."""
-        return linf_bounds(x0, self.eps)
+        return ops_for(x0).linf_bounds(x0, self.eps)
 
     def project(self, x0, x):
         """The nearest image to ``x`` in ball and box."""

@@ -13,7 +13,7 @@ from ..reference import (  # noqa: F401  (offered from here)
     batchnorm_statistics,
     scale_channels,
 )
-from .attacks import linf_step, plane_step  # noqa: F401
+from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401
 from .elementwise import (  # noqa: F401
     contract_pair,
     expand_pair,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from ..reference import linf_bounds  # noqa: F401  (as it is)
 from .elementwise import _flat
 from .gather_gemm import FLAGS, ready
 from .memory import empty

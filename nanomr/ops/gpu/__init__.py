@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..reference import conv2d_shape, linf_step, plane_step  # noqa: F401  (the steps of attacks: as they are)
+from ..reference import conv2d_shape, linf_bounds, linf_step, plane_step  # noqa: F401  (the steps of attacks: as they are)
 from .conv import (  # noqa: F401  (offered from here)
     conv2d,
     conv2d_dw,
