@@ -210,7 +210,7 @@ def test_all_runs_every_attack_in_a_folder_of_its_own(program):
     assert program(*FLAGS, "--attack", "all", "--n", 12, "--radius", 0.02, "--out", "a", "--resume")[0] == 0
 
 
-def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction(program, monkeypatch):
+def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction_and_check_takes_nothing(program, monkeypatch):
     given = []
 
     def fake(model, x, labels, *, seed, ids, steps, every, max_radius, batch_size, progress):
@@ -234,8 +234,11 @@ def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction(program, monke
     assert report["clean"] == 1 and report["robust"] == 0.5 and report["after"][0]["refuted"] == 1
     assert report["robust_at"] == pytest.approx({"0.005": 4 / 6, "0.01": 4 / 6, "0.02": 4 / 6, "0.05": 0.5, "0.1": 0.5})
     assert any("did not confirm: 1" in line for line in report["warnings"])
-    code, out, _ = program("--check", "a/examples.npz", "--weights", "model.safetensors")
-    assert code == 0 and "not the radius" in out
+    check = "--check", "a/examples.npz", "--weights", "model.safetensors"
+    assert_one_error_line(program(*check), "3 images are not in the Wasserstein ball of their radius")
+    monkeypatch.setattr(attack_cifar, "MEASURED", False)
+    code, out, _ = program(*check)
+    assert code == 0 and "box and prediction; for the ball: pip install" in out
 
 
 @pytest.mark.parametrize("attack", ["autoattack", "pgd"])
