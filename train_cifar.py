@@ -70,8 +70,10 @@ def parser() -> argparse.ArgumentParser:
     )
 
     g = p.add_argument_group("regularisers")
-    g.add_argument("--eps", type=share, default=8 / 255, help="radius of the Linf ball at the end, pixels in [0, 1]")
-    g.add_argument("--eps-start", type=share, default=2 / 255, help="at the beginning")
+    g.add_argument(
+        "--eps", type=cli.linf_radius, default=8 / 255, help="radius of the Linf ball at the end, pixels in [0, 1]"
+    )
+    g.add_argument("--eps-start", type=cli.linf_radius, default=2 / 255, help="at the beginning")
     g.add_argument("--gamma-i", type=non_negative, default=None, help="intrinsic; default: " + _defaults("gamma_i"))
     g.add_argument("--gamma-h", type=non_negative, default=None, help="Hamming; default: " + _defaults("gamma_h"))
     g.add_argument("--gamma-factor", type=non_negative, default=10.0, help="both grow by this factor")

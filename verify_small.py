@@ -34,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], formatter_class=cli.Formatter
     )
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
-    eps = cli.number(cli.fraction, low=0, high=1)
 
     g = p.add_argument_group("what to do", "verify --weights, or one of these")
     text = "re-evaluate the proofs and counterexamples of this folder; exit code 2 when one does not hold"
@@ -57,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("verification")
     text = "linf radius, pixels in [0, 1]; several: a folder each, and a curve (default: 8/255)"
-    g.add_argument("--eps", type=eps, nargs="+", default=[8 / 255], help=text)
+    g.add_argument("--eps", type=cli.linf_radius, nargs="+", default=[8 / 255], help=text)
     seconds = cli.number(float, above=0)
     g.add_argument("--time-limit", type=seconds, default=120.0, help="CPU seconds for an image, all stages")
     seed = cli.number(int, low=0, high=2**63 - 1)

@@ -113,14 +113,14 @@ def timed(repeats: int, *functions):
     return list(zip(best, results, strict=True))
 
 
-def our_autoattack(model, x, labels, eps, version, quick):
+def our_autoattack(model, x, labels, eps, version, hurry):
     """(seconds, robust, seconds per stage)."""
-    from nanomr.attacks import autoattack
+    from nanomr.attacks.autoattack import STAGES, cascade, quick
 
-    stages = autoattack.STAGES[version]
-    stages = autoattack.quick(stages) if quick else stages
+    stages = STAGES[version]
+    stages = quick(stages) if hurry else stages
     start = time.perf_counter()
-    found = autoattack.cascade(model, x, labels, eps, stages, batch_size=len(x))
+    found = cascade(model, x, labels, eps, stages, batch_size=len(x))
     stage_seconds = dict(zip(found.stages, found.seconds, strict=True))
     return time.perf_counter() - start, ~found.fooled, stage_seconds
 

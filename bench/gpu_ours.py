@@ -26,7 +26,7 @@ from gpu_plan import (
 )
 
 from nanomr import attacks, graph, methods, models
-from nanomr.attacks import autoattack
+from nanomr.attacks.autoattack import cascade
 from nanomr.ops import gpu
 from nanomr.ops.gpu import cuda
 
@@ -246,7 +246,7 @@ def attack_rate(work: Work, precision: str, attack: str) -> float:
         if attack.startswith("PGD"):
             attacks.pgd(attacked, x, labels, 0.0, steps=work.pgd_steps, batch_size=len(x))
         else:
-            autoattack.cascade(attacked, x, labels, 0.0, work.stages, batch_size=len(x))
+            cascade(attacked, x, labels, 0.0, work.stages, batch_size=len(x))
 
     run(x[:8], labels[:8])  # compiles: CuPy's reductions, too, which take seconds
     cp.cuda.Device().synchronize()

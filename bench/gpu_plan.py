@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import numpy as np  # noqa: E402
 
-from nanomr.attacks import autoattack  # noqa: E402
+from nanomr.attacks.autoattack import STAGES, quick  # noqa: E402
 from nanomr.ops import gpu  # noqa: E402
 from nanomr.ops.reference import conv2d_shape  # noqa: E402
 
@@ -35,7 +35,7 @@ class Work:
     pgd_images: int = 512
     pgd_steps: int = 20
     auto_images: int = 128
-    stages: tuple = autoattack.quick(autoattack.STAGES["standard"])
+    stages: tuple = quick(STAGES["standard"])
 
     @property
     def images(self) -> int:

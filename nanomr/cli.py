@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint, metrics, models
+from .attacks.common import logits_of
 from .backend import to_device, to_numpy
 from .errors import UserError
 
@@ -71,6 +72,20 @@ def number(
     return parse
 
 
+def linf_radius(text: str) -> float:
+    """An argparse type for a linf radius, pixels in [0, 1]: a number or a fraction.
+
+    Above 0.5, where a ball holds half of all images, it asks on stderr whether n/255 was meant; above 1 it refuses.
+    """
+    eps = number(fraction, low=0)(text)
+    meant = "pixels are in [0, 1]" + ("" if "/" in text else f"; did you mean {text.strip()}/255?")
+    if eps > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0 and <= 1: {meant}")
+    if eps > 0.5:
+        print(f"warning: a linf radius of {text}: {meant}", file=sys.stderr)
+    return eps
+
+
 def weights_file(path: Path) -> Path:
     """The file itself where ``path`` is a run folder."""
     return path / "model.safetensors" if path.is_dir() else path
@@ -91,7 +106,7 @@ def load_network(path: Path, dataset, device: str):
         raise UserError(f"{path} is a network for images of shape {model.input_shape}, not {tuple(shape)}")
     if not np.isfinite(to_numpy(model.weights)).all():
         raise UserError(f"{path}: the weights are not all finite numbers; take another checkpoint")
-    logits, _ = model.forward(metrics.as_float(to_device(dataset.test_images[:1], device)))
+    logits = logits_of(model, metrics.as_float(to_device(dataset.test_images[:1], device)))
     if logits.shape[1] < classes:
         raise UserError(f"{path} knows {logits.shape[1]} classes, {dataset.name} has {classes}")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The programs print it without a traceback and exit with code 2 (see :mod:`nanomr.cli`).
     """
+
+
+class NoClass(UserError, ValueError):
+    """A network answers with NaN or infinite logits: that is no class, so no accuracy, no attack and no proof."""

@@ -1,6 +1,7 @@
 """What the log says of a model after each epoch: accuracy, and how stable its ReLUs are around the images."""
 
 from .attacks import pgd
+from .attacks.common import logits_of
 from .backend import array_module
 from .borders import check_labels
 from .manifold import corner_pairs, hamming_distance, hamming_embedding
@@ -13,16 +14,19 @@ def as_float(images):
 
 
 def accuracy(model, images, labels, batch_size=1000) -> float:
-    """Share of uint8 ``images`` (N, H, W, C) that the model classifies as ``labels`` (N,) say."""
+    """Share of uint8 ``images`` (N, H, W, C) that the model classifies as ``labels`` (N,) say.
+
+    Raises NoClass, a ValueError, when logits are NaN or infinite.
+    """
     right, labels = 0, check_labels(labels, len(images))
     for i in range(0, len(images), batch_size):
-        logits, _ = model.forward(as_float(images[i : i + batch_size]))
+        logits = logits_of(model, as_float(images[i : i + batch_size]))
         right += int((logits.argmax(1) == labels[i : i + batch_size]).sum())
     return right / len(images)
 
 
 def robust_accuracy(model, images, labels, eps, progress=None, **options) -> float:
-    """Share of ``images`` that survive :func:`nanomr.attacks.pgd` (its ``options``)."""
+    """Share of ``images`` that survive :func:`nanomr.attacks.pgd` (its ``options``); raises as that does."""
     _, fooled = pgd(model, as_float(images), labels, eps, progress=progress, **options)
     return 1 - int(fooled.sum()) / len(images)
 

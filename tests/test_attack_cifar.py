@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_all_runs_every_attack_in_a_folder_of_its_own(program):
     assert program(*FLAGS, "--attack", "all", "--n", 12, "--radius", 0.02, "--out", "a", "--resume")[0] == 0
 
 
-def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction(program, monkeypatch):
+def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction_and_check_takes_nothing(program, monkeypatch):
     given = []
 
     def fake(model, x, labels, *, seed, ids, steps, every, max_radius, batch_size, progress):
@@ -233,8 +234,11 @@ def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction(program, monke
     assert report["clean"] == 1 and report["robust"] == 0.5 and report["after"][0]["refuted"] == 1
     assert report["robust_at"] == pytest.approx({"0.005": 4 / 6, "0.01": 4 / 6, "0.02": 4 / 6, "0.05": 0.5, "0.1": 0.5})
     assert any("did not confirm: 1" in line for line in report["warnings"])
-    code, out, _ = program("--check", "a/examples.npz", "--weights", "model.safetensors")
-    assert code == 0 and "not the radius" in out
+    check = "--check", "a/examples.npz", "--weights", "model.safetensors"
+    assert_one_error_line(program(*check), "3 images are not in the Wasserstein ball of their radius")
+    monkeypatch.setattr(attack_cifar, "MEASURED", False)
+    code, out, _ = program(*check)
+    assert code == 0 and "box and prediction; for the ball: pip install" in out
 
 
 @pytest.mark.parametrize("attack", ["autoattack", "pgd"])
@@ -622,6 +626,61 @@ def test_a_network_that_does_not_fit(program):
     model.save("other.safetensors")
     assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "finite")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("attack", ["pgd", "autoattack", "wasserstein"])
+def test_a_network_whose_answers_are_not_finite_is_one_line(program, monkeypatch, attack):
+    """With finite weights: for all images, or only for one that is not the first."""
+    model = models.load("model.safetensors")
+    model.weights *= 1e20
+    model.save("other.safetensors")
+    flags = [*FLAGS, "--attack", attack, "--weights", "other.safetensors", "--out", "a"]
+    assert_one_error_line(program(*flags), "NaN or infinite for 1 of 1")
+    assert not Path("a").exists()
+
+    forward, taken = models.Model.forward, programs.images_of(N)[0][7]
+
+    def sometimes(self, x, **options):
+        logits, cache = forward(self, x, **options)
+        logits[(x == taken).all((1, 2, 3))] = np.nan
+        return logits, cache
+
+    monkeypatch.setattr(models.Model, "forward", sometimes)
+    assert_one_error_line(program(*FLAGS, "--attack", attack, "--out", "a"), "NaN or infinite for 1 of 10")
+
+
+def test_few_classes_leave_stages_out_and_the_report_says_so(program, monkeypatch):
+    generate = attack_cifar.data.load
+    two = models.mlp((3072, 16, 2), seed=3)
+
+    def dataset(*arguments, **options):
+        found = generate(*arguments, **options)
+        labels = two.forward(found.test_images * np.float32(1 / 255))[0].argmax(1)
+        return replace(found, test_labels=labels, classes=("few", "many"))
+
+    monkeypatch.setattr(attack_cifar.data, "load", dataset)
+    two.children["fc2"].params["bias"] -= two.forward(programs.images_of(N)[0])[0].mean(0)
+    two.save("two.safetensors")
+    flags = [*FLAGS, "--n", 12, "--weights", "two.safetensors", "--out", "a", "--attack", "autoattack+"]
+    code, out, err = program(*flags)
+    assert code == 0, err
+    report = result("a")
+    assert [row["attack"] for row in report["after"]] == ["apgd-ce", "fab", "square", "fab-t"]
+    assert report["left_out"] == ["apgd-dlr", "apgd-t"] and report["classes"] == 2
+    assert "left out, since the network knows 2 classes: apgd-dlr, apgd-t" in out
+    assert program("--check", "a/examples.npz", "--weights", "two.safetensors")[0] == 0
+    assert program(*flags, "--resume")[0] == 0
+
+
+def test_eps_without_255_is_asked_about(program):
+    code, _, err = program(*FLAGS, "--eps", "8", "--out", "a")
+    assert code == 2 and "argument --eps: " in err and "did you mean 8/255?" in err.splitlines()[-1]
+    assert not Path("a").exists()
+    flags = [*FLAGS, "--attack", "pgd", "--n", 2, "--eps", "0.75"]
+    code, _, err = program(*flags, "--out", "a")
+    assert code == 0 and "warning: a linf radius of 0.75: " in err and "did you mean 0.75/255?" in err
+    code, _, err = program(*flags, "--norm", "l2", "--out", "b")
+    assert code == 0 and "warning" not in err
 
 
 def test_no_gpu(program, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanomr import models
-from nanomr.attacks import autoattack as aa
+from nanomr.attacks import apgd, apgd_targeted, pgd, square
 from nanomr.attacks import report as reporting
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, autoattack, cascade, quick
 from nanomr.errors import UserError
@@ -250,7 +250,7 @@ def test_eps_zero_is_the_clean_accuracy(task):
 @versions
 def test_autoattack_is_the_cascade(task, version, monkeypatch):
     model, x, labels = task
-    monkeypatch.setitem(aa.STAGES, version, tiny(version))
+    monkeypatch.setitem(STAGES, version, tiny(version))
     adversarial, fooled = autoattack(model, x, labels, 0.008, version=version, seed=5, batch_size=9)
     found = cascade(model, x, labels, 0.008, tiny(version), seed=5)
     assert same(adversarial, found.adversarial) and np.array_equal(fooled, found.fooled)
@@ -274,11 +274,49 @@ def test_odd_input_is_one_clear_line(task, change, words):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("version", "classes"), [("plus", 2), ("standard", 3)])
-def test_fewer_classes_than_dlr_needs(version, classes):
+@versions
+@pytest.mark.parametrize(
+    ("classes", "missing"), [(2, {"apgd-t", "apgd-dlr"}), (3, {"apgd-t"}), (4, set())], ids=["2", "3", "4"]
+)
+def test_with_few_classes_the_stages_that_exist_run_and_the_others_are_named(version, classes, missing):
     model, x = network(classes), images()
-    with pytest.raises(ValueError, match="classes"):
-        autoattack(model, x, own(model, x), 1e-6, version=version)
+    model.children["fc2"].params["bias"] -= model.forward(x)[0].mean(0)
+    found = cascade(model, x, own(model, x), 0.004, tiny(version))
+    names = [s.name for s in STAGES[version]]
+    assert set(found.left_out) == missing & set(names)
+    assert list(found.stages) == [name for name in names if name not in missing]
+    assert 0 < found.fooled.sum() < N and len(found.seconds) == len(found.refuted) == len(found.stages)
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (Stage("apgd", pgd, {"restarts": 0}), "restarts must be at least 1, not 0"),
+        (Stage("apgd-t", apgd_targeted, {"steps": -1}), "steps must be at least 0, not -1"),
+        (Stage("apgd", apgd, {"loss": "hinge"}), "loss must be one of ce, dlr, not 'hinge'"),
+        (Stage("square", square, {"queries": 2.5}), "queries must be a whole number, not 2.5"),
+    ],
+)  # fmt: skip
+def test_what_a_late_stage_refuses_is_refused_before_the_first_one(task, last, words):
+    model, x, labels = task
+    first = Recorder([], brighter)
+    with pytest.raises(ValueError, match=words):
+        cascade(model, x, labels, 0.1, [Stage("first", first), last])
+    oblong = models.mlp((96, 10), input_shape=(8, 4, 3)).astype(np.float64)
+    with pytest.raises(ValueError, match="square"):
+        cascade(oblong, x[:, :, :4], labels, 0.1, [Stage("first", first), STAGES["plus"][3]])
+    two = network(2)
+    with pytest.raises(ValueError, match="apgd-t: no stage works with the model's 2 classes"):
+        cascade(two, x, own(two, x), 0.1, [STAGES["plus"][4]])
+    assert first.seen is None
+
+
+def test_a_report_names_the_stages_that_were_left_out():
+    few = dict(settings=[{"name": "apgd-ce"}, {"name": "square"}], left_out=["apgd-t", "apgd-dlr"], classes=2)
+    found = report(spread(1, 2, 0, robust=3), **few)
+    assert "  left out, since the network knows 2 classes: apgd-t, apgd-dlr" in reporting.lines(found)
+    assert "without apgd-t, apgd-dlr" in reporting.tables([found])
+    assert not any("left out" in line for line in reporting.lines(report([1])))
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -351,6 +389,7 @@ def test_a_sound_evaluation_has_no_warning():
         (dict(by=spread(0, 10, 40, 0, 3, 0, 0, robust=947)), "Square, which needs no gradient, broke 0.3%"),
         (dict(found=dict(zero_gradients=4)), "cross-entropy's input gradient is exactly zero at 4"),
         (dict(found=dict(zero_dlr_gradients=4)), "ratio's input gradient is exactly zero at 4"),
+        (dict(found=dict(lost_gradients=4)), "NaN or infinite at 4 images"),
         (dict(found=dict(unbounded=0.2)), "eps = 1 is 20.0%"),
         (dict(found=dict(noise_broke=2)), "random corners of the ball break 2"),
         (dict(found=dict(alone=1, alone_images=4)), "1 of 4 images end differently"),
@@ -412,6 +451,11 @@ def test_saturated_logits_have_zero_gradients_of_the_cross_entropy_only(task):
     model, x, labels = task
     found = measured(Bent(model, lambda z: z * 1e6, 1e6), x, labels)
     assert found["zero_gradients"] > N / 2 and found["zero_dlr_gradients"] == 0
+
+
+def test_gradients_that_are_nan_are_counted(task):
+    found = measured(Bent(task[0], lambda z: z, np.nan), *task[1:])
+    assert found["lost_gradients"] == N - 2 and found["zero_gradients"] == 0
 
 
 def test_a_constant_network_cannot_be_broken_at_eps_1(task):

@@ -22,7 +22,7 @@ import shim
 from test_kernels import tiny_model
 
 from nanomr import layers, models
-from nanomr.attacks import autoattack
+from nanomr.attacks.autoattack import STAGES, Stage
 from nanomr.ops.gpu import cuda
 
 pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
@@ -60,8 +60,8 @@ def fake(monkeypatch, bench):
 
 def little(bench, **changes):
     stages = tuple(
-        autoattack.Stage(s.name, s.attack, {k: min(v, 1) if isinstance(v, int) else v for k, v in s.options.items()})
-        for s in autoattack.STAGES["standard"]
+        Stage(s.name, s.attack, {k: min(v, 1) if isinstance(v, int) else v for k, v in s.options.items()})
+        for s in STAGES["standard"]
     )
     work = bench.gpu_plan.Work(2, 8, 8, {"name": "tiny"}, pgd_images=3, pgd_steps=2, auto_images=2, stages=stages)
     return replace(work, **changes)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomr.cli import fraction, number, run
+from nanomr.cli import fraction, linf_radius, number, run
 from nanomr.errors import UserError
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -93,6 +93,30 @@ def test_argparse_shows_the_message(capsys):
         parser.parse_args(["--eps", "8/0"])
     assert caught.value.code == 2
     assert "argument --eps: '8/0' is not a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "8/255", "0.5", "127/255"])
+def test_a_linf_radius_of_up_to_a_half_is_taken_as_it_is(text, capsys):
+    assert linf_radius(text) == fraction(text)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("text", ["0.6", "1", "200/255"])
+def test_a_linf_radius_above_a_half_is_asked_about_in_one_line(text, capsys):
+    assert linf_radius(text) == fraction(text)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("warning: ") and err.count("\n") == 1 and "[0, 1]" in err
+    assert (f"did you mean {text}/255?" in err) == ("/" not in text)
+
+
+@pytest.mark.parametrize("text", ["8", "1.0001", "2"])
+def test_a_linf_radius_above_one_is_refused_with_what_was_meant(text, capsys):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a number .* did you mean {text}/255"):
+        linf_radius(text)
+    for bad in ("-1", "nan", "x", "1/0"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{bad}' is not"):
+            linf_radius(bad)
+    assert capsys.readouterr() == ("", "")
 
 
 def stop(error):

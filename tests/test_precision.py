@@ -1,5 +1,6 @@
 """Attacks on a less precise network: it shows the way, and every verdict is that of the float32 network."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -210,7 +211,7 @@ def test_verdicts_are_never_in_tf32(program, fake, monkeypatch):
         asked.append(fake.tf32[-1])
         return recheck(*args)
 
-    monkeypatch.setattr("nanomr.attacks.autoattack.recheck", watched)
+    monkeypatch.setattr(importlib.import_module("nanomr.attacks.autoattack"), "recheck", watched)
     code, _, err = program(*FLAGS, "--device", "gpu", "--attack", "pgd", "--precision", "tf32", "--out", "run")
     assert code == 0, err
     assert True in fake.tf32 and len(asked) >= 3 and not any(asked)

@@ -502,3 +502,23 @@ def test_a_run_killed_before_its_first_save_can_be_started_again_or_resumed(prog
         else:
             assert code == 0
             assert [r["epoch"] for r in checkpoint.read_jsonl(folder / "log.jsonl")] == [1, 2]
+
+
+def test_a_closing_table_of_answers_that_are_not_finite_is_one_line(program, monkeypatch):
+    """Not 10 % robust: a network that answers NaN has no accuracy at all."""
+    monkeypatch.setattr(train.Trainer, "run", lambda self: (self.open_folder(), _broken(self.model))[1])
+    monkeypatch.setattr(train.Trainer, "plot", lambda self: None)
+    assert_one_error_line(program(*TINY), "logits are NaN or infinite for")
+    assert not Path(FOLDER, "test.json").exists()
+
+
+def _broken(model):
+    model.weights *= 1e20
+    return model
+
+
+def test_eps_without_255_is_asked_about(program):
+    for flag in ("--eps", "--eps-start"):
+        code, _, err = program(*TINY, flag, "8")
+        assert code == 2 and flag in err and "did you mean 8/255?" in err.splitlines()[-1]
+    assert "warning: a linf radius of 0.6: " in program(*TINY, "--eps", "0.6", "--epochs", 0, "--test-images", 0)[2]

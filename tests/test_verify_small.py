@@ -409,3 +409,26 @@ def test_mpi_ranks_come_to_the_same(tmp_path, program):
     shutil.rmtree("v")
     assert program(*FLAGS)[0] == 0
     assert verdicts() == {i: record["verdict"] for i, record in ranks.items()}
+
+
+def test_a_network_whose_answers_are_not_finite_is_one_line(program, monkeypatch):
+    """With finite weights: for all images, or only for one that is not the first. Neither misclassified, nor proved."""
+    model = models.load("model.safetensors")
+    model.weights *= 1e20
+    model.save("other.safetensors")
+    assert_one_error_line(program(*FLAGS, "--weights", "other.safetensors"), "NaN or infinite for 1 of 1")
+    forward, taken = models.Model.forward, programs.images_of(N)[0][7]
+
+    def sometimes(self, x, **options):
+        logits, cache = forward(self, x, **options)
+        logits[(x == taken).all((1, 2, 3))] = np.nan
+        return logits, cache
+
+    monkeypatch.setattr(models.Model, "forward", sometimes)
+    assert_one_error_line(program(*FLAGS), "NaN or infinite for 1 of 16")
+
+
+def test_eps_without_255_is_asked_about(program):
+    code, _, err = program(*FLAGS, "--eps", "8/255", "8")
+    assert code == 2 and "did you mean 8/255?" in err.splitlines()[-1] and not Path("v").exists()
+    assert "warning: a linf radius of 0.6" in program(*FLAGS, "--eps", "0.6", "--n", 1)[2]

@@ -10,6 +10,7 @@ from strategies import LAYOUTS, fewer, images, layouts, seeds
 
 from nanomr import models
 from nanomr.attacks import sinkhorn
+from nanomr.attacks.transport import least_cost
 from nanomr.attacks.wasserstein import lambert_of_exp, project, wasserstein
 
 module = sys.modules["nanomr.attacks.wasserstein"]  # the package may have a function of that name
@@ -341,6 +342,50 @@ def test_lambert_w_of_some_numbers():
     assert lambert_of_exp(np.array([-np.inf]))[0] == 0
     t = np.linspace(-60, 60, 5000)
     assert np.all(np.diff(lambert_of_exp(t)) > 0)
+
+
+# --- the distance itself ----------------------------------------------------------------------------------------------
+
+
+@fewer(0.3)
+@given(seed=seeds, radius=st.floats(-6, 0).map(np.exp), channels=st.integers(1, 2))
+def test_the_least_cost_is_the_cost_of_the_flow(seed, radius, channels):
+    pytest.importorskip("highspy", reason="needs highspy (pip install 'nanomr[verify]')")
+    x, y = pile(np.random.default_rng(seed), (2, 4, 3, channels))
+    z = project(x, y, radius).images
+    x, z = (0.3 * a / x.max((1, 2, 3), keepdims=True) for a in (x, z))  # nothing is at 1
+    z = np.minimum(z, 0.99)
+    full = np.isclose(z.sum((1, 2)), x.sum((1, 2)), rtol=1e-9).all(1)
+    found = least_cost(x, z)
+    for i in range(2):
+        if full[i]:
+            wanted = sum(transport(x[i][..., [c]], z[i][..., [c]]) for c in range(channels)) / x[i].sum()
+            assert found[i] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        else:
+            assert np.isinf(found[i])
+
+
+def test_least_costs_that_are_known():
+    pytest.importorskip("highspy", reason="needs highspy (pip install 'nanomr[verify]')")
+    x = np.zeros((6, 4, 4, 2))
+    x[:, 1, 1, 0], x[:, 2, 2, 1] = 0.75, 0.25
+    y = x.copy()
+    y[1, 1, 1, 0], y[1, 1, 3, 0] = 0.5, 0.25  # a quarter by two pixels
+    y[2, 1, 1, 0], y[2, 1, 1, 1] = 0.5, 0.25  # into another channel
+    y[3, 2, 2, 1], y[3, 2, 3, 1] = 0.5, 0.25  # out of nothing
+    y[4, 1, 1, 0], y[4, 2, 2, 0] = 0, 0.75  # all by (1, 1)
+    x[5, 0, 0, 0] = 0.5  # 1.25 in one pixel, and clipped
+    y[5, 1, 1, 0] = 1
+    np.testing.assert_allclose(least_cost(x, y), [0, 1, np.inf, np.inf, 1.5, 1 / 1.5], atol=1e-6)
+
+
+def test_the_attacks_radii_bear_the_exact_distances_out():
+    pytest.importorskip("highspy", reason="needs highspy (pip install 'nanomr[verify]')")
+    model, x = network(), pictures()
+    adversarial, radius = wasserstein(model, x, own(model, x), **FAST)
+    cost, hit = least_cost(x, adversarial), np.isfinite(radius)
+    assert 3 < hit.sum() and (adversarial == 1).any() and np.all(cost[hit] <= radius[hit] * (1 + 1e-6))
+    assert np.all(cost[hit] > 0) and np.all(cost[~hit] < 1e-6)
 
 
 # --- the attack -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
-"""Attacks on a model's own input gradients. Images and eps are in [0, 1] units.
+"""Attacks on a model's own input gradients, or without them. Images and eps are in [0, 1] units.
 
-Every attack is a function (model, x, labels, eps, ...) -> (adversarial, fooled); see ``common``. Here are those that
-training uses; the others are imported from their modules:
-
-    from nanomr.attacks.autoattack import autoattack      # the cascades "standard" and "plus"
-    from nanomr.attacks.fab import fab, fab_targeted
-    from nanomr.attacks.square import square
-    from nanomr.attacks.wasserstein import wasserstein
+Every attack is a function (model, x, labels, eps, ...) -> (adversarial, fooled); see ``common``. The Wasserstein
+attack finds the radius: (model, x, labels, ...) -> (adversarial, radius).
 """
 
 from .apgd import apgd, apgd_targeted
+from .autoattack import autoattack
+from .blackbox import corner_noise, transfer
+from .fab import fab, fab_targeted
 from .pgd import fgsm, pgd
+from .square import square
+from .wasserstein import wasserstein
 
-__all__ = ["apgd", "apgd_targeted", "fgsm", "pgd"]
+__all__ = [
+    "apgd", "apgd_targeted", "autoattack", "corner_noise", "fab", "fab_targeted", "fgsm", "pgd", "square", "transfer",
+    "wasserstein",
+]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..backend import array_module
-from .common import APGD_CE, APGD_DLR, APGD_T, draws, in_batches
+from .common import APGD_CE, APGD_DLR, APGD_T, Batch, attack, misclassified, per_image
 from .objectives import cross_entropy_each, dlr, dlr_targeted
 
 LOSSES = {"ce": (cross_entropy_each, APGD_CE, 2), "dlr": (dlr, APGD_DLR, 3)}  # name: function, salt, fewest classes
@@ -81,7 +81,7 @@ def ascend(model, ball, x0, start, labels, objective: Callable, steps: int):
     x = previous = best_x = best_gradient = start
     for i in range(steps + 1):
         logits, cache = model.forward(x)
-        hit = logits.argmax(1) != labels[rows]
+        hit = misclassified(logits, labels[rows])
         if hit.any():
             adversarial[rows[hit]], fooled[rows[hit]] = x[hit], True
         if i == steps or hit.all():
@@ -93,7 +93,7 @@ def ascend(model, ball, x0, start, labels, objective: Callable, steps: int):
             rows, loss, gradient = rows[left], loss[left], gradient[left]
             x0, x, previous, best_x, best_gradient = (a[left] for a in (x0, x, previous, best_x, best_gradient))
             sizes.keep(left)
-        better, halve = (_column(flag, x) for flag in sizes.see(loss))
+        better, halve = (per_image(flag, x) for flag in sizes.see(loss))
         best_x, best_gradient = xp.where(better, x, best_x), xp.where(better, gradient, best_gradient)
         if halve.any():  # back to the best iterate; ``previous`` stays, as in the authors' code
             x, gradient = xp.where(halve, best_x, x), xp.where(halve, best_gradient, gradient)
@@ -104,25 +104,13 @@ def ascend(model, ball, x0, start, labels, objective: Callable, steps: int):
     return adversarial, fooled
 
 
-def _column(flag, x):
-    return flag.reshape(-1, *(1,) * (x.ndim - 1))
+def _known(shape, *, loss, **_):
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
 
 
-def apgd(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    loss: str = "ce",
-    steps: int = 100,
-    restarts: int = 1,
-    seed: int = 0,
-    ids=None,
-    batch_size: int = 250,
-    progress: Callable | None = None,
-):
+@attack(least=lambda loss="ce", **_: LOSSES[loss][2], check=_known)
+def apgd(batch: Batch, *, loss: str = "ce", steps: int = 100, restarts: int = 1):
     """(adversarial, fooled) by Auto-PGD on the cross-entropy ("ce") or the difference of logits ratio ("dlr").
 
     Each restart begins at random (in linf with its largest pixel at eps, in l2 on the sphere), never at x itself, and
@@ -132,87 +120,41 @@ def apgd(
 
     Raises ValueError for fewer classes than the loss needs (2; DLR 3), and what :func:`nanomr.attacks.pgd` raises.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
-    function, salt, least = LOSSES[loss]
-
-    def attack(ball, x0, labels, ids, _):
-        runs = ((salt, restart, lambda logits, at: function(logits, labels[at])) for restart in range(restarts))
-        return _union(model, ball, x0, labels, ids, seed, steps, runs)
-
-    return in_batches(
-        attack,
-        model,
-        x,
-        labels,
-        eps,
-        norm=norm,
-        ids=ids,
-        batch_size=batch_size,
-        progress=progress,
-        least=least,
-        loss=f"apgd with {loss}",
-    )
+    function, salt, _ = LOSSES[loss]
+    runs = ((salt, restart, lambda logits, at: function(logits, batch.labels[at])) for restart in range(restarts))
+    return _union(batch, steps, runs)
 
 
-def apgd_targeted(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    targets: int = 9,
-    steps: int = 100,
-    seed: int = 0,
-    ids=None,
-    batch_size: int = 250,
-    progress: Callable | None = None,
-):
+@attack(least=4)
+def apgd_targeted(batch: Batch, *, targets: int = 9, steps: int = 100):
     """(adversarial, fooled) by Auto-PGD on the targeted DLR, towards one class after another.
 
     The targets are the ``targets`` strongest classes of the clean image but for its label (all of them if there are
     fewer), strongest first, each from a random start of its own. Any misclassification counts, not only into the
     target. Otherwise as :func:`apgd`. Raises ValueError below 4 classes.
     """
+    rank = (-batch.logits).argsort(1)
 
-    def attack(ball, x0, labels, ids, logits):
-        rank = (-logits).argsort(1)
+    def towards(target):
+        return lambda logits, at: dlr_targeted(logits, batch.labels[at], target[at])
 
-        def towards(target):
-            return lambda logits, at: dlr_targeted(logits, labels[at], target[at])
-
-        runs = ((APGD_T, k, towards(rank[:, k])) for k in range(1, min(targets, logits.shape[1] - 1) + 1))
-        return _union(model, ball, x0, labels, ids, seed, steps, runs)
-
-    return in_batches(
-        attack,
-        model,
-        x,
-        labels,
-        eps,
-        norm=norm,
-        ids=ids,
-        batch_size=batch_size,
-        progress=progress,
-        least=4,
-        loss="apgd_targeted",
-    )
+    return _union(batch, steps, ((APGD_T, k, towards(rank[:, k])) for k in range(1, rank.shape[1])[:targets]))
 
 
-def _union(model, ball, x0, labels, ids, seed, steps, runs):
+def _union(batch, steps, runs):
     """(adversarial, fooled) by any of ``runs``, (salt, restart, objective), each on the images that are left."""
-    xp = array_module(x0)
-    adversarial, fooled = x0.copy(), xp.zeros(len(x0), bool)
+    xp = array_module(batch.x)
+    adversarial, fooled = batch.x.copy(), xp.zeros(len(batch.x), bool)
     for salt, restart, objective in runs:
         left = xp.flatnonzero(~fooled)
         if len(left) == 0:
             break
-        start = ball.random_start(x0[left], draws(seed, salt, ids[left.tolist()], restart), edge=True)
+        x0, labels = batch.x[left], batch.labels[left]
+        start = batch.ball.random_start(x0, batch.draws(salt, restart, left), edge=True)
 
         def of_these(logits, rows, objective=objective, left=left):
             return objective(logits, left[rows])
 
-        found, hit = ascend(model, ball, x0[left], start, labels[left], of_these, steps)
+        found, hit = ascend(batch.model, batch.ball, x0, start, labels, of_these, steps)
         adversarial[left[hit]], fooled[left[hit]] = found[hit], True
     return adversarial, fooled

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..backend import array_module, to_numpy
 from .apgd import apgd, apgd_targeted
-from .common import check_inputs, check_logits, recheck
+from .common import check_inputs, check_logits, check_options, logits_of, predictions, recheck
 from .fab import fab, fab_targeted
 from .pgd import pgd
 from .square import square
@@ -29,6 +29,16 @@ class Stage:
     name: str
     attack: Callable
     options: dict = field(default_factory=dict)
+
+    @property
+    def least(self) -> int:
+        """The fewest classes that it works with."""
+        return self.attack.least(**self.options) if hasattr(self.attack, "least") else 2
+
+    def check(self, shape) -> None:
+        """Raises ValueError for options that make no sense, and images (N, H, W, C) that it cannot attack."""
+        if hasattr(self.attack, "complete"):
+            self.attack.complete(shape, **self.options)
 
 
 APGD_T = Stage("apgd-t", apgd_targeted, {"steps": 100, "targets": 9})
@@ -63,6 +73,12 @@ def quick(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     )
 
 
+def with_classes(stages: Sequence[Stage], classes: int) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
+    """(stages that work with so many classes, names of the others): DLR needs three, targeted DLR four."""
+    enough = tuple(s for s in stages if s.least <= classes)
+    return enough, tuple(s.name for s in stages if s.least > classes)
+
+
 @dataclass
 class Outcome:
     """What a cascade found. Arrays on the images' device, except for ``by`` and ``alone`` (NumPy)."""
@@ -74,6 +90,7 @@ class Outcome:
     refuted: list[int]  # per stage: successes it claimed that a fresh forward pass or the ball did not confirm
     alone: np.ndarray | None = None  # individual mode: (N, stages) bool, what each stage breaks by itself
     again: list[int] = field(default_factory=list)  # per stage: images that only the less precise network fell for
+    left_out: tuple[str, ...] = ()  # stages that need more classes than the model has
 
     @property
     def fooled(self) -> np.ndarray:
@@ -148,16 +165,25 @@ def cascade(
 
     Each stage sees the images that are still robust; with ``individual``, all that were right at first, and the first
     stage that breaks an image still gets the credit. ``attacked``, the same network computed with less precision, is
-    what the stages see if it is given; every verdict is the model's, see :func:`attempt`.
+    what the stages see if it is given; every verdict is the model's, see :func:`attempt`. Stages that need more classes
+    than the model has are left out.
     ``progress(stage, done, left, robust)``: ``done`` of the stage's ``left`` images, and how many of all N may still be
-    robust. Raises ValueError for odd input, as the attacks do.
+    robust. Raises ValueError for odd input, as the attacks do, before the first stage.
     """
     _, labels, ids = check_inputs(x, labels, eps, norm=norm, ids=ids)
+    check_options("cascade", {"batch_size": batch_size})
+    for stage in stages:
+        stage.check(x.shape)
+    left_out = ()
     if len(x):
-        check_logits(model.forward(x[:1])[0], labels)
+        logits = logits_of(model, x[:1])
+        check_logits(logits, labels)
+        stages, left_out = with_classes(stages, logits.shape[1])
+        if not stages:
+            raise ValueError(f"{', '.join(left_out)}: no stage works with the model's {logits.shape[1]} classes")
     xp = array_module(x)
     adversarial = x.copy()
-    right = ~to_numpy(recheck(model, x, x, labels, 0.0, norm, batch_size))
+    right = to_numpy(predictions(model, x, batch_size) == labels)
     by = np.where(right, ROBUST, WRONG)
     alone = np.zeros((len(x), len(stages)), bool) if individual else None
     seconds, refuted, again = [], [], []
@@ -180,7 +206,7 @@ def cascade(
             if individual:
                 alone[left[broken], k] = True
         seconds.append(time.perf_counter() - start)
-    return Outcome(tuple(s.name for s in stages), adversarial, by, seconds, refuted, alone, again)
+    return Outcome(tuple(s.name for s in stages), adversarial, by, seconds, refuted, alone, again, left_out)
 
 
 def _advance(progress, name: str, by, left):

@@ -3,30 +3,16 @@
 They are weak, and that is their use: an attack by gradients that breaks fewer images than these is being misled.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from ..backend import array_module
-from . import common
-from .common import check_inputs, check_logits, in_batches, recheck
+from .common import Batch, attack, check_inputs, check_logits, logits_of, misclassified, predictions, recheck
 
 CORNER = 100  # the salt of common.draws()
 
 
-def corner_noise(
-    model,
-    x,
-    labels,
-    eps: float,
-    draws: int = 10,
-    *,
-    norm: str = "linf",
-    seed: int = 0,
-    ids=None,
-    batch_size: int = 250,
-    progress: Callable | None = None,
-):
+@attack()
+def corner_noise(batch: Batch, draws: int = 10):
     """(adversarial, fooled): does a random corner of the ball fool the model? ``draws`` corners at most.
 
     A corner of the linf ball is x +- eps, with a sign for each pixel and channel; in l2, where balls have no corners,
@@ -36,23 +22,18 @@ def corner_noise(
 
     Raises ValueError for images outside [0, 1], a label that is no class, a bad eps or norm.
     """
-
-    def attack(ball, x0, labels, ids, _):
-        xp = array_module(x0)
-        adversarial, fooled = x0.copy(), xp.zeros(len(x0), bool)
-        for draw in range(draws):
-            left = xp.flatnonzero(~fooled)
-            if len(left) == 0:
-                break
-            generators = common.draws(seed, CORNER, ids[left.tolist()], draw)
-            signs = [2 * g.integers(0, 2, x0.shape[1:], np.int8) - 1 for g in generators]
-            corner = x0[left] + x0.dtype.type(eps) * xp.asarray(np.array(signs), x0.dtype)
-            corner = ball.project(x0[left], corner)  # in l2 this shortens them to eps
-            hit = model.forward(corner)[0].argmax(1) != labels[left]
-            adversarial[left[hit]], fooled[left[hit]] = corner[hit], True
-        return adversarial, fooled
-
-    return in_batches(attack, model, x, labels, eps, norm=norm, ids=ids, batch_size=batch_size, progress=progress)
+    x0, ball, xp = batch.x, batch.ball, array_module(batch.x)
+    adversarial, fooled = x0.copy(), xp.zeros(len(x0), bool)
+    for draw in range(draws):
+        left = xp.flatnonzero(~fooled)
+        if len(left) == 0:
+            break
+        signs = [2 * g.integers(0, 2, x0.shape[1:], np.int8) - 1 for g in batch.draws(CORNER, draw, left)]
+        corner = x0[left] + x0.dtype.type(ball.eps) * xp.asarray(np.array(signs), x0.dtype)
+        corner = ball.project(x0[left], corner)  # in l2 this shortens them to eps
+        hit = misclassified(batch.model.forward(corner)[0], batch.labels[left])
+        adversarial[left[hit]], fooled[left[hit]] = corner[hit], True
+    return adversarial, fooled
 
 
 def transfer(model, adversarial, x, labels, eps: float, norm: str = "linf", *, batch_size: int = 250):
@@ -76,8 +57,8 @@ def transfer(model, adversarial, x, labels, eps: float, norm: str = "linf", *, b
     images, fooled = x.copy(), xp.zeros(len(x), bool)
     if len(x) == 0:
         return images, fooled
-    check_logits(model.forward(x[:1])[0], labels)
-    wrong = recheck(model, x, x, labels, eps, norm, batch_size)
+    check_logits(logits_of(model, x[:1]), labels)
+    wrong = predictions(model, x, batch_size) != labels
     taken = recheck(model, x, adversarial, labels, eps, norm, batch_size) & ~wrong
     images[taken] = adversarial[taken]
     return images, wrong | taken

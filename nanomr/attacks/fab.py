@@ -7,25 +7,13 @@ import numpy as np
 
 from ..backend import array_module
 from ..ops import ops_for
-from .common import FAB, FAB_T, draws, in_batches, l2, per_image, threat
+from .common import FAB, FAB_T, Batch, attack, l2, misclassified, per_image, threat
 
 ALPHA, ETA, BETA = 0.1, 1.05, 0.9  # largest pull to the image, overshoot beyond the plane, way back after a success
 
 
-def fab(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    seed: int = 0,
-    ids=None,
-    batch_size=250,
-    progress=None,
-    steps: int = 100,
-    restarts: int = 5,
-):
+@attack()
+def fab(batch: Batch, *, steps: int = 100, restarts: int = 5):
     """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1]; does the model err on them (N,)?
 
     A step linearises the logits' differences to all other classes (one forward pass, then one backward pass for each
@@ -37,59 +25,22 @@ def fab(
     onto that point's plane: overshoot alone keeps the walk 1% outside. This is the paper's final search, for a known
     eps; AutoAttack's code leaves it out.
 
-    Raises ValueError for steps or restarts < 0, and what ``common.in_batches`` refuses.
+    Raises what :func:`nanomr.attacks.pgd` raises.
     """
-    _check("fab", steps=steps, restarts=restarts)
-
-    def attack(ball, x, labels, ids, logits):
-        others = _ranked(logits)
-        return _runs(model, ball, x, labels, ids, seed, FAB, [others] * restarts, range(restarts), steps)
-
-    return in_batches(
-        attack, model, x, labels, eps, norm=norm, ids=ids, batch_size=batch_size, progress=progress, loss="fab"
-    )
+    others = _ranked(batch.logits)
+    return _runs(batch, FAB, [(others, restart) for restart in range(restarts)], steps)
 
 
-def fab_targeted(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    seed: int = 0,
-    ids=None,
-    batch_size=250,
-    progress=None,
-    targets: int = 9,
-    steps: int = 100,
-    restarts: int = 1,
-):
+@attack()
+def fab_targeted(batch: Batch, *, targets: int = 9, steps: int = 100, restarts: int = 1):
     """:func:`fab` with one class after another: the ``targets`` likeliest wrong classes of the unchanged image.
 
     One backward pass a step. Any misclassification counts, not the target's alone. Where there are fewer classes, all
-    of them are targets. Raises ValueError for targets, steps or restarts < 0, and what ``common.in_batches`` refuses.
+    of them are targets. Raises what :func:`nanomr.attacks.pgd` raises.
     """
-    _check("fab_targeted", targets=targets, steps=steps, restarts=restarts)
-
-    def attack(ball, x, labels, ids, logits):
-        others = _ranked(logits)
-        runs = [(t, r) for t in range(min(targets, others.shape[1])) for r in range(restarts)]
-        classes = [others[:, t : t + 1] for t, _ in runs]
-        return _runs(model, ball, x, labels, ids, seed, FAB_T, classes, [r for _, r in runs], steps)
-
-    return in_batches(
-        attack,
-        model,
-        x,
-        labels,
-        eps,
-        norm=norm,
-        ids=ids,
-        batch_size=batch_size,
-        progress=progress,
-        loss="fab_targeted",
-    )
+    others = _ranked(batch.logits)[:, :targets]
+    runs = [(others[:, t : t + 1], restart) for t in range(others.shape[1]) for restart in range(restarts)]
+    return _runs(batch, FAB_T, runs, steps)
 
 
 def project_linf(points, w, b):
@@ -106,30 +57,23 @@ def project_l2(points, w, b):
     return ops_for(points).plane_step(points, w, b, True)
 
 
-def _check(name, **counts):
-    for option, value in counts.items():
-        if value < 0:
-            raise ValueError(f"{name}: {option} must be at least 0, not {value}")
-
-
 def _ranked(logits):
     """The classes but the first, from likely to unlikely (N, K - 1). Of equals the lower first, as in argmax."""
     return array_module(logits).argsort(-logits, axis=1, kind="stable")[:, 1:]
 
 
-def _runs(model, ball, x, labels, ids, seed, salt, classes, restarts, steps):
-    """(images, fooled) by one run after another on those left. ``classes``: for each run, (N, any number) to go for."""
-    xp = array_module(x)
-    adversarial, fooled = x.copy(), xp.zeros(len(x), bool)
-    for run, (others, restart) in enumerate(zip(classes, restarts, strict=True)):
+def _runs(batch, salt, runs, steps):
+    """(images, fooled) by one of ``runs`` after another on those left: (classes to go for (N, any number), restart)."""
+    xp, ball = array_module(batch.x), batch.ball
+    adversarial, fooled = batch.x.copy(), xp.zeros(len(batch.x), bool)
+    for run, (others, restart) in enumerate(runs):
         left = xp.flatnonzero(~fooled)
         if len(left) == 0:
             break
-        start = x[left]
+        x = start = batch.x[left]
         if restart > 0:
-            generators = draws(seed, salt, ids[left.tolist()], run)
-            start = threat(ball.name, ball.eps / 2).random_start(start, generators, edge=True)
-        found, hit = _run(model, ball, x[left], labels[left], others[left], start, steps)
+            start = threat(ball.name, ball.eps / 2).random_start(x, batch.draws(salt, run, left), edge=True)
+        found, hit = _run(batch.model, ball, x, batch.labels[left], others[left], start, steps)
         adversarial[left[hit]], fooled[left[hit]] = found[hit], True
     return adversarial, fooled
 
@@ -143,7 +87,7 @@ def _run(model, ball, x, labels, classes, current, steps):
         if len(left) == 0:
             break
         current = _step(model, ball, x, current, labels, classes)
-        wrong = model.forward(current)[0].argmax(1) != labels
+        wrong = misclassified(model.forward(current)[0], labels)
         if not wrong.any():
             continue
         now = xp.where(wrong, ball.distance(x, current), xp.inf)
@@ -160,7 +104,7 @@ def _run(model, ball, x, labels, classes, current, steps):
         left, x, labels, classes, closest = left[seen], x[seen], labels[seen], classes[seen], closest[seen]
         for candidate in (closest, _onto_plane(model, ball, x, closest, labels, classes)):
             candidate = ball.project(x, candidate)
-            hit = model.forward(candidate)[0].argmax(1) != labels
+            hit = misclassified(model.forward(candidate)[0], labels)
             adversarial[left[hit]], fooled[left[hit]] = candidate[hit], True
     return adversarial, fooled
 

@@ -1,28 +1,12 @@
 """Projected gradient descent (Madry et al. 2018), as the paper's Table 1 uses it, and its single step, FGSM."""
 
-from collections.abc import Callable
-
 from ..backend import array_module
-from .common import PGD, draws, in_batches
+from .common import PGD, Batch, attack, misclassified
 from .objectives import cross_entropy_each
 
 
-def pgd(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    step_size: float | None = None,
-    steps: int = 20,
-    restarts: int = 1,
-    random_start: bool = True,
-    seed: int = 0,
-    ids=None,
-    batch_size: int = 250,
-    progress: Callable | None = None,
-):
+@attack()
+def pgd(batch: Batch, *, step_size: float | None = None, steps: int = 20, restarts: int = 1, random_start: bool = True):
     """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1]; does the model err on them (N,)?
 
     Each step goes ``step_size`` (by default 2/255 in linf, 2.5 eps / steps in l2) along the steepest ascent of the
@@ -31,66 +15,47 @@ def pgd(
     comes back unchanged. Random starts (uniform in the linf ball; on the l2 sphere) are drawn for each (seed, id,
     restart); ids are 0 ... N-1 by default. ``progress(done, robust)`` is called after each batch.
 
-    Raises ValueError for images outside [0, 1], a label that is no class, a bad eps or norm.
+    A success is confirmed by a fresh forward pass, ball (in real arithmetic) and box. Images, logits and gradients
+    that are NaN, and infinite logits, fool nobody.
+
+    Raises ValueError for images outside [0, 1], a label that is no class, a bad eps, norm or option, and (NoClass)
+    when the logits of x itself are not finite.
     """
     if step_size is None:
-        step_size = 2 / 255 if norm == "linf" else 2.5 * eps / max(steps, 1)
-
-    def attack(ball, x0, labels, ids, _):
-        xp = array_module(x0)
-        adversarial, fooled = x0.copy(), xp.zeros(len(x0), bool)
-        for restart in range(restarts):
-            left = xp.flatnonzero(~fooled)
-            if len(left) == 0:
-                break
-            current = base = x0[left]
-            if random_start:
-                current = ball.random_start(base, draws(seed, PGD, ids[left.tolist()], restart))
-            for step in range(steps + 1):
-                logits, cache = model.forward(current)
-                hit = logits.argmax(1) != labels[left]
-                if hit.any():
-                    adversarial[left[hit]], fooled[left[hit]] = current[hit], True
-                if step == steps or hit.all():
-                    break
-                _, gradient = cross_entropy_each(logits, labels[left])
-                gradient = model.backward(gradient, cache, param_grads=False)
-                if hit.any():
-                    left, base, current, gradient = (a[~hit] for a in (left, base, current, gradient))
-                sizes = xp.full(len(base), step_size, base.dtype)
-                current = ball.step(base, current, gradient, sizes)
-        return adversarial, fooled
-
-    return in_batches(attack, model, x, labels, eps, norm=norm, ids=ids, batch_size=batch_size, progress=progress)
+        step_size = 2 / 255 if batch.ball.name == "linf" else 2.5 * batch.ball.eps / max(steps, 1)
+    return _descend(batch, step_size, steps, restarts, random_start)
 
 
-def fgsm(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    seed: int = 0,
-    ids=None,
-    batch_size: int = 250,
-    progress: Callable | None = None,
-):
+@attack()
+def fgsm(batch: Batch):
     """The fast gradient sign method (Goodfellow et al. 2015): one step of :func:`pgd`, of length eps, from x itself.
 
     In l2 the step goes along the gradient. Nothing is drawn: ``seed`` and ``ids`` are there to be like the others.
     """
-    return pgd(
-        model,
-        x,
-        labels,
-        eps,
-        norm=norm,
-        step_size=eps,
-        steps=1,
-        random_start=False,
-        seed=seed,
-        ids=ids,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    return _descend(batch, batch.ball.eps, steps=1, restarts=1, random_start=False)
+
+
+def _descend(batch, step_size, steps, restarts, random_start):
+    model, ball, xp = batch.model, batch.ball, array_module(batch.x)
+    adversarial, fooled = batch.x.copy(), xp.zeros(len(batch.x), bool)
+    for restart in range(restarts):
+        left = xp.flatnonzero(~fooled)
+        if len(left) == 0:
+            break
+        current = base = batch.x[left]
+        if random_start:
+            current = ball.random_start(base, batch.draws(PGD, restart, left))
+        for step in range(steps + 1):
+            logits, cache = model.forward(current)
+            hit = misclassified(logits, batch.labels[left])
+            if hit.any():
+                adversarial[left[hit]], fooled[left[hit]] = current[hit], True
+            if step == steps or hit.all():
+                break
+            _, gradient = cross_entropy_each(logits, batch.labels[left])
+            gradient = model.backward(gradient, cache, param_grads=False)
+            if hit.any():
+                left, base, current, gradient = (a[~hit] for a in (left, base, current, gradient))
+            sizes = xp.full(len(base), step_size, base.dtype)
+            current = ball.step(base, current, gradient, sizes)
+    return adversarial, fooled

@@ -49,7 +49,8 @@ def checks(model, x, labels, ids, by, *, norm: str, eps: float, stage: Stage | N
     """Figures for :func:`warnings`, measured on images ``x`` (N, H, W, C) with the outcome ``by`` (N,) of an attack.
 
     - "zero_gradients", "zero_dlr_gradients": images where the input gradient of the cross-entropy (of the difference
-      of logits ratio) is exactly zero: gradient attacks do not move there
+      of logits ratio) is exactly zero: gradient attacks do not move there; "lost_gradients": where the first holds NaN
+      or infinity
     - "unbounded": accuracy at eps = 1, where every image can become any other; of up to 100 images
     - "noise": accuracy on random corners of the ball; "noise_broke": images that withstood the attack, but not these
     - "alone": images, of the few whose first attack ran again alone, for which that ended differently; "logits_move":
@@ -61,14 +62,17 @@ def checks(model, x, labels, ids, by, *, norm: str, eps: float, stage: Stage | N
     """
     by, xp = np.asarray(by), array_module(x)
     right = np.flatnonzero(by != WRONG)
-    found: dict = {"images": len(x), "zero_gradients": 0, "zero_dlr_gradients": 0}
+    found: dict = {"images": len(x), "zero_gradients": 0, "zero_dlr_gradients": 0, "lost_gradients": 0}
     for first in range(0, len(right), batch_size):
         where = xp.asarray(right[first : first + batch_size])
         logits, cache = model.forward(x[where])
         ratio = dlr if logits.shape[1] > 2 else margin
         for name, loss in (("zero_gradients", cross_entropy_each), ("zero_dlr_gradients", ratio)):
             gradient = model.backward(loss(logits, labels[where])[1], cache, param_grads=False)
-            found[name] += int((~gradient.reshape(len(where), -1).any(1)).sum())
+            gradient = gradient.reshape(len(where), -1)
+            found[name] += int((~gradient.any(1)).sum())
+            if loss is cross_entropy_each:
+                found["lost_gradients"] += int((~xp.isfinite(gradient).all(1)).sum())
     some = xp.asarray(right[:100])
     _, fooled = apgd(
         model, x[some], labels[some], 1.0, norm="linf", loss="ce", steps=steps, restarts=1, seed=seed,
@@ -122,6 +126,11 @@ def warnings(report: dict) -> list[str]:
             said.append(
                 f"the {loss}'s input gradient is exactly zero at {found[key]} images: gradient attacks are blind there"
             )
+    if found.get("lost_gradients"):
+        said.append(
+            f"the cross-entropy's input gradient is NaN or infinite at {found['lost_gradients']} images: gradient "
+            "attacks are lost there"
+        )
     if found.get("unbounded", 0) > 0:
         said.append(
             f"accuracy at eps = 1 is {found['unbounded']:.1%}, not zero: the attack fails where it cannot, so do not "
@@ -229,6 +238,8 @@ def lines(report: dict) -> list[str]:
         out.append(f"{text} {row['seconds']:9.1f}{alone}")
     if "robust_at" in report:
         out.append("  " + ", ".join(f"radius {r}: {share:.2%}" for r, share in report["robust_at"].items()))
+    if "left_out" in report:
+        out.append(f"  left out, since the network knows {report['classes']} classes: {', '.join(report['left_out'])}")
     return out + [f"  warning: {line}" for line in report["warnings"]]
 
 
@@ -297,6 +308,8 @@ def _table(title: str, columns: dict, paper: dict, cells: dict) -> str:
             notes.append(f"the paper's is {fraction(eps)}: not comparable")
         if r["attack"] == "autoattack":
             notes.append("the paper's is AutoAttack+")
+        if "left_out" in r:
+            notes.append(f"without {', '.join(r['left_out'])}")
         if r.get("precision") == "bf16":
             notes.append("attacked in bfloat16")
         if r["quick"]:

@@ -8,25 +8,19 @@ from functools import lru_cache
 import numpy as np
 
 from ..backend import array_module
-from .common import SQUARE, draws, in_batches, l2, per_image
+from .common import SQUARE, Batch, attack, l2, misclassified, per_image
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these queries the squares' area is halved
 BLOCK = 100  # queries whose random numbers are drawn at once
 
 
-def square(
-    model,
-    x,
-    labels,
-    eps: float,
-    *,
-    norm: str = "linf",
-    seed: int = 0,
-    ids=None,
-    batch_size=250,
-    progress=None,
-    queries: int = 5000,
-):
+def _has_squares(shape, **_):
+    if len(shape) != 4 or shape[1] != shape[2]:
+        raise ValueError(f"square: the images must be square, (N, H, H, C), not {shape}")
+
+
+@attack(check=_has_squares)
+def square(batch: Batch, *, queries: int = 5000):
     """(adversarial, fooled): images (N, H, H, C) within eps of x and in [0, 1]; does the model err on them (N,)?
 
     ``queries`` forward passes an image: the start, then one candidate each, kept when it lowers the margin (the
@@ -41,20 +35,10 @@ def square(
     also never draws the last row and column of positions; here all are equally likely. The schedule of the squares'
     sides is that for 10,000 queries, whatever ``queries`` is, as in AutoAttack's evaluation.
 
-    Raises ValueError for images that are not square, queries < 0, and what ``common.in_batches`` refuses.
+    Raises ValueError for images that are not square, and what :func:`nanomr.attacks.pgd` raises.
     """
-    if x.ndim != 4 or x.shape[1] != x.shape[2]:
-        raise ValueError(f"square: the images must be square, (N, H, H, C), not {x.shape}")
-    if queries < 0:
-        raise ValueError(f"square: queries must be at least 0, not {queries}")
-
-    def attack(ball, x, labels, ids, logits):
-        painter = (_Linf if ball.name == "linf" else _L2)(ball)
-        return _search(model, painter, x, labels, draws(seed, SQUARE, ids), queries)
-
-    return in_batches(
-        attack, model, x, labels, eps, norm=norm, ids=ids, batch_size=batch_size, progress=progress, loss="square"
-    )
+    painter = (_Linf if batch.ball.name == "linf" else _L2)(batch.ball)
+    return _search(batch.model, painter, batch.x, batch.labels, batch.draws(SQUARE), queries)
 
 
 def area(query: int) -> float:
@@ -87,7 +71,7 @@ def _search(model, painter, x, labels, generators, queries):
         for where, pixels in patches:
             flat[where] = pixels
         logits, _ = model.forward(current)
-        margin, wrong = _margin(logits, labels), logits.argmax(1) != labels
+        margin, wrong = _margin(logits, labels), misclassified(logits, labels)
         if wrong.any():  # the check guards what is promised; a rounded l2 norm may be too long
             wrong[wrong] = painter.ball.inside(x[wrong], current[wrong])
             adversarial[left[wrong]], fooled[left[wrong]] = current[wrong], True

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..backend import array_module
 from ..losses import cross_entropy
-from .common import check_inputs, check_logits, per_image
+from .common import check_options, in_batches, misclassified, per_image
 
 REACH = 2  # pixels, in each direction: the window is 5 x 5
 FARTHEST = 1000.0  # y is cut off there, in shares of x0's mass: else beta has no digits left (the mass is < 1/255)
@@ -61,33 +61,32 @@ def wasserstein(
     saturate, the image loses the mass that they cannot hold. Nothing is random: ``seed`` and ``ids`` change nothing.
     The attack is weak (Wu et al. 2020): its accuracies are upper bounds, and loose ones.
 
-    Raises ValueError for images outside [0, 1], labels that are no class, steps < 0, and other settings <= 0.
+    A success is confirmed by a fresh forward pass and the box; the ball is :func:`project`'s promise. Logits or a
+    gradient that are not finite fool nobody: an image whose gradient holds NaN leaves the attack as it was.
+
+    Raises ValueError for images outside [0, 1], labels that are no class, and settings that make no sense.
     """
-    for name, value in dict(
-        start=start, factor=factor, every=every, regularization=regularization, batch_size=batch_size
-    ).items():
+    for name, value in dict(start=start, factor=factor, regularization=regularization).items():
         if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a number > 0, not {value}")
-    if steps < 0 or not 0 <= step_size < float("inf"):
-        raise ValueError(f"steps and step_size must be numbers >= 0, not {steps} and {step_size}")
-    _, labels, _ = check_inputs(x, labels, 0.0, ids=ids)
+            raise ValueError(f"wasserstein: {name} must be a number > 0, not {value}")
+    if max_radius is not None and not 0 <= max_radius < float("inf"):
+        raise ValueError(f"wasserstein: max_radius must be a number >= 0, not {max_radius}")
+    check_options("wasserstein", dict(steps=steps, every=every, step_size=step_size))
     radii = [start * factor ** (step // every) for step in range(steps)]
     if max_radius is not None:
         radii = radii[: next((step for step, radius in enumerate(radii) if radius > max_radius), steps)]
     xp = array_module(x)
-    adversarial, found, robust = x.copy(), xp.full(len(x), float("inf")), 0
-    for first in range(0, len(x), batch_size):
-        stop = min(first + batch_size, len(x))
-        logits, _ = model.forward(x[first:stop])
-        check_logits(logits, labels[first:stop])
-        wrong = logits.argmax(1) != labels[first:stop]
-        found[first:stop][wrong] = start
-        left = first + xp.flatnonzero(~wrong)
-        adversarial[left], found[left] = _attack(model, x[left], labels[left], radii, step_size, regularization)
-        robust += int((found[first:stop] == float("inf")).sum())
-        if progress:
-            progress(stop, robust)
-    return adversarial, found
+    found = xp.full(len(x), float("inf"))
+
+    def run(batch):
+        images, at = _attack(batch.model, batch.x, batch.labels, radii, step_size, regularization)
+        found[batch.rows] = at
+        return images, xp.isfinite(at)
+
+    adversarial, fooled = in_batches(
+        run, model, x, labels, 1.0, ids=ids, batch_size=batch_size, progress=progress, loss="wasserstein"
+    )  # eps 1: the box; the ball is the projection's
+    return adversarial, xp.where(fooled, xp.where(found < float("inf"), found, start), float("inf"))
 
 
 def _attack(model, x, labels, radii, step_size, regularization):
@@ -96,23 +95,24 @@ def _attack(model, x, labels, radii, step_size, regularization):
     adversarial, found = x.copy(), xp.full(len(x), float("inf"))
     left, current, plan = xp.arange(len(x)), x, None
     for step, radius in enumerate(radii):
-        if len(left) == 0:
-            break
         if step == 0:
             logits, cache = model.forward(current)
         _, gradient = cross_entropy(logits, labels[left])
         gradient = model.backward(gradient, cache, param_grads=False)
-        moved = current + x.dtype.type(step_size) * xp.sign(gradient)
+        lost = ~xp.isfinite(gradient).reshape(len(left), -1).all(1)
+        moved = current + x.dtype.type(step_size) * xp.sign(xp.where(per_image(lost, x), 0, gradient))
         projection = project(x[left], moved, radius, regularization=regularization, start=plan)
         current = xp.clip(projection.images, 0, 1).astype(x.dtype)
         logits, cache = model.forward(current)
-        hit = logits.argmax(1) != labels[left]
+        hit = misclassified(logits, labels[left]) & ~lost
         plan = projection.psi, projection.beta
-        if hit.any():
+        gone = hit | lost
+        if gone.any():
             adversarial[left[hit]], found[left[hit]] = current[hit], radius
-            left, current, plan = left[~hit], current[~hit], tuple(value[~hit] for value in plan)
-            if len(left):
-                logits, cache = model.forward(current)  # the cache is for those that are left
+            left, current, plan = left[~gone], current[~gone], tuple(value[~gone] for value in plan)
+            if len(left) == 0:
+                break
+            logits, cache = model.forward(current)  # the cache is for those that are left
     return adversarial, found
 
 

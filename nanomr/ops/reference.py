@@ -239,10 +239,29 @@ def average_pool_backward(dy, window):
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
+def linf_bounds(x0, eps):
+    """(low, high): the least and the largest numbers of x0's dtype that are within eps of ``x0`` and in [0, 1].
+
+    In real arithmetic: x0 - eps and x0 + eps are rounded inwards. ``x0`` float32 or float64 in [0, 1], eps >= 0.
+    """
+    return np.maximum(0 - _highest(-x0, eps), 0), np.minimum(_highest(x0, eps), 1)
+
+
+def _highest(x0, eps):
+    """The largest number of x0's dtype that is not above x0 + eps."""
+    wide, eps = x0.astype(np.float64), min(float(eps), 4.0)
+    total = wide + eps  # rounded; what is missing is a float64 too (Knuth's 2Sum)
+    other = total - wide
+    missing = (wide - (total - other)) + (eps - other)
+    rounded = total.astype(x0.dtype)
+    above = (rounded > total) | ((rounded == total) & (missing < 0))
+    return np.where(above, np.nextafter(rounded, np.full_like(rounded, -2)), rounded)
+
+
 def linf_step(x, gradient, size, x0, eps):
-    """x + size sign(gradient), then the nearest point within eps of ``x0`` and in [0, 1]. All (N, ...), size (N,)."""
+    """x + size sign(gradient), then the nearest point in :func:`linf_bounds`. All (N, ...), size (N,)."""
     moved = x + size.reshape(-1, *[1] * (x.ndim - 1)) * np.sign(gradient)
-    return np.clip(moved, np.maximum(x0 - eps, 0), np.minimum(x0 + eps, 1))
+    return np.clip(moved, *linf_bounds(x0, eps))
 
 
 def plane_step(points, w, b, by_weight):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..attacks import pgd
-from ..attacks.common import draws
+from ..attacks.common import draws, misclassified
 from .chain import Chain
 
 TARGETED = 255  # the salt of draws(): not one of the attacks'
@@ -33,9 +33,8 @@ def counterexamples(model, chain: Chain, box, candidates, labels):
     if len(labels) == 0:
         return box[0], np.zeros(0, bool)
     moved = np.clip(candidates.astype(np.float32), *box)
-    wrong = model.forward(moved)[0].argmax(1) != labels
-    logits = chain.forward(moved.astype(np.float64))[0]
-    return moved, wrong & (logits.argmax(1) != labels)
+    wrong = misclassified(model.forward(moved)[0], labels)
+    return moved, wrong & misclassified(chain.forward(moved.astype(np.float64))[0], labels)
 
 
 def paper_pgd(

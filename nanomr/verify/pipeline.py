@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import models
+from ..attacks.common import predictions
 from . import hull
 from .attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
 from .bab import Proof, branch_and_bound
@@ -77,7 +78,7 @@ class Verifier:
         """
         run, x, labels = _Screening(self, images, ids), images, np.asarray(labels)
         options = self.settings
-        prediction = self.model.forward(x)[0].argmax(1)
+        prediction = predictions(self.model, x)
         for i in range(len(x)):
             run.records[i] |= {"label": int(labels[i]), "prediction": int(prediction[i])}
         run.charge("forward", range(len(x)))

@@ -7,7 +7,7 @@ behind it. ``elementwise``, ``attacks``, ``training``: what touches each number 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
 
-from .attacks import linf_step, plane_step  # noqa: F401  (offered from here)
+from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
 from .elementwise import (  # noqa: F401
     average_pool,
     average_pool_backward,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from ..reference import linf_bounds  # noqa: F401  (as it is)
 from .elementwise import _flat
 from .flags import FLAGS
 from .memory import empty, ready
@@ -13,11 +14,24 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 EXACT = {**FLAGS, "fastmath": False}  # a ball holds to the last bit
 
 
+@njit(**EXACT)
+def _highest(x0, eps):
+    """The largest float32 that is not above float64 x0 + eps; ``reference._highest``."""
+    total = x0 + eps
+    other = total - x0
+    missing = (x0 - (total - other)) + (eps - other)
+    rounded = np.float32(total)
+    bits = rounded.view(np.int32)
+    above = rounded > total or (rounded == total and missing < 0)
+    return np.int32(bits + above * (np.int32(1) if bits < 0 else np.int32(-1))).view(np.float32)
+
+
 @njit(parallel=True, **EXACT)
 def _linf_step(x, gradient, size, x0, eps, y):
     for i in prange(len(x)):
         for j in range(x.shape[1]):
-            g, low, high = gradient[i, j], x0[i, j] - eps, x0[i, j] + eps
+            g, centre = gradient[i, j], np.float64(x0[i, j])
+            low, high = -_highest(-centre, eps), _highest(centre, eps)
             low, high = low if low > _ZERO else _ZERO, high if high < _ONE else _ONE
             moved = x[i, j] + size[i] * (_ONE if g > _ZERO else (-_ONE if g < _ZERO else g))  # NaN stays NaN
             moved = low if moved < low else moved
@@ -27,7 +41,7 @@ def _linf_step(x, gradient, size, x0, eps, y):
 def linf_step(x, gradient, size, x0, eps):
     y = empty(x.shape)
     flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
-    _linf_step(flat_x, flat_gradient, ready(size), flat_x0, np.float32(eps), flat_y)
+    _linf_step(flat_x, flat_gradient, ready(size), flat_x0, min(float(eps), 4.0), flat_y)
     return y
 
 
