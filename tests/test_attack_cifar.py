@@ -1,14 +1,10 @@
 """The program: its files, its exit codes, that a kill loses no finished chunk, and that --check trusts nothing."""
 
-import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,10 +16,7 @@ from programs import assert_one_error_line
 from nanomr import backend, checkpoint, models, plots
 from nanomr.attacks import pgd
 from nanomr.attacks.autoattack import STAGES
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import attack_cifar  # noqa: E402
+from nanomr.programs import attack as attack_cifar
 
 N = 60  # test images
 FILES = {"config.json", "report.json", "per_image.jsonl", "examples.npz"}
@@ -49,18 +42,8 @@ def program(monkeypatch, capsys):
     return programs.caller(attack_cifar, monkeypatch, capsys)
 
 
-def start(place, *arguments, patches=""):
-    """The program in a process of its own, on the small shapes10."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from nanomr import cli, shapes10\n"
-        f"shapes10.TRAIN, shapes10.TEST = 10, {N}\nimport attack_cifar\n{patches}\ncli.run(attack_cifar.main)"
-    )
-    threads = dict.fromkeys(("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], cwd=place, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **threads, "MPLBACKEND": "Agg"},
-    )  # fmt: skip
+def start(place, *arguments, **options):
+    return programs.start("attack", place, *arguments, train=10, test=N, **options)
 
 
 def result(folder):
@@ -312,11 +295,11 @@ def test_another_seed_is_another_attack(program, finished):
 
 SLOW = """
 import time
-real = attack_cifar.cascade
+real = program.cascade
 def slow(*args, **options):
     time.sleep(0.4)
     return real(*args, **options)
-attack_cifar.cascade = slow
+program.cascade = slow
 """
 
 
@@ -552,12 +535,7 @@ def test_table_of_what_is_no_report(program):
 
 
 def test_help_explains_every_flag(program):
-    code, out, _ = program("--help")
-    assert code == 0
-    for action in attack_cifar.parser()._actions:
-        assert action.help and action.help != argparse.SUPPRESS
-        assert all(flag in out for flag in action.option_strings)
-    assert "default: None" not in " ".join(out.split()) and "python attack_cifar.py" in out
+    programs.assert_help_explains_every_flag(attack_cifar, program)
 
 
 def test_default_radii_are_the_papers():
@@ -575,10 +553,7 @@ BAD_FLAGS = """--eps=-1/255|--eps nan|--eps 8/0|--norm l1|--attack fgsm|--n -1|-
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
 def test_a_bad_flag_is_named_and_nothing_is_made(program, flags, tmp_path):
-    code, out, err = program(*FLAGS, *flags.split())
-    assert code == 2 and out == "" and "Traceback" not in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("attack_cifar.py: error: ") and all(word in last for word in re.split("[ =]", flags))
+    programs.assert_refused(attack_cifar, program(*FLAGS, *flags.split()), flags)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import fake_cupy
@@ -17,9 +16,7 @@ from nanomr.attacks import pgd, report
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from nanomr.attacks.common import recheck
 from nanomr.ops import gpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import attack_cifar
+from nanomr.programs import attack as attack_cifar
 
 N, EPS = 60, 1 / 255
 

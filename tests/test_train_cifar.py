@@ -1,13 +1,10 @@
 """The program: its flags, its exit codes, and that a kill costs no more than the work since the last save."""
 
-import argparse
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +15,8 @@ import pytest
 from programs import assert_one_error_line
 
 from nanomr import backend, checkpoint, data, models, shapes10, train
+from nanomr.programs import train as train_cifar
 from nanomr.train import Config
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_cifar  # noqa: E402
 
 # A run of a second or two: 400 images, of which 100 are held out, a small network.
 TINY = "--model mlp --hold-out 100 --batch-size 50 --epochs 2 --test-images 20 --device cpu".split()
@@ -59,22 +53,8 @@ def finished(tmp_path_factory):
     return place / FOLDER, result[0]
 
 
-def start(place, *arguments, threads="1", patches=""):
-    """The program in a process of its own, on the small shapes10."""
-    script = (
-        "from nanomr import cli, shapes10, train\nshapes10.TRAIN, shapes10.TEST = 400, 60\n"
-        f"import train_cifar\n{patches}\ncli.run(train_cifar.main)"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place, env=environment(place, threads),
-    )  # fmt: skip
-
-
-def environment(place, threads="1"):
-    names = ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-    paths = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place), "MPLBACKEND": "Agg"}
-    return {**os.environ, **dict.fromkeys(names, threads), **paths}
+def start(place, *arguments, **options):
+    return programs.start("train", place, *arguments, train=400, test=60, **options)
 
 
 def test_a_run_leaves_everything_and_says_so(finished):
@@ -205,13 +185,7 @@ def test_the_networks_variants_are_flags():
 
 
 def test_help_explains_every_flag(program):
-    code, out, _ = program("--help")
-    assert code == 0
-    for action in train_cifar.parser()._actions:
-        assert action.help and action.help != argparse.SUPPRESS
-        assert all(flag in out for flag in action.option_strings)
-    assert "default: None" not in " ".join(out.split())  # several say what their default is; None is not it
-    assert "--resume" in out and "python train_cifar.py" in out
+    programs.assert_help_explains_every_flag(train_cifar, program)
 
 
 BAD_FLAGS = """--eps -1|--eps 2|--eps nan|--eps 8/0|--eps-start=-1/255|--batch-size 0|--batch-size -5|--batch-size 1.5
@@ -222,10 +196,7 @@ BAD_FLAGS = """--eps -1|--eps 2|--eps nan|--eps 8/0|--eps-start=-1/255|--batch-s
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
 def test_a_bad_flag_is_named_and_nothing_is_made(program, flags, tmp_path):
-    code, out, err = program(*TINY, *flags.split())
-    assert code == 2 and out == "" and "Traceback" not in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("train_cifar.py: error: ") and all(word in last for word in re.split("[ =]", flags))
+    programs.assert_refused(train_cifar, program(*TINY, *flags.split()), flags)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import Future
@@ -23,9 +22,7 @@ from nanomr.verify import pipeline, results
 
 pytest.importorskip("highspy", reason="verify_small.py needs highspy (pip install 'nanomr[verify]')")
 pytest.importorskip("scipy", reason="verify_small.py needs scipy (pip install 'nanomr[verify]')")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import verify_small  # noqa: E402
+from nanomr.programs import verify as verify_small
 
 N = 40  # test images
 FLAGS = "--data shapes10 --n 40 --eps 1/255 --jobs 1 --weights model.safetensors --out v".split()
@@ -330,21 +327,9 @@ def test_the_papers_rows_stand_beside_cifar10_at_8_255_only(program):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def start(place, *arguments, before="", launcher=()):
-    """The program in a process of its own, on the small shapes10, with real workers."""
-    script = Path(place) / "run.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from nanomr import cli, shapes10\n"
-        f"shapes10.TRAIN, shapes10.TEST = 10, {N}\n"
-        "import verify_small\n"
-        f"if __name__ == '__main__':\n    {before or 'pass'}\n    cli.run(verify_small.main)\n"
-    )
-    return subprocess.Popen(
-        [*launcher, sys.executable, *(("-m", "mpi4py.futures") if launcher else ()), str(script), *map(str, arguments)],
-        cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}, start_new_session=True,
-    )  # fmt: skip
+def start(place, *arguments, **options):
+    """With real workers."""
+    return programs.start("verify", place, *arguments, train=10, test=N, **options)
 
 
 def assert_gone(run):
@@ -358,7 +343,7 @@ def assert_gone(run):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
-    run = start(tmp_path, *FLAGS, before="verify_small.CHUNK = 2")
+    run = start(tmp_path, *FLAGS, patches="program.CHUNK = 2")
     log = tmp_path / "v" / "results.jsonl"
     give_up = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 4) and run.poll() is None:
@@ -381,7 +366,7 @@ def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="Ctrl-C is sent as a signal")
 def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path):
-    run = start(tmp_path, *FLAGS, "--n", "0", before="verify_small.CHUNK = 1")
+    run = start(tmp_path, *FLAGS, "--n", "0", patches="program.CHUNK = 1")
     log = tmp_path / "v" / "results.jsonl"
     give_up = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 2) and run.poll() is None:

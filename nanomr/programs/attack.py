@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Attack a network: PGD, AutoAttack, AutoAttack+ and the Wasserstein adversary of Jin & Rinard (2020), Tables 1 and 2.
 
-python attack_cifar.py --weights runs/x --attack pgd                                  # Table 1: linf, eps 8/255
-python attack_cifar.py --weights runs/x --attack autoattack+ --norm l2 --out a/l2     # Table 2: l2, eps 0.5
-python attack_cifar.py --weights runs/x --attack autoattack+ --norm l2 --out a/l2 --resume   # go on after a kill
-python attack_cifar.py --weights runs/x --attack all --out a/all                      # PGD, AutoAttack+, Wasserstein
-python attack_cifar.py --table a/all a/l2                                             # our rows and the paper's
-python attack_cifar.py --check a/l2/examples.npz --weights runs/x                     # do those images still fool it?
+nanomr attack --weights runs/x --attack pgd                                  # Table 1: linf, eps 8/255
+nanomr attack --weights runs/x --attack autoattack+ --norm l2 --out a/l2     # Table 2: l2, eps 0.5
+nanomr attack --weights runs/x --attack autoattack+ --norm l2 --out a/l2 --resume   # go on after a kill
+nanomr attack --weights runs/x --attack all --out a/all                      # PGD, AutoAttack+, Wasserstein
+nanomr attack --table a/all a/l2                                             # our rows and the paper's
+nanomr attack --check a/l2/examples.npz --weights runs/x                     # do those images still fool it?
 """
 
 import argparse
@@ -21,14 +20,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanomr import __version__, checkpoint, cli, data, metrics, models, plots
-from nanomr.attacks import report as reporting
-from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
-from nanomr.attacks.common import l2, recheck
-from nanomr.attacks.wasserstein import wasserstein
-from nanomr.backend import resolve_device, to_device, to_numpy
-from nanomr.errors import UserError
-from nanomr.ops import gpu
+from .. import __version__, checkpoint, cli, data, metrics, models, plots
+from ..attacks import report as reporting
+from ..attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
+from ..attacks.common import l2, recheck
+from ..attacks.wasserstein import wasserstein
+from ..backend import resolve_device, to_device, to_numpy
+from ..errors import UserError
+from ..ops import gpu
+from . import common
 
 VERSIONS = {"pgd": "pgd", "autoattack": "standard", "autoattack+": "plus"}
 ALL = ("pgd", "autoattack+", "wasserstein")  # AutoAttack+ breaks whatever AutoAttack breaks
@@ -39,9 +39,7 @@ FREE = ("batch_size", "device")  # what a resumed run may change: no result depe
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], formatter_class=cli.Formatter
-    )
+    p = cli.parser(__doc__)
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     non_negative = cli.number(cli.fraction, low=0)
 
@@ -333,7 +331,7 @@ def read_reports(paths: list[Path]) -> list[dict]:
     reports = [checkpoint.read_json(file) for file in files]
     for file, report in zip(files, reports, strict=True):
         if not isinstance(report, dict) or not {"after", "checks", "weights", "robust"} <= report.keys():
-            raise UserError(f"{file} is not a report of attack_cifar.py")
+            raise UserError(f"{file} is not a report of `nanomr attack`")
     return reports
 
 
@@ -343,7 +341,7 @@ def check(args, device: str) -> int:
     report, records = read_reports([folder / "report.json"])[0], checkpoint.read_jsonl(folder / "per_image.jsonl")
     saved = _read_npz(args.check)
     dataset = data.load(report["data"]["name"], args.data_dir, download=not args.no_download)
-    model, weights = cli.load_network(args.weights, dataset, device)
+    model, weights = common.load_network(args.weights, dataset, device)
     wrong = disagreements(model, saved, report, records, dataset, weights, args.batch_size, device)
     if wrong:
         raise UserError(f"{args.check} does not bear out the report: {'; '.join(wrong)}")
@@ -400,9 +398,9 @@ def _read_npz(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an examples.npz of attack_cifar.py, or damaged ({error})") from None
+        raise UserError(f"{path} is not an examples.npz of `nanomr attack`, or damaged ({error})") from None
     if any(a.ndim == 0 for a in arrays.values()) or arrays["ids"].dtype.kind not in "iu":
-        raise UserError(f"{path} is not an examples.npz of attack_cifar.py")
+        raise UserError(f"{path} is not an examples.npz of `nanomr attack`")
     return arrays
 
 
@@ -426,10 +424,10 @@ def main() -> int:
         return check(args, device)
     if args.resume and not args.out:
         p.error("--resume needs --out: the folder of the run")
-    dataset = data.load(args.data or cli.trained_on(args.weights), args.data_dir, download=not args.no_download)
-    model, weights = cli.load_network(args.weights, dataset, device)
+    dataset = data.load(args.data or common.trained_on(args.weights), args.data_dir, download=not args.no_download)
+    model, weights = common.load_network(args.weights, dataset, device)
     args.device = device
-    file = cli.weights_file(args.weights).resolve()
+    file = common.weights_file(args.weights).resolve()
     name = file.parent.name if file.stem == "model" else file.stem
     folder = args.out or Path("runs") / f"{name}-{args.attack}-{args.norm}"
     attacks = ALL if args.attack == "all" else (args.attack,)
@@ -454,7 +452,3 @@ def main() -> int:
 
 def _drawn(folder: Path) -> bool:
     return any(folder.rglob("examples.png"))
-
-
-if __name__ == "__main__":
-    cli.run(main)

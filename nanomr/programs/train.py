@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Train a locally stable network by manifold regularization (Jin & Rinard 2020).
 
-python train_cifar.py                                   # shapes10, offline, a small network: two minutes on a CPU
-python train_cifar.py --data cifar10                    # the paper's verification network, its schedule, 100 epochs
-python train_cifar.py --data cifar10 --device gpu       # PreActResNet18
-python train_cifar.py --resume runs/small-shapes10-manifold-0
+nanomr train                                   # shapes10, offline, a small network: two minutes on a CPU
+nanomr train --data cifar10                    # the paper's verification network, its schedule, 100 epochs
+nanomr train --data cifar10 --device gpu       # PreActResNet18
+nanomr train --resume runs/small-shapes10-manifold-0
 """
 
 import argparse
@@ -12,11 +11,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from nanomr import checkpoint, cli, data, metrics, models
-from nanomr.backend import resolve_device, to_device
-from nanomr.errors import UserError
-from nanomr.methods import METHODS
-from nanomr.train import Config, Interrupted, Trainer
+from .. import checkpoint, cli, data, metrics, models
+from ..backend import resolve_device, to_device
+from ..errors import UserError
+from ..methods import METHODS
+from ..train import Config, Interrupted, Trainer
+from . import common
 
 # PreActResNet18's are the paper's. The paper's for the small network collapse: docs/reproduction.md has the sweep.
 DEFAULTS = {
@@ -30,10 +30,7 @@ HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1],
-        formatter_class=cli.Formatter,
-    )  # fmt: skip
+    p = cli.parser(__doc__)
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     non_negative, share = cli.number(cli.fraction, low=0), cli.number(cli.fraction, low=0, high=1)
     auto = argparse.SUPPRESS
@@ -131,7 +128,7 @@ def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
     """Accuracy on the test set, which nothing before has looked at: clean on all of it, PGD on its first ``n``."""
     images, labels = to_device(dataset.test_images, device), to_device(dataset.test_labels, device)
     n = min(n, len(images))
-    with cli.progress(n, "PGD-20 x 10 on test images") as advance:
+    with common.progress(n, "PGD-20 x 10 on test images") as advance:
         robust = metrics.robust_accuracy(
             model, images[:n], labels[:n], config.eps, steps=20, restarts=10, seed=config.seed, progress=advance
         )
@@ -182,7 +179,3 @@ def main() -> int:
     files = ["model.safetensors", "log.jsonl", *["test.json"] * bool(args.test_images), *["curves.png"] * bool(picture)]
     print(f"\n{folder}: {', '.join(files)}")
     return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

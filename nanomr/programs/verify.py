@@ -1,13 +1,12 @@
-#!/usr/bin/env python3
 """Prove it: for how many test images is no adversarial example within eps, exactly?
 
-python verify_small.py --weights runs/x --n 200                      # linf, eps 8/255: attack, bounds, trees, MILP
-python verify_small.py --weights runs/x --n 0 --out v/x              # every test image
-python verify_small.py --weights runs/x --n 0 --out v/x --resume     # go on after a kill
-python verify_small.py --weights runs/x --n 200 --eps 2/255 4/255 8/255   # a curve
-python verify_small.py --weights runs/x --check v/x                  # re-evaluate every proof, with rounding errors
-python verify_small.py --report v/x                                  # the table and the pictures again
-python verify_small.py --weights runs/x --n 50 --export v/onnx       # instances for other verifiers
+nanomr verify --weights runs/x --n 200                      # linf, eps 8/255: attack, bounds, trees, MILP
+nanomr verify --weights runs/x --n 0 --out v/x              # every test image
+nanomr verify --weights runs/x --n 0 --out v/x --resume     # go on after a kill
+nanomr verify --weights runs/x --n 200 --eps 2/255 4/255 8/255   # a curve
+nanomr verify --weights runs/x --check v/x                  # re-evaluate every proof, with rounding errors
+nanomr verify --report v/x                                  # the table and the pictures again
+nanomr verify --weights runs/x --n 50 --export v/onnx       # instances for other verifiers
 """
 
 import argparse
@@ -21,18 +20,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanomr import __version__, checkpoint, cli, data, metrics, plots
-from nanomr.errors import UserError
-from nanomr.verify import attack, certificate_results, milp, onnx_io, pipeline, results, vnnlib
-from nanomr.verify.chain import Chain
+from .. import __version__, checkpoint, cli, data, metrics, plots
+from ..errors import UserError
+from ..verify import attack, certificate_results, milp, onnx_io, pipeline, results, vnnlib
+from ..verify.chain import Chain
+from . import common
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1], formatter_class=cli.Formatter
-    )
+    p = cli.parser(__doc__)
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     eps = cli.number(cli.fraction, low=0, high=1)
 
@@ -237,14 +235,14 @@ def check(args) -> int:
     """Every proof and counterexample again, by a checker that shares no code with the verifier."""
     config, records = results.read(args.check)
     dataset = data.load(config["data"]["name"], args.data_dir, download=not args.no_download)
-    model, _ = cli.load_network(args.weights, dataset, "cpu")
+    model, _ = common.load_network(args.weights, dataset, "cpu")
     if max(records) >= len(dataset.test_labels):
         raise UserError(
             f"{args.check}: image {max(records)} is not in the data set ({len(dataset.test_labels)} images)"
         )
     with tqdm(total=len(records), desc="checking", unit="img", disable=None) as bar:
         found = certificate_results.check_results(
-            args.check, cli.weights_file(args.weights), metrics.as_float(dataset.test_images), dataset.test_labels,
+            args.check, common.weights_file(args.weights), metrics.as_float(dataset.test_images), dataset.test_labels,
             predict=lambda x: model.forward(x)[0].argmax(1), progress=lambda done, _: bar.update(done - bar.n),
         )  # fmt: skip
     checkpoint.write_json(args.check / "check.json", found)
@@ -342,8 +340,8 @@ def main() -> int:
         p.error("--resume needs --out: the folder of the run")
     if args.check:
         return check(args)
-    dataset = data.load(args.data or cli.trained_on(args.weights), args.data_dir, download=not args.no_download)
-    model, weights = cli.load_network(args.weights, dataset, "cpu")
+    dataset = data.load(args.data or common.trained_on(args.weights), args.data_dir, download=not args.no_download)
+    model, weights = common.load_network(args.weights, dataset, "cpu")
     Chain(model)  # refuses, by name, what cannot be verified
     total = len(dataset.test_labels)
     ids = np.arange(min(args.n, total) if args.n else total)
@@ -353,7 +351,7 @@ def main() -> int:
         ids = np.unique(np.linspace(0, len(ids) - 1, min(50, len(ids))).astype(int))
     elif args.shard:
         ids = ids[args.shard[0] :: args.shard[1]]
-    file = cli.weights_file(args.weights).resolve()
+    file = common.weights_file(args.weights).resolve()
     out = args.out or Path("runs") / f"{file.parent.name if file.stem == 'model' else file.stem}-verify"
     reports, start = [], time.monotonic()
     for eps in args.eps:
@@ -370,7 +368,3 @@ def main() -> int:
         print(f"all {total} images: about {hours * 60:.0f} minutes with {args.jobs} processes, by these {len(ids)}")
     print(f"\n{out}: results.jsonl, report.json, proofs/, counterexamples/; --check {out} re-evaluates them")
     return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)
