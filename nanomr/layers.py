@@ -13,11 +13,16 @@ The contract of every layer:
 - ``plus``, which Conv2d takes both ways and BatchNorm2d in backward: an array to add to the result, in the same pass.
 """
 
+import inspect
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+from . import rng
 from .ops import ops_for
+
+MOST = 2**27  # numbers in a parameter, half a gigabyte: more is a slip, or a damaged file
 
 
 class PairBatch(NamedTuple):
@@ -65,9 +70,21 @@ class BehindReLU(NamedTuple):
 
 
 class Layer:
-    """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays."""
+    """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays.
+
+    ``arguments``: those of the constructor, by name and in JSON's types. A checkpoint says by them how the layer is
+    made (:func:`nanomr.models.build`), and is held to the types that the constructor names.
+    """
 
     takes_pairs = False  # can forward be given a PairBatch?
+    fan_in = 0  # how many numbers an output is a sum of; 0: no weights that are drawn
+
+    def __new__(cls, *args, **options):
+        layer = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(layer, *args, **options)  # a copy is made without any
+        bound.apply_defaults()
+        layer.arguments = {k: _plain(v) for k, v in list(bound.arguments.items())[1:] if not isinstance(v, dict)}
+        return layer
 
     def __init__(self):
         self.params: dict = {}
@@ -80,6 +97,13 @@ class Layer:
         yield prefix, self
         for name, child in self.children.items():
             yield from child.walk(f"{prefix}.{name}" if prefix else name)
+
+    def draw(self, generator: np.random.Generator):
+        """New weights: PyTorch's default, uniform within 1 / sqrt(fan in). A layer that is just made has those of
+        seed 0; a :class:`nanomr.models.Model` draws all layers' from its own."""
+        for name, value in self.params.items() if self.fan_in else ():
+            bound = self.fan_in**-0.5
+            self.params[name] = generator.uniform(-bound, bound, value.shape).astype(value.dtype)
 
     @property
     def has_params(self) -> bool:
@@ -100,6 +124,20 @@ class Layer:
                 self.grads[name] += gradient
             else:  # a layer outside a model: nothing has made room for its gradients yet
                 self.grads[name] = gradient
+
+
+def _plain(value):
+    """``value`` as JSON has it."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _zeros(*shape: int) -> np.ndarray:
+    """Room for a parameter. Raises ValueError for a shape that is none."""
+    if min(shape) < 1 or math.prod(shape) > MOST:
+        raise ValueError(f"a layer cannot have weights of shape {shape}: sizes are 1 or more, {MOST} numbers at most")
+    return np.zeros(shape, np.float32)
 
 
 class Affine(Layer):
@@ -137,14 +175,25 @@ class Affine(Layer):
 class Conv2d(Affine):
     """2-D convolution. ``padding`` is one number or (top, bottom, left, right); see ``derivations/convolution.md``."""
 
-    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, bias=True):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        padding: int | tuple = 0,
+        bias: bool = True,
+    ):
         super().__init__()
         self.stride = stride
         self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        self.params["weight"] = np.zeros((kernel, kernel, in_channels, out_channels), np.float32)
+        if len(self.padding) != 4:
+            raise ValueError(f"Conv2d: padding must be one number or (top, bottom, left, right), not {padding}")
+        self.params["weight"] = _zeros(kernel, kernel, in_channels, out_channels)
         if bias:
-            self.params["bias"] = np.zeros(out_channels, np.float32)
+            self.params["bias"] = _zeros(out_channels)
         self.fan_in = kernel * kernel * in_channels
+        self.draw(rng.generator(0, rng.INIT))
 
     def forward(self, x, train=False, tap=None, plus=None):
         return super().forward(x) if plus is None else (self.apply(x, plus=plus), x)
@@ -185,12 +234,15 @@ class Linear(Affine):
     come in another order on disk.
     """
 
-    def __init__(self, in_features, out_features, bias=True, image=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, image: tuple | None = None):
         super().__init__()
-        self.params["weight"] = np.zeros((in_features, out_features), np.float32)
+        if image is not None and (len(image) != 3 or math.prod(image) != in_features):
+            raise ValueError(f"Linear: image must be (H, W, C) with {in_features} numbers, not {image}")
+        self.params["weight"] = _zeros(in_features, out_features)
         if bias:
-            self.params["bias"] = np.zeros(out_features, np.float32)
+            self.params["bias"] = _zeros(out_features)
         self.fan_in, self.image = in_features, image
+        self.draw(rng.generator(0, rng.INIT))
 
     def apply(self, x, bias=True):
         return ops_for(x).linear(x, self.params["weight"], self.params.get("bias") if bias else None)
@@ -217,7 +269,7 @@ class Linear(Affine):
 class Normalize(Affine):
     """(x - mean) / std per channel: the model's first layer, so that images and eps are always in [0, 1] units."""
 
-    def __init__(self, mean, std):
+    def __init__(self, mean: tuple, std: tuple):
         super().__init__()
         self.buffers.update(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
 
@@ -249,7 +301,7 @@ class Flatten(Affine):
 class AveragePool2d(Affine):
     """Mean over window x window tiles; ``window=None`` pools the whole image to 1 x 1. ``derivations/pooling.md``."""
 
-    def __init__(self, window=None):
+    def __init__(self, window: int | None = None):
         super().__init__()
         self.window = window
 
@@ -307,11 +359,11 @@ class BatchNorm2d(Layer):
     ``before_relu`` says that a ReLU comes next, so that training may leave the work to it (:class:`Normalized`).
     """
 
-    def __init__(self, channels, eps=1e-5, momentum=0.1, before_relu=False):
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, before_relu: bool = False):
         super().__init__()
         self.eps, self.momentum, self.before_relu = eps, momentum, before_relu
-        self.params.update(weight=np.ones(channels, np.float32), bias=np.zeros(channels, np.float32))
-        self.buffers.update(running_mean=np.zeros(channels, np.float32), running_var=np.ones(channels, np.float32))
+        self.params.update(weight=_zeros(channels) + 1, bias=_zeros(channels))
+        self.buffers.update(running_mean=_zeros(channels), running_var=_zeros(channels) + 1)
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def forward(self, x, train=False, tap=None):
@@ -393,7 +445,14 @@ class PreActBlock(Layer):
     network that Jin released with the paper's first version).
     """
 
-    def __init__(self, in_channels, channels, stride=1, out_shortcut=True, activated_identity=False):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        out_shortcut: bool = True,
+        activated_identity: bool = False,
+    ):
         super().__init__()
         self.children = {
             "bn1": BatchNorm2d(in_channels, before_relu=True),

@@ -1026,7 +1026,7 @@ def tensors_of(model):
         (lambda t, m: t.pop("fc2.bias"), "not the network .*fc2.bias"),
         (lambda t, m: t.update({"fc2.weight": t["fc2.weight"][:, :-1]}), "does not fit"),
         (lambda t, m: t.update({"fc2.bias": t["fc2.bias"][:-1]}), "does not fit"),
-        (lambda t, m: m["architecture"].update(name="preact_resnet18"), "knows small_cnn and mlp"),
+        (lambda t, m: m["architecture"]["layers"]["fc1"].update(type="PreActBlock"), "does not know"),
         (lambda t, m: m.clear(), "not the network .*architecture"),
         (lambda t, m: t.__setitem__("fc1.weight", np.full_like(t["fc1.weight"], 3e38)), None),
     ],
@@ -1048,7 +1048,7 @@ def test_a_network_with_a_fault_is_refused(change, message, rng, tmp_path):
 
 def test_a_kernel_that_the_metadata_does_not_say_is_refused(tmp_path):
     tensors, metadata = tensors_of(models.small_cnn(kernel=4, hidden=2, classes=2))
-    metadata["architecture"] = metadata["architecture"] | {"kernel": 5}  # the padding would be another
+    metadata["architecture"] = {"name": "small_cnn", "kernel": 5}  # the padding would be another
     checkpoint.save_tensors(tmp_path / "model.safetensors", tensors, metadata)
     with pytest.raises(CertificateError, match="not 5x5"):
         read_network(tmp_path)
