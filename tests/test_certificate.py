@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import fewer, seeds
 
 from nanomr import checkpoint, models
-from nanomr.layers import BatchNorm2d, Linear, Normalize
+from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.models import Model
 from nanomr.verify import crown, rounding
 from nanomr.verify.bab import branch_and_bound
@@ -47,7 +47,8 @@ def randomise(model, draw, weight=1.0):
             layer.buffers["std"][...] = draw.uniform(0.2, 0.5, layer.buffers["std"].shape)
         elif layer.params:
             layer.params["weight"] *= draw.uniform(0.8, 1.2, layer.params["weight"].shape) * weight
-            layer.params["bias"][...] = draw.normal(0, 0.2, layer.params["bias"].shape)
+            if "bias" in layer.params:
+                layer.params["bias"][...] = draw.normal(0, 0.2, layer.params["bias"].shape)
     return model
 
 
@@ -65,7 +66,17 @@ def tiny(draw, sizes=(8, 6, 5, 3), shape=(2, 2, 2)):
     return randomise(models.mlp(sizes, seed=int(draw.integers(1 << 30)), input_shape=shape), draw, 1.5)
 
 
+def own():
+    """What no builder makes: no normalisation, uneven padding, pooling, two ReLUs in a row, our order of pixels."""
+    end = Sequential({"pool": AveragePool2d(2), "relu": ReLU(), "flatten": Flatten()})
+    conv = Conv2d(3, 4, 3, 1, (0, 1, 1, 2), bias=False)
+    children = {"conv": conv, "bn": BatchNorm2d(4, eps=0.1), "relu1": ReLU(), "relu2": ReLU(), "end": end}
+    children |= {"fc1": Linear(24, 7), "relu3": ReLU(), "fc2": Linear(7, 4, bias=False), "relu4": ReLU()}
+    return Model(children, "own", (5, 5, 3))
+
+
 NETWORKS = {
+    "own": own,
     "kernel 4": lambda: models.small_cnn(kernel=4, hidden=12, classes=4),
     "kernel 5": lambda: models.small_cnn(kernel=5, hidden=12, classes=4),
     "kernel 4, batch norm": lambda: with_batch_norms(models.small_cnn(kernel=4, hidden=9, classes=3)),
