@@ -29,6 +29,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=prog, description=what, epilog=examples, formatter_class=Formatter)
 
 
+def given(parser: argparse.ArgumentParser) -> set[str]:
+    """The destinations of the flags that were typed, whatever their values: defaults are not among them."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args()))
+
+
 def fraction(text: str) -> float:
     """An argparse type: ``"8/255"`` or a plain number, as a finite float.
 

@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -77,8 +79,8 @@ def test_the_configuration_comes_first_and_is_the_one_that_is_saved(finished):
     folder, out = finished
     printed, end = configuration(out)
     saved = json.loads((folder / "config.json").read_text())
-    assert {k: v for k, v in printed.items() if k not in ("run", "device")} == saved["config"]
-    assert printed["run"] == FOLDER and printed["device"] == "cpu"
+    network = {"architecture": "mlp, 855050 weights"}
+    assert printed == {"run": FOLDER, "device": "cpu", **saved["config"], **network}
     assert set(saved["config"]) == set(Config.__dataclass_fields__)
     assert saved["source"]["layout"] == "drawn by nanomr.shapes10"
     assert "epoch" in out[end:]
@@ -88,7 +90,7 @@ def test_a_line_an_epoch(finished):
     folder, out = finished
     records = checkpoint.read_jsonl(folder / "log.jsonl")
     assert [r["epoch"] for r in records] == [1, 2]
-    assert train.HEADER in out
+    assert train.line() in out
     assert all(out.count(train.line(r)) == 1 for r in records)
 
 
@@ -134,7 +136,8 @@ def test_out_names_the_folder_and_the_seed_the_default(program):
 
 
 def configure(*arguments, device="cpu"):
-    return train_cifar.configure(train_cifar.parser().parse_args(list(map(str, arguments))), device, 10)
+    args = train_cifar.parser().parse_args(list(map(str, arguments)))
+    return train_cifar.configure(args, device, data.load("shapes10"))
 
 
 def test_the_defaults_depend_on_the_device_and_the_model_and_flags_go_before_them():
@@ -179,9 +182,20 @@ def test_the_data_set_decides_some_defaults():
 
 
 def test_the_networks_variants_are_flags():
-    assert configure("--kernel", 5).architecture["kernel"] == 5
-    assert configure("--model", "preact_resnet18", "--jin-v1").architecture["jin_v1"] is True
-    assert configure("--model", "mlp").architecture["sizes"] == [3072, 256, 256, 10]
+    assert configure("--kernel", 5).architecture == models.small_cnn(kernel=5).architecture
+    jin = configure("--model", "preact_resnet18", "--jin-v1").architecture
+    assert jin == models.preact_resnet18(jin_v1=True).architecture
+    assert [layer.get("out_features") for layer in configure("--model", "mlp").architecture["layers"].values()] == [
+        None, None, 256, None, 256, None, 10,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", ["--jin-v1", "--model mlp --kernel 5", "--model preact_resnet18 --kernel 4"])
+def test_flags_that_the_model_has_no_use_for_are_refused(program, flags):
+    flag = next(word for word in flags.split() if word in ("--jin-v1", "--kernel"))
+    code, _, err = program("--hold-out", 100, "--batch-size", 50, *flags.split())
+    assert_one_error_line((code, "", err), flag, "leave it out")
+    assert not Path("runs").exists()
 
 
 def test_help_explains_every_flag(program):
@@ -447,12 +461,110 @@ def test_a_finished_run_is_resumed_without_a_step_and_gets_its_table(program, fi
     assert json.loads((folder / "test.json").read_text())["attacked_images"] == 20
 
 
-def test_resume_goes_by_the_runs_settings_not_by_the_flags(program, finished, tmp_path):
+@pytest.mark.parametrize(
+    "flags", ["--lr 3", "--data cifar10", "--out elsewhere --seed 0", "--no-augment", "--model mlp"]
+)
+def test_flags_that_resume_would_not_heed_are_refused(program, finished, tmp_path, flags):
     folder = copy_run(finished, tmp_path)
-    code, out, _ = program("--resume", FOLDER, "--test-images", 0, "--lr", 3, "--data", "cifar10", "--no-download")
-    assert code == 0
-    assert_same(folder, finished[0])
-    assert configuration(out)[0]["lr"] == configuration(finished[1])[0]["lr"]
+    before = snapshot(folder)
+    flag = next(word for word in flags.split() if word.startswith("--")).replace("no-", "")
+    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0, *flags.split()), "leave out", flag)
+    assert snapshot(folder) == before and not Path("elsewhere").exists()
+
+
+def damage_state(change):
+    def damage(folder):
+        tensors, metadata = checkpoint.load_tensors(folder / "last.safetensors")
+        change(metadata["state"], tensors)
+        checkpoint.save_tensors(folder / "last.safetensors", tensors, metadata)
+
+    return damage
+
+
+def replace(name, make):
+    def damage(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+def edit_log(change):
+    def damage(folder):
+        records = checkpoint.read_jsonl(folder / "log.jsonl")
+        change(records[0])
+        checkpoint.write_jsonl(folder / "log.jsonl", records)
+
+    return damage
+
+
+def edit_config(key, value):
+    def damage(folder):
+        for_all = json.loads((folder / "config.json").read_text())
+        for_all["config"][key] = value
+        (folder / "config.json").write_text(json.dumps(for_all))
+        tensors, metadata = checkpoint.load_tensors(folder / "last.safetensors")
+        metadata["config"][key] = value
+        checkpoint.save_tensors(folder / "last.safetensors", tensors, metadata)
+
+    return damage
+
+
+DAMAGE = {
+    "no step": damage_state(lambda s, t: s.pop("step")),
+    "a step of text": damage_state(lambda s, t: s.update(step="3")),
+    "a step below zero": damage_state(lambda s, t: s.update(step=-1)),
+    "a step beyond the end": damage_state(lambda s, t: s.update(step=10**9)),
+    "half a step": damage_state(lambda s, t: s.update(step=1.5)),
+    "four totals": damage_state(lambda s, t: s.update(totals=[0.0] * 4)),
+    "a total that is none": damage_state(lambda s, t: s.update(totals=[None] * 5)),
+    "no seconds": damage_state(lambda s, t: s.update(seconds=None)),
+    "weights of NaN": damage_state(lambda s, t: t["fc1.weight"].__setitem__((0, 0), np.nan)),
+    "momentum of infinity": damage_state(lambda s, t: t["optimizer.velocity"].__setitem__(3, np.inf)),
+    "a pipe for the log": replace("log.jsonl", os.mkfifo),
+    "a folder for the log": replace("log.jsonl", os.mkdir),
+    "a pipe for the state": replace("last.safetensors", os.mkfifo),
+    "a pipe for the configuration": replace("config.json", os.mkfifo),
+    "a folder for the configuration": replace("config.json", os.mkdir),
+    "a line without an epoch": edit_log(lambda r: r.pop("epoch")),
+    "an epoch of text": edit_log(lambda r: r.update(epoch="1")),
+    "no gamma": edit_log(lambda r: r.update(gamma_i=None)),
+    "a method of another version": edit_config("method", "magic"),
+    "a learning rate of text": edit_config("lr", "0.1"),
+    "a flag of text": edit_config("augment", "yes"),
+    "a batch of half an image": edit_config("batch_size", 0.5),
+    "no batch": edit_config("batch_size", 0),
+    "epochs below zero": edit_config("epochs", -3),
+    "an architecture of text": edit_config("architecture", "mlp"),
+    "data of a number": edit_config("data", 7),
+    "true for a seed": edit_config("seed", True),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_run_is_one_line_and_code_2(program, finished, tmp_path, damage):
+    """No traceback, no waiting for somebody to write to a pipe, and the learning rate is not to blame."""
+    folder = copy_run(finished, tmp_path)
+    damage(folder)
+    err = assert_one_error_line(program("--resume", FOLDER, "--test-images", 0))
+    assert "lower --lr" not in err
+
+
+def test_a_folder_is_one_processs(program, finished, tmp_path):
+    folder = copy_run(finished, tmp_path)
+    code = f"from nanomr import checkpoint\nwith checkpoint.locked({FOLDER!r}): print('mine', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(programs.ROOT)},
+    )  # fmt: skip
+    assert other.stdout.readline() == "mine\n"
+    before = snapshot(folder)
+    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0), "another process", FOLDER)
+    assert snapshot(folder) == before
+    other.kill()  # a dead process keeps no lock
+    other.communicate()
+    assert program("--resume", FOLDER, "--test-images", 0)[0] == 0
 
 
 def test_a_run_killed_before_its_first_save_can_be_started_again_or_resumed(program, finished, tmp_path):

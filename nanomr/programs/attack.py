@@ -410,6 +410,7 @@ def _read_npz(path: Path) -> dict:
 def main() -> int:
     p = parser()
     args = p.parse_args()
+    common.announce_compilation()
     if args.table:
         print(reporting.tables(read_reports(args.table)))
         return 0

@@ -8,10 +8,13 @@ nanomr train --resume runs/small-shapes10-manifold-0
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import checkpoint, cli, data, metrics, models
+import numpy as np
+
+from .. import checkpoint, cli, metrics, models
 from ..backend import resolve_device, to_device
 from ..errors import UserError
 from ..methods import METHODS
@@ -25,8 +28,10 @@ DEFAULTS = {
     "preact_resnet18": dict(gamma_i=0.8, gamma_h=2400.0, lr=0.1, clip=0.0),
     "mlp": dict(gamma_i=0.4, gamma_h=600.0, lr=0.05, clip=1.0),
 }
-EPOCHS = {"cifar10": 100, "shapes10": 30}
-HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}
+EPOCHS = {"cifar10": 100}  # of every other data set: 30
+HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}  # of one's own: a tenth, 5000 at most
+FLAGS_OF = {"kernel": "small", "jin_v1": "preact_resnet18"}  # that one model alone has a use for
+WITH_RESUME = {"resume", "device", "no_graph", "data_dir", "no_download", "test_images"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,26 +41,31 @@ def parser() -> argparse.ArgumentParser:
     auto = argparse.SUPPRESS
 
     g = p.add_argument_group("what to train")
-    g.add_argument(
-        "--model", choices=("small", "preact_resnet18", "mlp"), help="default: small on a CPU, preact_resnet18 on a GPU"
+    text = (
+        "small: images of at least 4x4 pixels; preact_resnet18: square images; mlp: any images, two layers of 256 "
+        "units. Default: small on a CPU, preact_resnet18 on a GPU"
     )
-    g.add_argument("--kernel", type=int, choices=(4, 5), default=4, help="small: 4 as Wong et al., 5 as Xiao et al.")
+    g.add_argument("--model", choices=("small", "preact_resnet18", "mlp"), help=text)
+    text = "small: 4 (the default) as Wong et al., 5 as Xiao et al."
+    g.add_argument("--kernel", type=int, choices=(4, 5), default=None, help=text)
     g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
     g.add_argument("--method", choices=METHODS, default="manifold", help="which terms are added to the cross-entropy")
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
 
     g = p.add_argument_group("data")
-    g.add_argument("--data", choices=("shapes10", "cifar10"), default="shapes10", help="shapes10 is drawn on the fly")
-    g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
-    g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
-    text = "last training images, kept for monitoring, 0 for none; default: 5000 (cifar10), 2000 (shapes10)"
+    common.add_data(g, "what to train on; shapes10 is drawn on the fly", "shapes10")
+    text = (
+        "last training images, kept for monitoring, 0 for none; default: 5000 (cifar10), 2000 (shapes10), a tenth of "
+        "your own, up to 5000"
+    )
     g.add_argument("--hold-out", type=natural, default=None, help=text)
     g.add_argument("--train-images", type=natural, default=0, help="use only the first so many; 0: all")
-    g.add_argument("--no-augment", action="store_true", help="no random crops and flips")
+    text = "random crops (4 pixels of padding) and flips, of uint8 images; default: not for your own"
+    g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help=text)
 
     g = p.add_argument_group("optimisation", "schedules are the paper's (appendix B), scaled to --epochs")
-    g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 30 for shapes10")
+    g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 30 for others")
     g.add_argument(
         "--batch-size", type=positive, default=128, help="clean images; the regularisers see three times as many"
     )
@@ -95,33 +105,55 @@ def _defaults(name: str) -> str:
     return ", ".join(f"{values[name]:g} ({model})" for model, values in DEFAULTS.items())
 
 
-def configure(args, device: str, classes: int) -> Config:
-    """The run's Config, with every default filled in."""
+def configure(args, device: str, dataset) -> Config:
+    """The run's Config, with every default filled in. Raises UserError for flags that the model has no use for."""
     model = args.model or ("preact_resnet18" if device == "gpu" else "small")
-    architecture = {
-        "small": lambda: models.small_cnn(kernel=args.kernel, classes=classes),
-        "preact_resnet18": lambda: models.preact_resnet18(jin_v1=args.jin_v1, classes=classes),
-        "mlp": lambda: models.mlp((3072, 256, 256, classes), mean=models.CIFAR_MEAN, std=models.CIFAR_STD),
-    }[model]().architecture
-    defaults = DEFAULTS.get(f"{model} on {args.data}", DEFAULTS[model])
+    for flag, owner in FLAGS_OF.items():
+        if getattr(args, flag) and model != owner:
+            raise UserError(f"--{flag.replace('_', '-')} is for --model {owner}: leave it out with {model}")
+    own = args.data.endswith(".npz")
+    shape, classes = dataset.train_images.shape[1:], len(dataset.classes)
+    options = dict(
+        zip(("mean", "std"), _statistics(dataset) if own else (models.CIFAR_MEAN, models.CIFAR_STD), strict=True)
+    )
+    options["input_shape"] = shape
+    try:
+        architecture = {
+            "small": lambda: models.small_cnn(kernel=args.kernel or 4, classes=classes, **options),
+            "preact_resnet18": lambda: models.preact_resnet18(jin_v1=args.jin_v1, classes=classes, **options),
+            "mlp": lambda: models.mlp((math.prod(shape), 256, 256, classes), **options),
+        }[model]().architecture
+    except ValueError as error:
+        raise UserError(f"--model {model} does not fit {dataset.name}: {error}") from None
+    defaults = DEFAULTS.get(f"{model} on {'shapes10' if own else args.data}", DEFAULTS[model])
+    hold_out = min(len(dataset.train_images) // 10, 5000) if own else HOLD_OUT[args.data]
     chosen = {k: getattr(args, k) if getattr(args, k) is not None else v for k, v in defaults.items()}
     return Config(
-        architecture=architecture, method=args.method, data=args.data,
-        epochs=EPOCHS[args.data] if args.epochs is None else args.epochs,
-        hold_out=HOLD_OUT[args.data] if args.hold_out is None else args.hold_out,
+        architecture=architecture, method=args.method, data=dataset.source["file"] if own else args.data,
+        epochs=EPOCHS.get(args.data, 30) if args.epochs is None else args.epochs,
+        hold_out=hold_out if args.hold_out is None else args.hold_out,
         batch_size=args.batch_size, train_images=args.train_images, seed=args.seed, momentum=args.momentum,
         weight_decay=args.weight_decay, eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor,
-        alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not args.no_augment,
+        alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not own if args.augment is None else args.augment,
         precision=args.precision or ("bf16" if device == "gpu" else "fp32"), **chosen,
     )  # fmt: skip
 
 
-def read_config(path: Path) -> Config:
-    """The Config in a run's config.json. Raises UserError for anything else."""
+def _statistics(dataset) -> tuple[tuple, tuple]:
+    """Mean and standard deviation of each channel, 1 for one that is constant: of the first 10,000 training images."""
+    images = metrics.as_float(dataset.train_images[:10_000])
+    mean, std = images.mean((0, 1, 2), dtype=float), images.std((0, 1, 2), dtype=float)
+    return tuple(mean.round(4).tolist()), tuple(np.where(std < 1e-3, 1, std.round(4)).tolist())
+
+
+def read_config(path: Path) -> tuple[Config, dict]:
+    """The Config in a run's config.json, and what it says of the data. Raises UserError for anything else."""
+    saved = checkpoint.read_json(path)
     try:
-        return Config(**checkpoint.read_json(path)["config"])
-    except (TypeError, KeyError):
-        raise UserError(f"{path} is not the configuration of a run of this version: restore it") from None
+        return Config(**saved["config"]).checked(), {"name": saved["config"]["data"], "source": saved.get("source")}
+    except (TypeError, KeyError, ValueError) as error:
+        why = str(error).partition("() ")[2] or error
+        raise UserError(f"{path} is not the configuration of a run of this version ({why}): restore it") from None
 
 
 def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
@@ -146,26 +178,47 @@ def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
 def main() -> int:
     p = parser()
     args = p.parse_args()
+    common.announce_compilation()
     device = resolve_device(args.device)
     resume = getattr(args, "resume", None)
-    if resume:
-        folder, config = resume, read_config(resume / "config.json")
-    dataset = data.load(config.data if resume else args.data, args.data_dir, download=not args.no_download)
     if not resume:
-        config = configure(args, device, len(dataset.classes))
-        model = config.architecture["name"].removesuffix("_cnn")
-        folder = args.out or Path("runs") / f"{model}-{config.data}-{config.method}-{config.seed}"
-        if (folder / "last.safetensors").exists():
+        dataset = common.load_data(args, args.data)
+        config = configure(args, device, dataset)
+        name = (
+            f"{config.architecture['name'].removesuffix('_cnn')}-{Path(config.data).stem}-{config.method}-{config.seed}"
+        )
+        folder = args.out or Path("runs") / name
+    elif ignored := sorted(cli.given(parser()) - WITH_RESUME):
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in ignored)
+        raise UserError(f"--resume goes on with the run's own settings: leave out {flags}, or begin another run")
+    else:
+        args.data = None  # the run's own
+        folder = resume
+        config, recorded = read_config(folder / "config.json")
+        dataset = common.load_data(args, recorded)
+    trainer = Trainer(config, dataset, folder, device, graph=not args.no_graph)
+    if not resume:
+        trainer.open_folder()
+    with checkpoint.locked(folder):
+        if resume:
+            trainer.resume()
+        elif (folder / "last.safetensors").exists():
             raise UserError(
                 f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
             )
-    trainer = Trainer(config, dataset, folder, device, graph=not args.no_graph)
-    if resume:
-        trainer.resume()
-    else:
-        trainer.open_folder()
-        checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
-    print(json.dumps({"run": str(folder), "device": device, **asdict(config)}, indent=1), flush=True)
+        else:
+            checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
+        return train(trainer, args.test_images)
+
+
+def train(trainer: Trainer, test_images: int) -> int:
+    """Say what the run is, train, and end with pictures and a table."""
+    folder, config = trainer.folder, trainer.config
+    network = f"{trainer.model.name}, {trainer.model.weights.size} weights"
+    print(
+        json.dumps({"run": str(folder), "device": trainer.device, **asdict(config), "architecture": network}, indent=1),
+        flush=True,
+    )
     try:
         model = trainer.run()
     except Interrupted as stopped:
@@ -173,9 +226,9 @@ def main() -> int:
         print(f"\n{stopped}")
         return 130
     picture = trainer.plot()
-    if args.test_images:
-        result = closing_table(model, dataset, config, args.test_images, device)
+    if test_images:
+        result = closing_table(model, trainer.dataset, config, test_images, trainer.device)
         checkpoint.write_json(folder / "test.json", result)
-    files = ["model.safetensors", "log.jsonl", *["test.json"] * bool(args.test_images), *["curves.png"] * bool(picture)]
+    files = ["model.safetensors", "log.jsonl", *["test.json"] * bool(test_images), *["curves.png"] * bool(picture)]
     print(f"\n{folder}: {', '.join(files)}")
     return 0

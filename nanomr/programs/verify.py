@@ -328,6 +328,7 @@ def run_instances(file: Path) -> int:
 def main() -> int:
     p = parser()
     args = p.parse_args()
+    common.announce_compilation()
     if args.report:
         return show(args.report)
     if args.instances:
