@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,22 @@ def start(program, place, *arguments, train, test, patches="pass", launcher=(), 
     )  # fmt: skip
 
 
+def stop(*_):
+    """What Ctrl-C raises."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def another_process_in(path):
+    """Within it, another process has locked ``path``; then it is killed, and keeps nothing."""
+    code = f"from nanomr import checkpoint\nwith checkpoint.locked({str(path)!r}): print('mine', flush=True); input()"
+    pipe, env = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, env=env) as other:
+        assert other.stdout.readline() == "mine\n"
+        yield
+        other.kill()
+
+
 def assert_help_explains_every_flag(module, program):
     code, out, _ = program("--help")
     assert code == 0
@@ -107,3 +125,26 @@ def save_memoriser(path, n, hidden, rcond):
     last["weight"][...] = np.linalg.lstsq(x.astype(float), np.eye(10)[labels] - 0.1, rcond=rcond)[0]
     last["bias"][...] = 0
     model.save(path)
+
+
+def here(weights):
+    """In place of verify.make_executor: one whose worker is this process."""
+    from nanomr.verify import pipeline
+
+    class Here:
+        def __init__(self, args, eps, *_):
+            settings = pipeline.Settings(eps, args.seed, args.time_limit)
+            pipeline._verifier = pipeline.Verifier(models.load(weights), settings, pipeline.Solver())
+
+        def submit(self, function, *arguments):
+            future = Future()
+            try:
+                future.set_result(function(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+        def shutdown(self, **_):
+            pipeline._verifier.solver.close()
+
+    return Here

@@ -13,7 +13,7 @@ import programs
 import pytest
 from programs import assert_one_error_line
 
-from nanomr import backend, checkpoint, models, plots
+from nanomr import backend, checkpoint, data, models, plots
 from nanomr.attacks import pgd
 from nanomr.attacks.autoattack import STAGES
 from nanomr.programs import attack as attack_cifar
@@ -362,7 +362,7 @@ def test_a_finished_run_is_not_run_again(program, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["--eps 2/255", "--seed 1", "--n 11", "--norm l2", "--attack autoattack", "--chunk 3"]
+    "change", "--eps 2/255,--seed 1,--n 9,--start 1,--steps 1,--norm l2,--attack autoattack,--chunk 3".split(",")
 )  # fmt: skip
 def test_a_run_is_resumed_with_its_own_settings_only(program, change):
     flags = [*FLAGS, "--attack", "pgd", "--n", 10, "--out", "run"]
@@ -370,6 +370,59 @@ def test_a_run_is_resumed_with_its_own_settings_only(program, change):
     name = change.split()[0].strip("-")
     assert_one_error_line(program(*flags, *change.split(), "--resume"), "run was begun with", name)
     assert program(*flags, "--batch-size", 3, "--resume")[0] == 0  # decides nothing
+
+
+@pytest.mark.parametrize("attack", ["autoattack --individual", "wasserstein --steps 20"])
+@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed"])
+def test_resume_with_more_images_goes_on(program, monkeypatch, attack, killed):
+    """The same as all of them at once, and nothing is attacked twice."""
+    flags = [*FLAGS, "--attack", *attack.split(), "--chunk", 4]
+    assert program(*flags, "--n", 12, "--out", "whole")[0] == 0
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(attack_cifar.Run, "finish", programs.stop)
+            assert program(*flags, "--n", 6, "--out", "grown")[0] == 130
+    else:
+        assert program(*flags, "--n", 6, "--out", "grown")[0] == 0
+    parts, real = [], attack_cifar.Run._attack_chunk
+    monkeypatch.setattr(
+        attack_cifar.Run, "_attack_chunk", lambda self, part, *a: (parts.append(part), real(self, part, *a))[1]
+    )
+    code, _, err = program(*flags, "--n", 12, "--out", "grown", "--resume")
+    assert code == 0, err
+    assert [(part.start, part.stop) for part in parts] == [(6, 8), (8, 12)]
+    assert [(r["id"], r["by"]) for r in records("grown")] == [(r["id"], r["by"]) for r in records("whole")]
+    assert result("grown")["robust"] == result("whole")["robust"] and result("grown")["images"] == 12
+    assert {p.name for p in Path("grown").iterdir()} == {p.name for p in Path("whole").iterdir()}
+    assert program("--check", "grown/examples.npz", "--weights", "model.safetensors")[0] == 0
+    assert "finished already" in program(*flags, "--n", 12, "--out", "grown", "--resume")[1]
+    assert_one_error_line(program(*flags, "--n", 6, "--out", "grown", "--resume"), "n = 12")
+
+
+def test_some_images_and_some_stages(program):
+    flags = [*FLAGS[:2], *FLAGS[4:], "--attack", "autoattack", "--stages", "apgd-ce", "square", "--steps", 3]
+    assert program(*flags, "--start", 5, "--n", 4, "--out", "a")[0] == 0
+    assert program(*flags, "--ids", 8, 5, "--out", "b")[0] == 0
+    assert [r["id"] for r in records("a")] == [5, 6, 7, 8] and [r["id"] for r in records("b")] == [8, 5]
+    assert [r["by"] for r in records("b")] == [records("a")[i]["by"] for i in (3, 0)]
+    report = result("b")
+    assert [(s["name"], s.get("steps")) for s in report["settings"]] == [("apgd-ce", 3), ("square", None)]
+    assert program("--check", "b/examples.npz", "--weights", "model.safetensors")[0] == 0
+    assert_one_error_line(program(*flags, "--ids", 60, "--out", "c"), "0 to 59")
+    assert_one_error_line(program(*flags, "--ids", 1, 1, "--out", "c"), "once")
+    assert_one_error_line(program(*flags, "--start", 60, "--out", "c"), "0 to 59")
+    assert_one_error_line(program(*FLAGS, "--attack", "pgd", "--stages", "fab", "--out", "c"), "pgd has no stage fab")
+    for extra in (["--n", 3], ["--start", 3]):
+        code, _, err = program(*flags, "--ids", 1, *extra)
+        assert code == 2 and "--ids names the images" in err
+    assert not Path("c").exists()
+
+
+def test_a_folder_is_one_processs(program):
+    Path("a").mkdir()
+    with programs.another_process_in("a"):
+        assert_one_error_line(program(*FLAGS, "--attack", "pgd", "--out", "a"), "another process")
+    assert program(*FLAGS, "--attack", "pgd", "--n", 2, "--out", "a")[0] == 0
 
 
 def test_another_network_does_not_go_on_with_a_run(program):
@@ -541,7 +594,7 @@ def test_help_explains_every_flag(program):
 def test_default_radii_are_the_papers():
     for norm, eps in (("linf", 8 / 255), ("l2", 0.5)):
         args = attack_cifar.parser().parse_args(["--norm", norm])
-        dataset = attack_cifar.data.load("shapes10")
+        dataset = data.load("shapes10")
         assert attack_cifar.configure(args, "autoattack+", {}, dataset)["eps"] == eps
         assert attack_cifar.configure(args, "wasserstein", {}, dataset)["eps"] == 0.1
         assert attack_cifar.configure(args, "pgd", {}, dataset)["n"] == N

@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -553,17 +551,10 @@ def test_a_damaged_run_is_one_line_and_code_2(program, finished, tmp_path, damag
 
 def test_a_folder_is_one_processs(program, finished, tmp_path):
     folder = copy_run(finished, tmp_path)
-    code = f"from nanomr import checkpoint\nwith checkpoint.locked({FOLDER!r}): print('mine', flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(programs.ROOT)},
-    )  # fmt: skip
-    assert other.stdout.readline() == "mine\n"
     before = snapshot(folder)
-    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0), "another process", FOLDER)
-    assert snapshot(folder) == before
-    other.kill()  # a dead process keeps no lock
-    other.communicate()
+    with programs.another_process_in(FOLDER):
+        assert_one_error_line(program("--resume", FOLDER, "--test-images", 0), "another process", FOLDER)
+        assert snapshot(folder) == before
     assert program("--resume", FOLDER, "--test-images", 0)[0] == 0
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -41,33 +40,11 @@ def small(monkeypatch, tmp_path, weights):
     shutil.copy(weights, "model.safetensors")
 
 
-class Here:
-    """An executor whose worker is this process."""
-
-    def __init__(self, settings):
-        pipeline._verifier = pipeline.Verifier(models.load("model.safetensors"), settings, pipeline.Solver())
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_):
-        pipeline._verifier.solver.close()
-
-
 @pytest.fixture
 def program(monkeypatch, capsys):
     """The program, its workers too, in this process."""
 
-    def executor(args, eps, *_):
-        return Here(pipeline.Settings(eps, args.seed, args.time_limit))
-
-    monkeypatch.setattr(verify_small, "make_executor", executor)
-
+    monkeypatch.setattr(verify_small, "make_executor", programs.here("model.safetensors"))
     return programs.caller(verify_small, monkeypatch, capsys)
 
 
@@ -107,6 +84,14 @@ def test_a_run_decides_every_image_and_check_agrees(program):
     x, labels = programs.images_of(N)
     _, fooled = pgd(models.load("model.safetensors"), x, labels, 1 / 255, steps=30, restarts=3, seed=7)
     assert not any(fooled[i] and record["verdict"] == "verified" for i, record in found.items())
+
+
+def test_a_folder_is_one_processs(program):
+    assert program(*FLAGS, "--n", 2)[0] == 0
+    with programs.another_process_in("v/results.jsonl"):
+        assert_one_error_line(program(*FLAGS, "--resume"), "another process")
+        assert program(*FLAGS, "--n", 2, "--shard", "0/2")[0] == 0  # has a log of its own
+    assert program(*FLAGS, "--n", 3, "--resume")[0] == 0
 
 
 def test_check_refuses_what_does_not_hold(program):

@@ -14,13 +14,12 @@ import json
 import os
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, checkpoint, cli, data, metrics, models, plots
+from .. import __version__, checkpoint, cli, metrics, models, plots
 from ..attacks import report as reporting
 from ..attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from ..attacks.common import l2, recheck
@@ -36,6 +35,15 @@ WASSERSTEIN = {"steps": 400, "every": 10}  # ten steps at each radius: up to 0.1
 EPS = {"linf": 8 / 255, "l2": 0.5}
 PRECISIONS = {"fp32": lambda model: None, "tf32": models.InTf32, "bf16": models.InBfloat16}
 FREE = ("batch_size", "device")  # what a resumed run may change: no result depends on the first
+EARLIER = {
+    "precision": "fp32",
+    "start": 0,
+    "ids": None,
+    "stages": None,
+    "steps": None,
+}  # runs of before there was a choice
+CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # the least, where it is not two
+PART = {"seconds", "refuted", "again"}  # what a part holds of each stage, beside its arrays
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,10 +62,11 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("network and images")
     g.add_argument("--weights", type=Path, metavar="FILE", help="the network: a .safetensors file, or a run folder")
     text = "whose test images; default: of what the network was trained on, by its file, else shapes10"
-    g.add_argument("--data", choices=("shapes10", "cifar10"), help=text)
-    g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
-    g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
-    g.add_argument("--n", type=natural, default=1000, help="the first so many test images; 0: all")
+    common.add_data(g, text)
+    text = "so many test images, from --start on; 0: all. With --resume: more than before go on"
+    g.add_argument("--n", type=natural, default=1000, help=text)
+    g.add_argument("--start", type=natural, default=0, help="the number of the first of these test images")
+    g.add_argument("--ids", type=natural, nargs="+", metavar="ID", help="these test images, and no others")
 
     g = p.add_argument_group("the attack")
     g.add_argument("--norm", choices=tuple(EPS), default="linf", help="of the perturbation; not for wasserstein")
@@ -66,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--radius", type=non_negative, default=0.1, help="of the Wasserstein ball, in the images' mass")
     text = "run each attack of AutoAttack alone on all images; its result is the same, and takes longer"
     g.add_argument("--individual", action="store_true", help=text)
+    names = sorted({stage.name for version in VERSIONS.values() for stage in STAGES[version]})
+    text = f"of the attack's stages only these, in its order: {', '.join(names)}"
+    g.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help=text)
+    g.add_argument("--steps", type=positive, help="of every stage that takes steps, in place of the attack's own")
     g.add_argument("--quick", action="store_true", help="a tenth of the steps, restarts and queries: a rehearsal")
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of random starts and searches")
@@ -87,24 +100,39 @@ def parser() -> argparse.ArgumentParser:
 def configure(args, attack: str, weights: dict, dataset) -> dict:
     """config.json: all that decides the outcome of one attack's run. Stages are pinned with all their options."""
     eps = args.radius if attack == "wasserstein" else EPS[args.norm] if args.eps is None else args.eps
-    settings = [{"name": s.name, **s.options} for s in stages_of(attack, args.norm, eps, args.quick)]
+    only = {"stages": args.stages, "steps": args.steps}
+    settings = [{"name": s.name, **s.options} for s in stages_of(attack, args.norm, eps, args.quick, **only)]
     n = len(dataset.test_images)
+    if args.ids and (max(args.ids) >= n or len(set(args.ids)) < len(args.ids)):
+        raise UserError(f"--ids: {dataset.name} has the test images 0 to {n - 1}, each to be named once")
+    if args.start >= n:
+        raise UserError(f"--start {args.start}: {dataset.name} has the test images 0 to {n - 1}")
+    left = n - args.start
     return {
         "nanomr": __version__, "attack": attack, "norm": "wasserstein" if attack == "wasserstein" else args.norm,
         "eps": eps, "individual": args.individual and attack.startswith("autoattack"), "quick": args.quick,
-        "seed": args.seed, "n": min(args.n, n) if args.n else n, "chunk": args.chunk, "batch_size": args.batch_size,
+        "seed": args.seed, "n": len(args.ids) if args.ids else min(args.n, left) if args.n else left,
+        "start": args.start, "ids": args.ids, **only, "chunk": args.chunk, "batch_size": args.batch_size,
         "device": args.device, "precision": args.precision, "settings": settings,
         "weights": weights, "data": {"name": dataset.name, "source": dataset.source},
     }  # fmt: skip
 
 
-def stages_of(attack: str, norm: str, eps: float, hurry: bool) -> tuple[Stage, ...]:
-    """The attack's stages; PGD's step is 2/255 in linf and 2.5 eps / steps in l2."""
+def stages_of(attack: str, norm: str, eps: float, hurry: bool, stages=None, steps=None) -> tuple[Stage, ...]:
+    """The attack's stages, or those of them in ``stages``; PGD's step is 2/255 in linf and 2.5 eps / steps in l2."""
+    only = stages
     if attack == "wasserstein":
         stages = (Stage("wasserstein", wasserstein, {**WASSERSTEIN, "max_radius": eps}),)
     else:
         stages = STAGES[VERSIONS[attack]]
+    stages = [s for s in stages if not only or s.name in only]
+    if missing := sorted(set(only or ()) - {s.name for s in stages}):
+        raise UserError(f"--stages: {attack} has no stage {missing[0]}")
     stages = quick(stages) if hurry else tuple(stages)
+    if steps:
+        stages = tuple(
+            Stage(s.name, s.attack, s.options | ({"steps": steps} if "steps" in s.options else {})) for s in stages
+        )
     if attack == "pgd":
         options = stages[0].options
         step = 2 / 255 if norm == "linf" else 2.5 * eps / options["steps"]
@@ -124,56 +152,116 @@ class Run:
 
     def __init__(self, folder: Path, config: dict, model, dataset):
         self.folder, self.config, self.model, self.dataset = folder, config, model, dataset
-        images, device = dataset.test_images[: config["n"]], config["device"]
-        self.x = metrics.as_float(to_device(images, device))
-        self.labels = to_device(dataset.test_labels[: config["n"]], device)
-        self.ids = np.arange(config["n"])
-        self.stages = stages_of(config["attack"], config["norm"], config["eps"], config["quick"])
+        self.ids = np.array(config["ids"] or range(config["start"], config["start"] + config["n"]), int)
+        self.x = metrics.as_float(to_device(dataset.test_images[self.ids], config["device"]))
+        self.labels = to_device(dataset.test_labels[self.ids], config["device"])
+        only = {"stages": config["stages"], "steps": config["steps"]}
+        self.stages = stages_of(config["attack"], config["norm"], config["eps"], config["quick"], **only)
+        classes = model.forward(self.x[:1])[0].shape[1]
+        unfit = {n: f"{least} classes, and here are {classes}" for n, least in CLASSES.items() if classes < least}
+        if self.x.shape[1] != self.x.shape[2]:
+            unfit["square"] = "square images"
+        if wrong := [s.name for s in self.stages if s.name in unfit]:
+            others = " ".join(s.name for s in self.stages if s.name not in unfit)
+            raise UserError(f"{wrong[0]} needs {unfit[wrong[0]]}: --stages {others}")
         self.attacked = PRECISIONS[config["precision"]](model)  # None: the model itself
 
-    def open(self, resume: bool) -> bool:
-        """Make the folder, or find the run in it; True when that is finished. Raises UserError."""
-        path = self.folder / "config.json"
-        if path.exists() and not resume:
-            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --out chooses another")
-        if path.exists():
-            old = checkpoint.read_json(path)
-            new = json.loads(json.dumps(self.config))
-            if isinstance(old, dict):
-                old.setdefault("precision", "fp32")  # runs of before there was a choice
-            for key in new:
-                if key not in FREE and (not isinstance(old, dict) or old.get(key) != new[key]):
-                    before = old.get(key) if isinstance(old, dict) else None
-                    raise UserError(f"{self.folder} was begun with {key} = {before}, not {new[key]}: --out elsewhere")
-            return (self.folder / "report.json").exists()
+    def make(self):
+        """The folder. Raises UserError when that is not possible."""
         try:
-            (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {self.folder}: {error.strerror or error}") from error
+
+    def open(self, resume: bool) -> bool:
+        """Find the run in the folder, or begin it; True when it is finished. Raises UserError."""
+        path = self.folder / "config.json"
+        if os.path.lexists(path) and not resume:
+            raise UserError(f"{self.folder} holds a run already: --resume goes on with it, --out chooses another")
+        if os.path.lexists(path):
+            old, new = checkpoint.read_json(path), json.loads(json.dumps(self.config))
+            old = EARLIER | old if isinstance(old, dict) else {}
+            for key in new:
+                before, now = (c.get(key) for c in (old, new))
+                if key == "weights":  # the SHA-256 says it all
+                    before, now = (c.get("sha256") if isinstance(c, dict) else c for c in (before, now))
+                more = key == "n" and type(before) is int and before < now and not new["ids"]
+                if key not in FREE and before != now and not more:
+                    raise UserError(f"{self.folder} was begun with {key} = {before}, not {now}: --out elsewhere")
+            if self._reported() == self.config["n"]:
+                return True
+            if self._reported():
+                self._take_apart()
         checkpoint.write_json(path, self.config)
         return False
+
+    def _reported(self) -> int:
+        """How many images the report in the folder is about."""
+        path = self.folder / "report.json"
+        return read_reports([path])[0].get("images", 0) if os.path.lexists(path) else 0
+
+    def _take_apart(self):
+        """A finished run of fewer images becomes the first part of this one."""
+        first = self.folder / "parts" / f"{0:06d}.safetensors"
+        if first.exists():
+            return
+        report, records = read_reports([self.folder / "report.json"])[0], checkpoint.read_jsonl(self._log)
+        saved = _read_npz(self.folder / "examples.npz")
+        codes = {None: ROBUST, "clean": WRONG} | {stage.name: i for i, stage in enumerate(self.stages, 1)}
+        try:
+            found = {"adversarial": saved["adversarial"], "by": np.array([codes[r["by"]] for r in records])}
+            if "radius" in records[0]:
+                found["radius"] = np.array([np.inf if r["radius"] is None else r["radius"] for r in records])
+            if "alone" in records[0]:
+                found["alone"] = np.array([[s.name in r["alone"] for s in self.stages] for r in records])
+            rows = {key: [row.get(key, 0) for row in report["after"]] for key in ("seconds", "refuted", "again")}
+            whole = [r["id"] for r in records] == saved["ids"].tolist() == self.ids[: len(records)].tolist()
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self._log} is not what {self.folder}/report.json is about ({error}): --out elsewhere"
+            ) from None
+        if not (whole and len(records) == report["images"]):
+            raise UserError(f"{self.folder}: its images are not those that this run would begin with: --out elsewhere")
+        first.parent.mkdir(exist_ok=True)
+        checkpoint.save_tensors(first, found, rows)
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "per_image.jsonl"
+
+    def _parts(self):
+        """(images, what became of them) of every part on the disk, in order."""
+        first = 0
+        while (path := self.folder / "parts" / f"{first:06d}.safetensors").exists():
+            found = self._read(path, first)
+            part = slice(first, first + len(found["by"]))
+            yield part, found
+            first = part.stop
 
     def attack(self):
         """Finish all chunks. A progress bar counts images whose fate is known."""
         chunk, n = self.config["chunk"], self.config["n"]
-        log = self.folder / "per_image.jsonl"
-        checkpoint.write_jsonl(log, [])
+        checkpoint.write_jsonl(self._log, [])
         (self.folder / "parts").mkdir(exist_ok=True)
-        robust = 0
+        done = robust = 0
         with tqdm(total=n, desc=self.config["attack"], unit="img", disable=None) as bar:
-            for first in range(0, n, chunk):
-                part = slice(first, min(first + chunk, n))
-                path = self.folder / "parts" / f"{first:06d}.safetensors"
-                if path.exists():
-                    found = self._read(path, part)
-                else:
-                    found = self._attack_chunk(part, bar, robust)
-                    tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray)}
-                    checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted", "again")})
-                robust += int((found["by"] == ROBUST).sum())
-                _append(log, self._records(part, found))
-                bar.set_postfix_str(f"robust so far {robust / part.stop:.2%}, {n - part.stop} left")
-                bar.update(part.stop - bar.n)
+
+            def finished(part, found):
+                nonlocal done, robust
+                done, robust = part.stop, robust + int((found["by"] == ROBUST).sum())
+                _append(self._log, self._records(part, found))
+                bar.set_postfix_str(f"robust so far {robust / done:.2%}, {n - done} left")
+                bar.update(done - bar.n)
+
+            for part, found in self._parts():
+                finished(part, found)
+            while done < n:
+                part = slice(done, min(done - done % chunk + chunk, n))
+                found = self._attack_chunk(part, bar, robust)
+                tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray)}
+                path = self.folder / "parts" / f"{done:06d}.safetensors"
+                checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted", "again")})
+                finished(part, found)
 
     def _attack_chunk(self, part, bar, robust) -> dict:
         x, labels, ids = self.x[part], self.labels[part], self.ids[part]
@@ -229,9 +317,11 @@ class Run:
         found = {"adversarial": adversarial, "by": by, "radius": radius}
         return {**found, "seconds": [seconds], "refuted": [refuted], "again": [again]}
 
-    def _read(self, path: Path, part) -> dict:
+    def _read(self, path: Path, first: int) -> dict:
         tensors, metadata = checkpoint.load_tensors(path)
-        if tensors.get("by", np.empty(0)).shape != (part.stop - part.start,):
+        by = tensors.get("by", np.empty(()))
+        fits = by.ndim == 1 and 0 < len(by) <= self.config["n"] - first
+        if not (fits and len(tensors.get("adversarial", ())) == len(by) and PART <= metadata.keys()):
             raise UserError(f"{path} is not a part of this run: delete it, and its images are attacked again")
         return {**tensors, **metadata}
 
@@ -240,7 +330,7 @@ class Run:
         length, largest = l2(adversarial - x), abs(adversarial - x).reshape(len(x), -1).max(1)
         records, labels = [], to_numpy(self.labels[part]).tolist()
         for i, by in enumerate(found["by"].tolist()):
-            record = {"id": part.start + i, "label": labels[i], "by": self._name(by)}
+            record = {"id": int(self.ids[part.start + i]), "label": labels[i], "by": self._name(by)}
             record |= {"linf": float(largest[i]), "l2": float(length[i])}
             if "radius" in found:
                 record["radius"] = float(found["radius"][i]) if by != ROBUST else None
@@ -255,11 +345,7 @@ class Run:
 
     def finish(self) -> dict:
         """Checks, examples.npz, examples.png, and at last report.json, which marks the run as finished."""
-        chunk, n, config = self.config["chunk"], self.config["n"], self.config
-        parts = [
-            self._read(self.folder / "parts" / f"{first:06d}.safetensors", slice(first, min(first + chunk, n)))
-            for first in range(0, n, chunk)
-        ]
+        config, parts = self.config, [found for _, found in self._parts()]
         arrays = [key for key, value in parts[0].items() if isinstance(value, np.ndarray)]
         joined = {key: np.concatenate([p[key] for p in parts]) for key in arrays}
         spatial = config["attack"] != "wasserstein"
@@ -302,13 +388,15 @@ def _append(path: Path, records: list[dict]):
 def evaluate(folder: Path, config: dict, model, dataset, resume: bool) -> dict:
     """The report of one attack, from the folder's own files as far as they go."""
     run = Run(folder, config, model, dataset)
-    if run.open(resume):
-        print(f"{folder}: finished already")
-        report = checkpoint.read_json(folder / "report.json")
-    else:
-        run.attack()
-        report = run.finish()
-    shutil.rmtree(folder / "parts", ignore_errors=True)  # examples.npz and per_image.jsonl have it all
+    run.make()
+    with checkpoint.locked(folder):
+        if run.open(resume):
+            print(f"{folder}: finished already")
+            report = checkpoint.read_json(folder / "report.json")
+        else:
+            run.attack()
+            report = run.finish()
+        shutil.rmtree(folder / "parts", ignore_errors=True)  # examples.npz and per_image.jsonl have it all
     print("\n".join(reporting.lines(report)))
     return report
 
@@ -340,7 +428,7 @@ def check(args, device: str) -> int:
     folder = args.check.parent
     report, records = read_reports([folder / "report.json"])[0], checkpoint.read_jsonl(folder / "per_image.jsonl")
     saved = _read_npz(args.check)
-    dataset = data.load(report["data"]["name"], args.data_dir, download=not args.no_download)
+    dataset = common.load_data(args, report["data"])
     model, weights = common.load_network(args.weights, dataset, device)
     wrong = disagreements(model, saved, report, records, dataset, weights, args.batch_size, device)
     if wrong:
@@ -392,16 +480,12 @@ def disagreements(model, saved, report, records, dataset, weights, batch_size, d
 
 
 def _read_npz(path: Path) -> dict:
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("x", "adversarial", "labels", "ids")}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an examples.npz of `nanomr attack`, or damaged ({error})") from None
-    if any(a.ndim == 0 for a in arrays.values()) or arrays["ids"].dtype.kind not in "iu":
+    arrays = checkpoint.load_arrays(path)
+    names = ("x", "adversarial", "labels", "ids")
+    wrong = not set(names) <= set(arrays) or any(arrays[name].ndim == 0 for name in names)
+    if wrong or arrays["ids"].dtype.kind not in "iu":
         raise UserError(f"{path} is not an examples.npz of `nanomr attack`")
-    return arrays
+    return {name: arrays[name] for name in names}
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -423,9 +507,13 @@ def main() -> int:
         gpu.set_tf32(False)  # whatever CUPY_TF32 says: verdicts are float32's
     if args.check:
         return check(args, device)
+    if args.ids and (args.start or cli.given(parser()) & {"n"}):
+        p.error("--ids names the images: leave --n and --start out")
+    if (args.stages or args.steps) and args.attack == "all":
+        p.error("--stages and --steps are for one --attack")
     if args.resume and not args.out:
         p.error("--resume needs --out: the folder of the run")
-    dataset = data.load(args.data or common.trained_on(args.weights), args.data_dir, download=not args.no_download)
+    dataset = common.load_data(args, args.data or common.trained_on(args.weights))
     model, weights = common.load_network(args.weights, dataset, device)
     args.device = device
     file = common.weights_file(args.weights).resolve()

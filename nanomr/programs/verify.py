@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, checkpoint, cli, data, metrics, plots
+from .. import __version__, checkpoint, cli, metrics, plots
 from ..errors import UserError
 from ..verify import attack, certificate_results, milp, onnx_io, pipeline, results, vnnlib
 from ..verify.chain import Chain
@@ -48,9 +48,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("network and images")
     g.add_argument("--weights", type=Path, metavar="FILE", help="the network: a .safetensors file, or a run folder")
     text = "whose test images; default: of what the network was trained on, by its file, else shapes10"
-    g.add_argument("--data", choices=("shapes10", "cifar10"), help=text)
-    g.add_argument("--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache")
-    g.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
+    common.add_data(g, text)
     g.add_argument("--n", type=natural, default=1000, help="the first so many test images; 0: all")
 
     g = p.add_argument_group("verification")
@@ -144,6 +142,13 @@ def verify(args, eps: float, folder: Path, weights: dict, dataset, ids: np.ndarr
     """Decide these test images, keep every verdict in ``folder``, and report on all that it holds."""
     kept = results.Folder(folder, args.shard)
     kept.open(configure(args, eps, weights, dataset), args.resume)
+    kept.log.touch()
+    with checkpoint.locked(kept.log):  # another shard has a log of its own
+        return _verify(args, eps, kept, dataset, ids)
+
+
+def _verify(args, eps: float, kept: results.Folder, dataset, ids: np.ndarray) -> dict:
+    folder = kept.path
     done: dict[int, dict] = {}
     if any(folder.glob("results*.jsonl")):
         done = results.read(folder)[1]
@@ -234,7 +239,7 @@ def _completed(futures: dict):
 def check(args) -> int:
     """Every proof and counterexample again, by a checker that shares no code with the verifier."""
     config, records = results.read(args.check)
-    dataset = data.load(config["data"]["name"], args.data_dir, download=not args.no_download)
+    dataset = common.load_data(args, config["data"])
     model, _ = common.load_network(args.weights, dataset, "cpu")
     if max(records) >= len(dataset.test_labels):
         raise UserError(
@@ -341,7 +346,7 @@ def main() -> int:
         p.error("--resume needs --out: the folder of the run")
     if args.check:
         return check(args)
-    dataset = data.load(args.data or common.trained_on(args.weights), args.data_dir, download=not args.no_download)
+    dataset = common.load_data(args, args.data or common.trained_on(args.weights))
     model, weights = common.load_network(args.weights, dataset, "cpu")
     Chain(model)  # refuses, by name, what cannot be verified
     total = len(dataset.test_labels)

@@ -34,8 +34,10 @@ class Folder:
         if file.exists():
             old = checkpoint.read_json(file)
             for key, value in config.items():
-                if not isinstance(old, dict) or old.get(key) != value:
-                    before = old.get(key) if isinstance(old, dict) else None
+                before = old.get(key) if isinstance(old, dict) else None
+                if key == "weights":  # the SHA-256 says it all
+                    before, value = (v.get("sha256") if isinstance(v, dict) else v for v in (before, value))
+                if before != value:
                     raise UserError(f"{self.path} was begun with {key} = {before}, not {value}: choose another --out")
             if self.log.exists() and not resume:
                 raise UserError(f"{self.path} holds results already: --resume goes on, --out chooses another folder")
