@@ -4,8 +4,10 @@ import argparse
 import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,6 +81,17 @@ def number(
         return value
 
     return parse
+
+
+def fold(lines: Iterable[str]) -> str:
+    """Lines for the terminal: what is longer than it is wide goes on in further lines."""
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(
+        part
+        for line in lines
+        for part in textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        or [line]
+    )
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

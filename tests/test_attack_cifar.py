@@ -117,6 +117,7 @@ def test_records_and_examples_bear_the_report_out(finished, weights):
 
 def test_the_accuracy_after_each_attack_is_printed(finished):
     folder, out, _ = finished
+    assert max(map(len, out.splitlines())) <= 80, out
     for row in json.loads((folder / "report.json").read_text())["after"]:
         assert re.search(rf"{row['attack']} +{row['robust']:.2%}", out)
     assert "Table 2" in out and "57.53" in out and "not comparable" in out
@@ -576,7 +577,7 @@ def test_table_puts_the_papers_row_beside_ours(program, finished):
     for argument in (folder, folder / "report.json", folder.parent):
         code, out, _ = program("--table", argument)
         assert code == 0 and "Table 2" in out and "Table 1" not in out
-        assert re.search(rf"this network \(mlp\) +- +{100 * report['robust']:.2f} \[", out)
+        assert re.search(rf"this network \(mlp\) +- +{100 * report['robust']:.2f} +- +", out)
         assert re.search(r"paper: Manifold Regularization \(large\) +57\.53 +36\.90 +66\.02 +69\.95", out)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanomr import __version__, programs
-from nanomr.cli import fraction, number, run
+from nanomr.cli import fold, fraction, number, run
 from nanomr.errors import UserError
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -137,6 +137,15 @@ def test_a_closed_pipe_ends_quietly(lines):
         child.stdin.close()
         assert child.stderr.read() == b""
         assert child.wait() == 141
+
+
+def test_fold_keeps_what_fits_and_breaks_what_does_not(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = "  name        1.0%     2.0 - 3.0"
+    assert fold([table, "", table]).splitlines() == [table, "", table]
+    lines = fold(["  warning: " + "word " * 20]).splitlines()
+    assert max(map(len, lines)) <= 40 and len(lines) > 2 and all(x.startswith("    ") for x in lines[1:])
+    assert " ".join(lines).split() == ["warning:", *["word"] * 20]
 
 
 # --- the three commands -----------------------------------------------------------------------------------------------

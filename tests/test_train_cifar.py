@@ -88,7 +88,7 @@ def test_a_line_an_epoch(finished):
     folder, out = finished
     records = checkpoint.read_jsonl(folder / "log.jsonl")
     assert [r["epoch"] for r in records] == [1, 2]
-    assert train.line() in out
+    assert train.line() in out and max(map(len, out.splitlines())) <= 80, out
     assert all(out.count(train.line(r)) == 1 for r in records)
 
 
@@ -128,6 +128,15 @@ def test_out_names_the_folder_and_the_seed_the_default(program):
     arguments = "--epochs 1 --test-images 0 --seed 7 --method standard --train-images 100".split()
     assert program(*TINY, *arguments)[0] == 0
     assert Path("runs/mlp-shapes10-standard-7/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("columns", [200, 80, 60, 30, 1])
+def test_rows_fit_the_terminal(finished, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (record, *_) = checkpoint.read_jsonl(finished[0] / "log.jsonl")
+    head, row = train.line(), train.line(record)
+    assert len(head) == len(row) <= max(columns, 5) and head.split()[0] == "epoch" and row.split()[0] == "1"
+    assert columns < 80 or head.split()[-1] == "img/s"
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def test_a_run_decides_every_image_and_check_agrees(program):
     assert report["verified"] == count / N and report["images"] == N and report["warnings"] == []
     assert report["verified_float32"] <= report["verified"] <= report["upper"] <= report["pgd_strong"] <= report["pgd"]
     assert f"{count / N:.2%}" in out and "verified by crown" in out
+    assert max(map(len, out.splitlines())) <= 80, out
     for i, record in found.items():
         assert (Path("v/counterexamples") / f"{i:05d}.npz").exists() == (record["verdict"] in ("attacked", "falsified"))
 
@@ -306,7 +307,8 @@ def test_the_papers_rows_stand_beside_cifar10_at_8_255_only(program):
     config, found = results.read(Path("v"))
     assert "21.04" not in "\n".join(results.lines(results.summarise(config, found)))
     config |= {"data": {"name": "cifar10"}, "eps": 8 / 255}
-    assert "21.04" in "\n".join(results.lines(results.summarise(config, found)))
+    text = results.lines(results.summarise(config, found))
+    assert "21.04" in "\n".join(text) and max(map(len, text[:8])) <= 80
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -397,7 +397,7 @@ def evaluate(folder: Path, config: dict, model, dataset, resume: bool) -> dict:
             run.attack()
             report = run.finish()
         shutil.rmtree(folder / "parts", ignore_errors=True)  # examples.npz and per_image.jsonl have it all
-    print("\n".join(reporting.lines(report)))
+    print(cli.fold(reporting.lines(report)))
     return report
 
 
@@ -496,7 +496,7 @@ def main() -> int:
     args = p.parse_args()
     common.announce_compilation()
     if args.table:
-        print(reporting.tables(read_reports(args.table)))
+        print(cli.fold(reporting.tables(read_reports(args.table)).splitlines()))
         return 0
     if not args.weights:
         p.error("--weights FILE is needed: the network")
@@ -532,7 +532,7 @@ def main() -> int:
             print(f"\n{inside}: the same command with --out {folder} --resume goes on after the last finished chunk")
             return 130
     if any(r["attack"] != "pgd" or r["norm"] == "linf" for r in reports):
-        print("\n" + reporting.tables(reports))
+        print("\n" + cli.fold(reporting.tables(reports).splitlines()))
     if args.attack == "all":  # the one in each attack's folder is what --table and --check read
         checkpoint.write_json(folder / "report.json", {"attack": "all", "reports": reports})
     print(f"\n{folder}: report.json, per_image.jsonl, examples.npz{', examples.png' if _drawn(folder) else ''}")

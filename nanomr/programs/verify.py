@@ -277,7 +277,7 @@ def show(paths: list[Path]) -> int:
         reports.append(results.summarise(config, records))
         checkpoint.write_json(folder / "report.json", reports[-1])
         plots.unstable_relus(list(records.values()), folder / "unstable.png")
-        print("\n".join(results.lines(reports[-1])))
+        print(cli.fold(results.lines(reports[-1])))
     curve(reports, paths[0])
     return 0
 
@@ -367,10 +367,12 @@ def main() -> int:
         except KeyboardInterrupt:
             print(f"\n{folder}: every finished image is kept; the same command with --out {out} --resume goes on")
             return 130
-        print("\n".join(results.lines(reports[-1])))
+        print(cli.fold(results.lines(reports[-1])))
     curve(reports, out)
     if args.estimate:
         hours = (time.monotonic() - start) / len(ids) / len(args.eps) * total / 3600
-        print(f"all {total} images: about {hours * 60:.0f} minutes with {args.jobs} processes, by these {len(ids)}")
-    print(f"\n{out}: results.jsonl, report.json, proofs/, counterexamples/; --check {out} re-evaluates them")
+        text = f"all {total} images: about {hours * 60:.0f} minutes with {args.jobs} processes, by these {len(ids)}"
+        print(cli.fold([text]))
+    files = f"{out}: results.jsonl, report.json, proofs/, counterexamples/; --check {out} re-evaluates them"
+    print("\n" + cli.fold([files]))
     return 0
