@@ -9,8 +9,8 @@ that holds a state dict with these names becomes a nanomr file with
 
     python torch_twin.py weights.pt model.safetensors '{"name": "preact_resnet18", "bn_before_fc": false}'
 
-The architecture is ``nanomr.models.Model.architecture``: a builder's name and its arguments. Left out, these take the
-same defaults as there.
+The architecture is ``nanomr.models.Model.architecture``, which names the layers, or in short a builder's name and its
+arguments. Left out, these take the same defaults as there.
 """
 
 import argparse
@@ -37,6 +37,42 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class Conv2d(nn.Conv2d):
+    """With ``padding`` = one number or (top, bottom, left, right)."""
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, bias=True):
+        top, bottom, left, right = (padding,) * 4 if isinstance(padding, int) else padding
+        self.sides = (left, right, top, bottom)
+        same = len(set(self.sides)) == 1
+        super().__init__(in_channels, out_channels, kernel, stride, top if same else 0, bias=bias)
+        self.sides = () if same else self.sides
+
+    def forward(self, x):
+        return super().forward(F.pad(x, self.sides) if self.sides else x)
+
+
+class Flatten(nn.Module):
+    """(N, C, H, W) -> (N, everything else), in PyTorch's order; ``nhwc``: in nanomr's, for a Linear without image."""
+
+    def __init__(self, nhwc):
+        super().__init__()
+        self.nhwc = nhwc
+
+    def forward(self, x):
+        return (x.permute(0, 2, 3, 1) if self.nhwc and x.ndim == 4 else x).flatten(1)
+
+
+class AveragePool2d(nn.Module):
+    """Mean over window x window tiles; ``window=None`` pools the whole image to 1 x 1."""
+
+    def __init__(self, window=None):
+        super().__init__()
+        self.window = window
+
+    def forward(self, x):
+        return F.avg_pool2d(x, self.window) if self.window else F.adaptive_avg_pool2d(x, 1)
+
+
 class Mlp(nn.Sequential):
     """Images -> logits by fully connected layers; ``sizes`` = (inputs, hidden ..., classes)."""
 
@@ -52,20 +88,17 @@ class Mlp(nn.Sequential):
 class SmallCNN(nn.Sequential):
     """The verification network: Wong et al.'s (``kernel=4``), or Xiao et al.'s with SAME padding (``kernel=5``)."""
 
-    def __init__(self, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD):
+    def __init__(self, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD, input_shape=(32, 32, 3)):
         super().__init__()
-        symmetric = (
-            kernel == 4
-        )  # SAME padding of an even image, stride 2: 1 pixel at the top left, 2 at the bottom right
+        padding = 1 if kernel == 4 else (1, 2, 1, 2)  # SAME padding of an even image, stride 2
+        h, w, c = input_shape
         self.normalize = Normalize(mean, std)
-        self.pad1 = nn.Identity() if symmetric else nn.ZeroPad2d((1, 2, 1, 2))
-        self.conv1 = nn.Conv2d(3, 16, kernel, 2, 1 if symmetric else 0)
+        self.conv1 = Conv2d(c, 16, kernel, 2, padding)
         self.relu1 = nn.ReLU()
-        self.pad2 = nn.Identity() if symmetric else nn.ZeroPad2d((1, 2, 1, 2))
-        self.conv2 = nn.Conv2d(16, 32, kernel, 2, 1 if symmetric else 0)
+        self.conv2 = Conv2d(16, 32, kernel, 2, padding)
         self.relu2 = nn.ReLU()
         self.flatten = nn.Flatten()
-        self.fc1 = nn.Linear(2048, hidden)
+        self.fc1 = nn.Linear((h // 4) * (w // 4) * 32, hidden)
         self.relu3 = nn.ReLU()
         self.fc2 = nn.Linear(hidden, classes)
 
@@ -94,13 +127,14 @@ class PreActResNet18(nn.Sequential):
     """He et al.'s (2016) network for 32x32 images, and the variants that go by its name; see nanomr's builder."""
 
     def __init__(
-        self, bn_before_fc=True, out_shortcut=True, jin_v1=False, width=64, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD
-    ):
+        self, bn_before_fc=True, out_shortcut=True, jin_v1=False, width=64, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD,
+        input_shape=(32, 32, 3),
+    ):  # fmt: skip
         super().__init__()
         if jin_v1:
             bn_before_fc, out_shortcut = False, True
         self.normalize = Normalize(mean, std)
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(input_shape[2], width, 3, 1, 1, bias=False)
         if jin_v1:
             self.bn1, self.relu1 = nn.BatchNorm2d(width), nn.ReLU()
         channels = width
@@ -118,8 +152,43 @@ class PreActResNet18(nn.Sequential):
 BUILDERS = {"mlp": Mlp, "small_cnn": SmallCNN, "preact_resnet18": PreActResNet18}
 
 
+LAYERS = {  # from the arguments in a header
+    "AveragePool2d": AveragePool2d,
+    "BatchNorm2d": lambda channels, eps, momentum, **_: nn.BatchNorm2d(channels, eps, momentum),
+    "Conv2d": Conv2d,
+    "Linear": lambda in_features, out_features, bias, **_: nn.Linear(in_features, out_features, bias),
+    "Normalize": Normalize,
+    "PreActBlock": PreActBlock,
+    "ReLU": nn.ReLU,
+}
+
+
+def _sequential(nodes: dict, after=()) -> nn.Sequential:
+    """The modules of a tree's ``nodes``; ``after``: the nodes that come behind them."""
+    module, nodes = nn.Sequential(), list(nodes.items())
+    for i, (name, node) in enumerate(nodes):
+        behind, options = [*(other for _, other in nodes[i + 1 :]), *after], dict(node)
+        kind = options.pop("type")
+        if kind == "Sequential":
+            layer = _sequential(options["layers"], behind)
+        elif kind == "Flatten":  # the next linear layer says in which order its columns are
+            linear = next((other for other in _flat(behind) if other["type"] == "Linear"), {})
+            layer = Flatten(nhwc=not linear.get("image"))
+        else:
+            layer = LAYERS[kind](**options)
+        module.add_module(name, layer)
+    return module
+
+
+def _flat(nodes):
+    for node in nodes:
+        yield from _flat(node["layers"].values()) if node["type"] == "Sequential" else [node]
+
+
 def twin(architecture: dict) -> nn.Module:
     """The module of an ``architecture``, with PyTorch's random weights."""
+    if "layers" in architecture:
+        return _sequential(architecture["layers"])
     options = dict(architecture)
     return BUILDERS[options.pop("name")](**options)
 

@@ -10,9 +10,17 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import safetensors.numpy
@@ -77,6 +85,19 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {_what_is_wrong(data)}") from error
     return tensors, metadata
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a ``.npz`` file. Raises UserError when it is missing, damaged, or holds Python objects."""
+    _regular(path)
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError, NotImplementedError,
+            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        raise UserError(f"{path} is not a .npz file of arrays, or damaged ({error})") from None
 
 
 def append_jsonl(path: str | os.PathLike, record: Mapping) -> None:
@@ -146,6 +167,51 @@ def read_json(path: str | os.PathLike):
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+_held: set[tuple[int, int]] = set()  # what this process has locked, by device and inode
+
+
+@contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Within it, the run in this folder (or the file at ``path``) is this process's alone. A dead process keeps none.
+
+    May be nested. Raises UserError when another process has it. The lock is the system's ``flock``, which some network
+    file systems lack: there the run is not guarded. Windows has a file instead, which is open and so cannot be removed.
+    """
+    path = Path(path)
+    if fcntl is None:
+        mine = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+        key = (0, hash(mine.absolute()))
+    else:
+        handle = os.open(path, os.O_RDONLY)
+        status = os.fstat(handle)
+        key = (status.st_dev, status.st_ino)
+    if key in _held:
+        if fcntl is not None:
+            os.close(handle)
+        yield
+        return
+    try:
+        if fcntl is None:
+            mine.unlink(missing_ok=True)
+            handle = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileExistsError, PermissionError):
+        if fcntl is not None:
+            os.close(handle)
+        raise UserError(f"another process is at work in {path}: wait for it, or choose another --out") from None
+    except OSError:  # no such locks here
+        pass
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        os.close(handle)
+        if fcntl is None:
+            mine.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` last through a power cut."""
     if os.name != "posix":  # Windows cannot open a folder
@@ -156,13 +222,24 @@ def _sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def _read(path) -> bytes:
+def _regular(path):
+    """Raise UserError unless there is a file: to open a named pipe would wait for somebody to write to it."""
     try:
-        return Path(path).read_bytes()
+        mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: is a folder; name a file in it") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a folder; name a file in it")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is a pipe or a device, not a file; check the path")
+
+
+def _read(path) -> bytes:
+    _regular(path)
+    try:
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -1,21 +1,16 @@
-"""What the three programs share: argument types that check their range, loading a network, and one way to end."""
+"""A program's two ends: its arguments, which check their range, and one way to stop. Imports nothing heavy."""
 
 import argparse
-import hashlib
 import math
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-from tqdm import tqdm
-
-from . import checkpoint, metrics, models
-from .attacks.common import logits_of
-from .backend import to_device, to_numpy
 from .errors import UserError
 
 
@@ -25,6 +20,22 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         plain = action.default not in (None, False, argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if plain else action.help
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A program's parser: its docstring is one line, then examples, which show the name that it was started by."""
+    prog = Path(sys.argv[0]).name
+    what, examples = doc.strip().split("\n\n")
+    if prog.endswith(".py"):
+        examples = re.sub(r"^nanomr \w+", f"python {prog}", examples, flags=re.M)
+    return argparse.ArgumentParser(prog=prog, description=what, epilog=examples, formatter_class=Formatter)
+
+
+def given(parser: argparse.ArgumentParser) -> set[str]:
+    """The destinations of the flags that were typed, whatever their values: defaults are not among them."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args()))
 
 
 def fraction(text: str) -> float:
@@ -86,31 +97,15 @@ def linf_radius(text: str) -> float:
     return eps
 
 
-def weights_file(path: Path) -> Path:
-    """The file itself where ``path`` is a run folder."""
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def trained_on(path: Path) -> str:
-    """The data set that a weights file names, if this version has it; else shapes10."""
-    name = checkpoint.load_tensors(weights_file(path))[1].get("data")
-    return "cifar10" if name == "cifar10" else "shapes10"
-
-
-def load_network(path: Path, dataset, device: str):
-    """(model, {"file", "sha256", "architecture"}), or a UserError when it does not fit the data set's images."""
-    path = weights_file(path)
-    model = models.load(path, device)
-    shape, classes = dataset.test_images.shape[1:], len(dataset.classes)
-    if model.input_shape != tuple(shape):
-        raise UserError(f"{path} is a network for images of shape {model.input_shape}, not {tuple(shape)}")
-    if not np.isfinite(to_numpy(model.weights)).all():
-        raise UserError(f"{path}: the weights are not all finite numbers; take another checkpoint")
-    logits = logits_of(model, metrics.as_float(to_device(dataset.test_images[:1], device)))
-    if logits.shape[1] < classes:
-        raise UserError(f"{path} knows {logits.shape[1]} classes, {dataset.name} has {classes}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return model, {"file": path.name, "sha256": sha256, "architecture": model.architecture}
+def fold(lines: Iterable[str]) -> str:
+    """Lines for the terminal: what is longer than it is wide goes on in further lines."""
+    width = max(shutil.get_terminal_size().columns, 20)
+    return "\n".join(
+        part
+        for line in lines
+        for part in textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        or [line]
+    )
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -119,30 +114,27 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     A UserError, full memory (2) and Ctrl-C print one line on stderr. Others are bugs and keep their traceback.
     """
     try:
-        code = main()
-        sys.stdout.flush()  # here, so that a closed pipe shows up inside the try
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        code = 2
-    except MemoryError as error:
-        print(f"error: out of memory: choose a smaller --batch-size ({' '.join(str(error).split())})", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
+        try:
+            code = main()
+        except SystemExit as stopped:  # argparse's, whose help may still be in a buffer
+            code = stopped.code
+        except UserError as error:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            code = 2
+        except MemoryError as error:
+            said = " ".join(str(error).split())
+            print(f"error: out of memory: choose a smaller --batch-size ({said})", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            code = 130
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # here, so that a closed pipe shows up inside the try
     except BrokenPipeError:  # `... | head`: nobody reads on, so end like a program that SIGPIPE stopped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # Python flushes it once more at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         code = 141
     sys.exit(code)
-
-
-@contextmanager
-def progress(total: int, label: str):
-    """A progress bar over images; yields ``advance(done, robust)`` for :func:`nanomr.attacks.pgd`."""
-    with tqdm(total=total, desc=label, unit="img", disable=None) as bar:
-
-        def advance(done: int, robust: int):
-            bar.set_postfix_str(f"robust so far {robust / done:.2%}")
-            bar.update(done - bar.n)
-
-        yield advance

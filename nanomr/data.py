@@ -1,4 +1,4 @@
-"""The data sets: CIFAR-10 (found on disk, or downloaded and verified) and the drawn shapes10.
+"""The data sets: CIFAR-10 (found on disk, or downloaded and verified), the drawn shapes10, one's own ``.npz`` files.
 
 CIFAR-10 is read in its official binary layout: a record is 1 label byte and 3072 pixel bytes, which are the R, G and B
 planes of a 32x32 image, row by row. Images come out as NHWC uint8; augmentation and scaling to [0, 1] live in ``ops``.
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import shapes10
+from . import checkpoint, rng, shapes10
 from .borders import check_labels
 from .errors import UserError
 
@@ -41,9 +41,9 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    name: str  # "cifar10" | "shapes10"
+    name: str  # "cifar10" | "shapes10" | "FILE.npz"
     classes: tuple[str, ...]
-    train_images: np.ndarray  # (n, 32, 32, 3) uint8, C-contiguous
+    train_images: np.ndarray  # (n, H, W, C) uint8, C-contiguous; one's own may be float32 in [0, 1]
     train_labels: np.ndarray  # (n,) int64
     test_images: np.ndarray
     test_labels: np.ndarray
@@ -63,10 +63,13 @@ class Dataset:
 
 
 def load(name: str = "shapes10", data_dir=None, download: bool = True, progress: bool = True) -> Dataset:
-    """The data set ``name``: "shapes10" (drawn in seconds, needs no file) or "cifar10" (see :func:`load_cifar10`).
+    """The data set ``name``: "shapes10" (drawn in seconds, needs no file), "cifar10" (see :func:`load_cifar10`) or a
+    path that ends in ".npz" (see :func:`load_npz`).
 
-    Raises UserError for an unknown name, and for CIFAR-10 files that are missing, damaged or cannot be downloaded.
+    Raises UserError for an unknown name, and for files that are missing, damaged or cannot be downloaded.
     """
+    if str(name).endswith(".npz"):
+        return load_npz(name)
     if name == "cifar10":
         return load_cifar10(data_dir, download, progress)
     if name == "shapes10":
@@ -74,7 +77,83 @@ def load(name: str = "shapes10", data_dir=None, download: bool = True, progress:
         source = {"layout": "drawn by nanomr.shapes10", "train": train, "test": test, "seed": seed}
         drawn = (*shapes10.generate(train, seed), *shapes10.generate(test, seed + 1))
         return Dataset(name, shapes10.CLASSES, *drawn, source)
-    raise UserError(f"unknown data set {name!r}: use --data shapes10 or --data cifar10")
+    raise UserError(f"unknown data set {name!r}: use --data shapes10, --data cifar10 or --data FILE.npz")
+
+
+# ---------------------------------------------------------------- one's own
+
+MOST_CLASSES = 10_000
+
+
+def load_npz(path) -> Dataset:
+    """One's own images, from a ``.npz`` file of NumPy arrays (``numpy.savez``). Its arrays are
+
+    - ``train_images``, ``train_labels``, ``test_images``, ``test_labels``;
+    - or ``images`` and ``labels``: a fifth of them, drawn by a seed of 0, are then the test images;
+    - and, if the classes have names, ``classes`` (K,), text.
+
+    Images (N, H, W, C), or (N, H, W) for one channel, uint8 or floats in [0, 1]; labels (N,), whole numbers from 0 to
+    K - 1, each of them in training. Raises UserError, naming the array, for anything else.
+    """
+    path = Path(path)
+    arrays = checkpoint.load_arrays(path)
+    split, whole = ("train_images", "train_labels", "test_images", "test_labels"), ("images", "labels")
+    keys = split if set(split) <= set(arrays) else whole
+    if not set(keys) <= set(arrays):
+        found = ", ".join(sorted(arrays)) or "nothing"
+        raise UserError(f"{path} holds {found[:200]}; it must hold {', '.join(split)}, or images and labels")
+    data = {key: _own_images(path, key, arrays[key]) for key in keys if key.endswith("images")}
+    for images, labels in zip(keys[::2], keys[1::2], strict=True):
+        data[labels] = _own_labels(path, labels, arrays[labels], len(data[images]))
+    if keys is whole:
+        order = rng.generator(0, rng.DATA).permutation(len(data["labels"]))
+        test, train = np.split(order, [len(order) // 5])
+        if not len(test):
+            raise UserError(f"{path}: {len(order)} images are too few to leave a fifth of them for tests")
+        data = {
+            f"{kind}_{key}": data[key][index] for kind, index in (("train", train), ("test", test)) for key in whole
+        }
+    if data["train_images"].shape[1:] != data["test_images"].shape[1:]:
+        shapes = " and ".join(str(data[key].shape[1:]) for key in split[::2])
+        raise UserError(f"{path}: training and test images must be of one shape, not {shapes}")
+    if data["train_images"].dtype != data["test_images"].dtype:
+        raise UserError(f"{path}: training and test images must be of one type, uint8 or floats")
+    known = np.unique(data["train_labels"])
+    if not np.array_equal(known, np.arange(len(known))) or len(known) < 2 or data["test_labels"].max() >= len(known):
+        raise UserError(
+            f"{path}: labels must be 0 to K - 1, at least two, each in training; there are {len(known)} in training, "
+            f"{known[0]} to {known[-1]}, and {data['test_labels'].min()} to {data['test_labels'].max()} in the test"
+        )
+    names = arrays.get("classes", np.arange(len(known)).astype(str))
+    if names.shape != known.shape or names.dtype.kind != "U":
+        raise UserError(f"{path}: classes must be {len(known)} texts, not {names.dtype} {names.shape}")
+    source = {"layout": "npz", "file": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return Dataset(path.name, tuple(names.tolist()), *(data[key] for key in split), source)
+
+
+def _own_images(path, key, images) -> np.ndarray:
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or 0 in images.shape:
+        raise UserError(f"{path}: {key} must be (N, H, W, C), not of shape {images.shape}")
+    if images.dtype == np.uint8:
+        return np.ascontiguousarray(images)
+    if images.dtype.kind != "f":
+        raise UserError(f"{path}: {key} must be uint8, or floats in [0, 1], not {images.dtype}")
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise UserError(f"{path}: {key} must be in [0, 1], not {low:g} to {high:g}: save uint8, or divide by 255")
+    return np.ascontiguousarray(images, np.float32)
+
+
+def _own_labels(path, key, labels, n: int) -> np.ndarray:
+    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{path}: {key} must be {n} whole numbers, not {labels.dtype} of shape {labels.shape}")
+    if labels.min() < 0 or labels.max() >= MOST_CLASSES:
+        raise UserError(f"{path}: {key} must be 0 to K - 1, not {labels.min()} to {labels.max()}")
+    return labels.astype(np.int64)
+
+
+# ---------------------------------------------------------------- CIFAR-10
 
 
 def load_cifar10(

@@ -15,13 +15,18 @@ The contract of every layer:
   so is an empty batch. bfloat16 and float32 may meet, other dtypes may not.
 """
 
+import inspect
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+from . import rng
 from .borders import WEIGHTS, check, check_plus, check_triple, four_sides, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
+
+MOST = 2**27  # numbers in a parameter, half a gigabyte: more is a slip, or a damaged file
 
 
 class PairBatch(NamedTuple):
@@ -76,9 +81,21 @@ class BehindReLU(NamedTuple):
 
 
 class Layer:
-    """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays."""
+    """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays.
+
+    ``arguments``: those of the constructor, by name and in JSON's types. A checkpoint says by them how the layer is
+    made (:func:`nanomr.models.build`), and is held to the types that the constructor names.
+    """
 
     takes_pairs = False  # can forward be given a PairBatch?
+    fan_in = 0  # how many numbers an output is a sum of; 0: no weights that are drawn
+
+    def __new__(cls, *args, **options):
+        layer = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(layer, *args, **options)  # a copy is made without any
+        bound.apply_defaults()
+        layer.arguments = {k: _plain(v) for k, v in list(bound.arguments.items())[1:] if not isinstance(v, dict)}
+        return layer
 
     def __init__(self):
         self.params: dict = {}
@@ -94,6 +111,13 @@ class Layer:
         yield prefix, self
         for name, child in self.children.items():
             yield from child.walk(f"{prefix}.{name}" if prefix else name)
+
+    def draw(self, generator: np.random.Generator) -> dict:
+        """New weights, by name: PyTorch's default, uniform within 1 / sqrt(fan in). A layer that is just made has those
+        of seed 0; a :class:`nanomr.models.Model` draws those of all layers that nobody has touched since."""
+        bound = max(self.fan_in, 1) ** -0.5
+        shapes = {name: value.shape for name, value in self.params.items()} if self.fan_in else {}
+        return {name: generator.uniform(-bound, bound, shape).astype(np.float32) for name, shape in shapes.items()}
 
     @property
     def has_params(self) -> bool:
@@ -118,6 +142,20 @@ class Layer:
                 self.grads[name] = gradient
 
 
+def _plain(value):
+    """``value`` as JSON has it."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _room(*shape: int) -> np.ndarray:
+    """Room for a parameter. Raises ValueError for a shape that is none."""
+    if min(shape) < 1 or math.prod(shape) > MOST:
+        raise ValueError(f"a layer cannot have weights of shape {shape}: sizes are 1 or more, {MOST} numbers at most")
+    return np.zeros(shape, np.float32)
+
+
 class Affine(Layer):
     """y = A x + b. Subclasses give the map, its transpose and, if they have any, their parameters' gradients."""
 
@@ -126,7 +164,8 @@ class Affine(Layer):
     def make(self, bias, *shape):
         """The parameters, for good of these shapes: a weight, whose last axis is the outputs, and a bias."""
         self.shapes = {"weight": shape, "bias": shape[-1:]}
-        self.params = {name: np.zeros(self.shapes[name], np.float32) for name in ("weight", "bias")[: 1 + bool(bias)]}
+        self.params = {name: _room(*self.shapes[name]) for name in ("weight", "bias")[: 1 + bool(bias)]}
+        self.params = self.draw(rng.generator(0, rng.INIT))
 
     def output_shape(self, x):
         """The shape of A x. ValueError unless x fits, and the parameters have the shapes that they were made with."""
@@ -172,13 +211,21 @@ class Affine(Layer):
 class Conv2d(Affine):
     """2-D convolution. ``padding`` is one number or (top, bottom, left, right); see ``derivations/convolution.md``."""
 
-    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, bias=True):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        padding: int | tuple = 0,
+        bias: bool = True,
+    ):
         super().__init__()
         sizes = dict(in_channels=in_channels, out_channels=out_channels, kernel=kernel, stride=stride)
         c, c_out, kernel, self.stride = (whole("Conv2d", name, size) for name, size in sizes.items())
         self.padding = four_sides("Conv2d", padding)
-        self.make(bias, kernel, kernel, c, c_out)
         self.fan_in = kernel * kernel * c
+        self.make(bias, kernel, kernel, c, c_out)
 
     def forward(self, x, train=False, tap=None, plus=None):
         return super().forward(x) if plus is None else (self.apply(x, plus=plus), x)
@@ -228,11 +275,12 @@ class Linear(Affine):
     come in another order on disk.
     """
 
-    def __init__(self, in_features, out_features, bias=True, image=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, image: tuple | None = None):
         super().__init__()
         sizes = dict(in_features=in_features, out_features=out_features)
-        self.make(bias, *(whole("Linear", name, size) for name, size in sizes.items()))
+        sizes = [whole("Linear", name, size) for name, size in sizes.items()]
         self.fan_in, self.image = in_features, image
+        self.make(bias, *sizes)
         if image and (len(image) != 3 or np.prod(image) != in_features):
             raise ValueError(f"Linear takes an image (H, W, C) of its {in_features} features, not {image}")
 
@@ -268,7 +316,7 @@ class Linear(Affine):
 class Normalize(Affine):
     """(x - mean) / std per channel: the model's first layer, so that images and eps are always in [0, 1] units."""
 
-    def __init__(self, mean, std):
+    def __init__(self, mean: tuple, std: tuple):
         super().__init__()
         self.buffers.update(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
         sizes = {self.buffers["mean"].shape, self.buffers["std"].shape} - {(1,)}
@@ -317,7 +365,7 @@ class Flatten(Affine):
 class AveragePool2d(Affine):
     """Mean over window x window tiles; ``window=None`` pools the whole image to 1 x 1. ``derivations/pooling.md``."""
 
-    def __init__(self, window=None):
+    def __init__(self, window: int | None = None):
         super().__init__()
         self.window = None if window is None else whole("AveragePool2d", "window", window)
 
@@ -385,12 +433,12 @@ class BatchNorm2d(Layer):
     ``before_relu`` says that a ReLU comes next, which is left to do the work (:class:`Normalized`).
     """
 
-    def __init__(self, channels, eps=1e-5, momentum=0.1, before_relu=False):
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, before_relu: bool = False):
         super().__init__()
         self.eps, self.momentum, self.before_relu = eps, momentum, before_relu
         self.channels = channels = whole("BatchNorm2d", "channels", channels)
-        self.params.update(weight=np.ones(channels, np.float32), bias=np.zeros(channels, np.float32))
-        self.buffers.update(running_mean=np.zeros(channels, np.float32), running_var=np.ones(channels, np.float32))
+        self.params.update(weight=_room(channels) + 1, bias=_room(channels))
+        self.buffers.update(running_mean=_room(channels), running_var=_room(channels) + 1)
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def forward(self, x, train=False, tap=None):
@@ -481,7 +529,14 @@ class PreActBlock(Layer):
     network that Jin released with the paper's first version).
     """
 
-    def __init__(self, in_channels, channels, stride=1, out_shortcut=True, activated_identity=False):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        out_shortcut: bool = True,
+        activated_identity: bool = False,
+    ):
         super().__init__()
         self.children = {
             "bn1": BatchNorm2d(in_channels, before_relu=True),

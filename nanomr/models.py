@@ -1,9 +1,13 @@
-"""The networks of the paper: ``mlp`` (eq. 3-6), ``small_cnn`` (verification), ``preact_resnet18`` (robustness).
+"""Networks: a :class:`Model` is a tree of layers, and its checkpoint says which. The paper's networks are such trees:
+``mlp`` (eq. 3-6), ``small_cnn`` (verification), ``preact_resnet18`` (robustness).
 
 Weights on disk are safetensors with PyTorch's names and layouts: ``docs/torch_twin.py`` loads them.
 """
 
+import inspect
+import math
 import operator
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -31,26 +35,46 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 class Model(Sequential):
-    """A network that maps images (N, H, W, C) in [0, 1] to logits (N, K).
+    """A network that maps images (N, H, W, C) in [0, 1] to logits (N, K): ``children``, one after another.
 
     ``weights`` and ``gradients`` are flat vectors; every parameter and its gradient is a view into them, so that the
     optimiser is one pass. Whoever exchanges a parameter, a gradient or a layer need not know: the next look at the
-    vectors, and the next forward pass, take it in. Copies and pickles are networks of their own.
-    ``architecture`` = {"name": ..., keyword arguments}: what a checkpoint needs to rebuild it.
+    vectors, and the next forward pass, take it in. Copies and pickles are networks of their own. Layers that are as
+    they were made get weights drawn by ``seed``; others keep theirs. ``name`` is what tables call the network (of
+    another's architecture, its name is taken). Raises ValueError for names that a checkpoint cannot have, and for an
+    ``input_shape`` that is not (H, W, C).
     """
 
-    def __init__(self, children: dict[str, Layer], architecture: dict, input_shape: tuple, seed: int = 0):
+    def __init__(
+        self, children: dict[str, Layer], name: str | dict = "network", input_shape: tuple = (32, 32, 3), seed: int = 0
+    ):
         super().__init__(children)
-        self.architecture, self.input_shape = architecture, tuple(input_shape)
+        self.name = name.get("name", "network") if isinstance(name, dict) else name
+        self.input_shape = tuple(input_shape)
+        if len(self.input_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in self.input_shape):
+            raise ValueError(f"input_shape must be (H, W, C), three whole numbers above 0, not {input_shape}")
         generator = rng.generator(seed, rng.INIT)
         for _, layer in self.walk():
-            if isinstance(layer, Conv2d | Linear):  # PyTorch's default: uniform within 1 / sqrt(fan in)
-                bound = layer.fan_in**-0.5
-                drawn = {n: generator.uniform(-bound, bound, value.shape) for n, value in layer.params.items()}
-                if not any(value.any() for value in layer.params.values()):  # a layer of another network is kept
-                    layer.params.update(drawn)
+            if wrong := [child for child in layer.children if not isinstance(child, str) or child in ("", "optimizer")]:
+                raise ValueError(f"a layer cannot be called {wrong[0]!r}")
+            if wrong := [child for child in layer.children if "." in child]:
+                raise ValueError(f"a layer cannot be called {wrong[0]!r}: dots stand between the names of a tree")
+            drawn, made = layer.draw(generator), layer.draw(rng.generator(0, rng.INIT))
+            if all(np.array_equal(to_numpy(layer.params[name]), value) for name, value in made.items()):
+                layer.params.update(drawn)
         self._weights = self._gradients = np.zeros(0, np.float32)
         self._pack()
+
+    @property
+    def architecture(self) -> dict:
+        """What :func:`build` makes this network of, in JSON's types: its layers, by name, and their arguments.
+
+        Raises ValueError where a layer with weights has two names: a file would give each its own.
+        """
+        paths = [id(layer) for _, layer in self.walk() if layer.params or layer.buffers]
+        if len(paths) > len(set(paths)):
+            raise ValueError("a layer has two names in this network, and a file cannot say that they share weights")
+        return {"name": self.name, "input_shape": list(self.input_shape), "layers": _nodes(self)}
 
     def _layers(self):
         """Each layer once, however many names it has."""
@@ -206,6 +230,15 @@ class Model(Sequential):
         checkpoint.save_tensors(path, self.state_dict(), {"architecture": self.architecture, **metadata})
 
 
+def _nodes(layer: Sequential) -> dict:
+    return {
+        name: {"type": "Sequential", "layers": _nodes(child)}
+        if type(child) is Sequential
+        else {"type": type(child).__name__, **child.arguments}
+        for name, child in layer.children.items()
+    }
+
+
 class InBfloat16:
     """A float32 model that computes in bfloat16, and takes and gives float32 as before: forward and backward, all that
     attacks need. For a quick look at it; figures that are reported come from the model itself."""
@@ -257,51 +290,49 @@ def mlp(sizes=(3072, 256, 256, 10), seed=0, input_shape=None, mean=(0.0,), std=(
         children[f"fc{i}"] = Linear(sizes[i - 1], sizes[i], image=input_shape if i == 1 else None)
         if i < len(sizes) - 1:
             children[f"relu{i}"] = ReLU()
-    config = {
-        "name": "mlp",
-        "sizes": list(sizes),
-        "input_shape": list(input_shape),
-        "mean": list(mean),
-        "std": list(std),
-    }
-    return Model(children, config, input_shape, seed)
+    return Model(children, "mlp", input_shape, seed)
 
 
-def small_cnn(seed=0, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD) -> Model:
+def small_cnn(
+    seed=0, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD, input_shape=(32, 32, 3)
+) -> Model:
     """The verification network: conv 16 and conv 32, stride 2, then fully connected ``hidden`` and ``classes``.
 
     ``kernel=4`` with padding 1 is Wong et al.'s (2018); ``kernel=5`` with TensorFlow's SAME padding is Xiao et al.'s
-    (2019). The paper has 128 hidden units where they have 100. Input (N, 32, 32, 3).
+    (2019). The paper has 128 hidden units where they have 100. Images of ``input_shape`` = (H, W, C), at least 4x4.
     """
     if kernel not in (4, 5):
         raise ValueError(f"small_cnn: kernel must be 4 (Wong et al.) or 5 (Xiao et al.), not {kernel}")
-    padding = 1 if kernel == 4 else (1, 2, 1, 2)
+    h, w, c = input_shape
+    if min(h, w) < 4:
+        raise ValueError(f"small_cnn takes images of at least 4x4 pixels, not {h}x{w}")
+    padding, image = 1 if kernel == 4 else (1, 2, 1, 2), (h // 4, w // 4, 32)
     children = {
         **_input(mean, std, hidden, classes),
-        "conv1": Conv2d(3, 16, kernel, 2, padding),
+        "conv1": Conv2d(c, 16, kernel, 2, padding),
         "relu1": ReLU(),
         "conv2": Conv2d(16, 32, kernel, 2, padding),
         "relu2": ReLU(),
         "flatten": Flatten(),
-        "fc1": Linear(2048, hidden, image=(8, 8, 32)),
+        "fc1": Linear(math.prod(image), hidden, image=image),
         "relu3": ReLU(),
         "fc2": Linear(hidden, classes),
     }
-    config = {
-        "name": "small_cnn",
-        "kernel": kernel,
-        "hidden": hidden,
-        "classes": classes,
-        "mean": list(mean),
-        "std": list(std),
-    }
-    return Model(children, config, (32, 32, 3), seed)
+    return Model(children, "small_cnn", input_shape, seed)
 
 
 def preact_resnet18(
-    seed=0, bn_before_fc=True, out_shortcut=True, jin_v1=False, width=64, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD
+    seed=0,
+    bn_before_fc=True,
+    out_shortcut=True,
+    jin_v1=False,
+    width=64,
+    classes=10,
+    mean=CIFAR_MEAN,
+    std=CIFAR_STD,
+    input_shape=(32, 32, 3),
 ) -> Model:
-    """PreActResNet18 for 32x32 images (He et al. 2016); both flags on is their network.
+    """PreActResNet18 for small square images of ``input_shape`` (He et al. 2016); both flags on is their network.
 
     ``bn_before_fc``: batch norm and ReLU before the pooling. ``out_shortcut``: the 1x1 shortcut convolutions read the
     activated input. ``jin_v1`` (overrides both): the network released with the paper's first version: batch norm and
@@ -309,7 +340,10 @@ def preact_resnet18(
     """
     if jin_v1:
         bn_before_fc, out_shortcut = False, True
-    children: dict[str, Layer] = {**_input(mean, std, width, classes), "conv1": Conv2d(3, width, 3, 1, 1, bias=False)}
+    h, w, c = input_shape
+    if h != w:
+        raise ValueError(f"preact_resnet18 takes square images, not {h}x{w}")
+    children: dict[str, Layer] = {**_input(mean, std, width, classes), "conv1": Conv2d(c, width, 3, 1, 1, bias=False)}
     if jin_v1:
         children.update(bn1=BatchNorm2d(width, before_relu=True), relu1=ReLU())
     channels = width
@@ -325,23 +359,85 @@ def preact_resnet18(
     if bn_before_fc:
         children.update(bn=BatchNorm2d(channels, before_relu=True), relu=ReLU())
     children.update(pool=AveragePool2d(), flatten=Flatten(), linear=Linear(channels, classes))
-    config = dict(name="preact_resnet18", bn_before_fc=bn_before_fc, out_shortcut=out_shortcut, jin_v1=jin_v1)
-    config |= {"width": width, "classes": classes, "mean": list(mean), "std": list(std)}
-    return Model(children, config, (32, 32, 3), seed)
+    return Model(children, "preact_resnet18", input_shape, seed)
 
 
 BUILDERS = {"mlp": mlp, "small_cnn": small_cnn, "preact_resnet18": preact_resnet18}
+LAYERS = {
+    layer.__name__: layer
+    for layer in (AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, PreActBlock, ReLU, Sequential)
+}
+MOST = 2**28  # numbers in a network that a file asks for: a gigabyte, and four in training
 
 
-def build(architecture: dict, seed: int = 0) -> Model:
-    """A network from its ``architecture``. Raises UserError for one that this version does not know."""
-    name = architecture.get("name") if isinstance(architecture, dict) else architecture
-    if not isinstance(name, str) or name not in BUILDERS or name is architecture:
-        raise UserError(f"unknown network {name!r}: this version builds {', '.join(BUILDERS)}")
+def build(architecture: dict, seed: int = 0, most: int = MOST) -> Model:
+    """A network from its ``architecture``, which may come from anywhere: :attr:`Model.architecture`, or the name of
+    one of ``BUILDERS`` with its arguments (a short form, and that of older files).
+
+    Nothing but the constructors of ``LAYERS`` is called. Raises UserError for an architecture that this version does
+    not know, that is damaged, or that has more than ``most`` numbers.
+    """
+    shown = reprlib.repr(architecture)
+    if not isinstance(architecture, dict):
+        raise UserError(f"unknown network {shown}: an architecture names its layers")
+    options = {k: v for k, v in architecture.items() if k != "name"}
+    name = architecture.get("name")
+    if not isinstance(name, str) or not name.isprintable():
+        raise UserError(f"unknown network {reprlib.repr(name)}: a network has a name")
     try:
-        return BUILDERS[name](seed=seed, **{k: v for k, v in architecture.items() if k != "name"})
-    except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"the checkpoint's architecture does not fit this version: {error}") from None
+        if "layers" not in options:
+            if name not in BUILDERS:
+                raise UserError(f"unknown network {name[:40]!r}: this version builds {', '.join(BUILDERS)}")
+            return BUILDERS[name](seed=seed, **options)
+        layers = _children(options.pop("layers"), [most])
+        return Model(layers, name, seed=seed, **options)
+    except (TypeError, ValueError, IndexError, OverflowError, MemoryError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint's architecture is of another network or version, or damaged: {error}"
+        ) from None
+
+
+def _children(nodes, room: list[int], where: str = "the network") -> dict[str, Layer]:
+    """The layers of a tree's nodes. ``room``: how many numbers they may still have. Raises ValueError."""
+    if not isinstance(nodes, dict) or not nodes:
+        raise ValueError(f"{where} has no layers")
+    layers: dict[str, Layer] = {}
+    for name, node in nodes.items():
+        options = dict(node) if isinstance(node, dict) else {}
+        kind = options.pop("type", None)
+        if not isinstance(kind, str) or kind not in LAYERS:
+            raise ValueError(
+                f"the layer {name[:40]!r} is {reprlib.repr(kind)}, not one of {', '.join(LAYERS)}: build the network "
+                "in Python, and give its load_state_dict the file's tensors"
+            )
+        if kind == "Sequential":
+            layers[name] = Sequential(_children(options.pop("layers", None), room, f"the layer {name[:40]!r}"))
+            if options:
+                raise ValueError(f"the layer {name[:40]!r} has {reprlib.repr(list(options))} beside its layers")
+            continue
+        parameters = inspect.signature(LAYERS[kind].__init__).parameters
+        for key, value in options.items():
+            if key not in parameters or not _fits(key, value, parameters[key].annotation):
+                raise ValueError(f"the layer {name[:40]!r}, {kind}: {key[:40]!r} cannot be {reprlib.repr(value)}")
+        layers[name] = LAYERS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        below = [layer for _, layer in layers[name].walk()]
+        room[0] -= sum(a.size for layer in below for a in (*layer.params.values(), *layer.buffers.values()))
+        if room[0] < 0:
+            raise ValueError(f"with the layer {name[:40]!r} it has more numbers than there is room for")
+    return layers
+
+
+def _fits(name: str, value, kind) -> bool:
+    """Is ``value``, from JSON, an argument of the type that a layer's constructor names?"""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, list):  # of any numbers (mean, std), or of whole ones (padding, image)
+        each = float if kind is tuple else int
+        return bool(value) and isinstance((), kind) and all(_fits(name, v, each) for v in value)
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    low = 0 if name == "padding" else 1
+    return isinstance(value, kind) and (value is None or low <= value <= 2**24)
 
 
 def load(path, device: str = "cpu") -> Model:
@@ -354,6 +450,10 @@ def load(path, device: str = "cpu") -> Model:
     tensors, metadata = checkpoint.load_tensors(path)
     if "architecture" not in metadata:
         raise UserError(f"{path} holds no nanomr network: it was not written by nanomr")
-    model = build(metadata["architecture"])
-    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    try:
+        model = build(metadata["architecture"], most=sum(v.size for v in tensors.values()))
+        model.load_state_dict(tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return model.to(device)

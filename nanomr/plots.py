@@ -41,10 +41,16 @@ def curves(log: list[dict], path) -> Path | None:
         relus.plot(epochs, series(key, 100) / series("relus"), label=f"{key} over 500 images")
     relus.set(title="ReLUs", ylabel="%", ylim=(0, 100))
     schedule.plot(epochs, series("eps", 255 / 8), label="eps / (8/255)")
-    for key in ("lr", "gamma_i", "gamma_h"):
-        if top := np.fmax.reduce(series(key), initial=0):
-            schedule.plot(epochs, series(key, 1 / top), label=f"{key} / {top:.4g}")
+    if top := np.fmax.reduce(series("lr"), initial=0):
+        schedule.plot(epochs, series("lr", 1 / top), label=f"lr / {top:.4g}")
     schedule.set(title="Schedules", ylim=(0, 1.05))
+    gammas = {key: series(key) for key in ("gamma_i", "gamma_h") if np.fmax.reduce(series(key), initial=0) > 0}
+    if gammas:  # both grow by the same factor: on an axis of their own, and logarithmic, they do not hide each other
+        weights = schedule.twinx()
+        for (key, values), style in zip(gammas.items(), ("C2--", "C3-."), strict=False):
+            weights.plot(epochs, np.where(values > 0, values, math.nan), style)
+            schedule.plot([], [], style, label=f"{key} (right)")  # for the legend
+        weights.set(yscale="log", ylabel="gamma")
     for axes in (accuracy, loss, relus, schedule):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -57,7 +63,7 @@ def curves(log: list[dict], path) -> Path | None:
 def examples(x, adversarial, labels, predicted, classes, path, count: int = 8) -> Path | None:
     """The first ``count`` images: clean, what the attack added (magnified), adversarial, and what both are called.
 
-    ``x`` and ``adversarial`` (N, H, W, 3) in [0, 1]; ``labels`` and ``predicted`` (N,) index ``classes``. None for no
+    ``x`` and ``adversarial`` (N, H, W, C) in [0, 1]; ``labels`` and ``predicted`` (N,) index ``classes``. None for no
     images, and without matplotlib.
     """
     plt = _pyplot()
@@ -72,6 +78,8 @@ def examples(x, adversarial, labels, predicted, classes, path, count: int = 8) -
         factor = f"x {0.5 / largest:.3g}" if largest else "nothing"
         titles = (classes[int(labels[i])], factor, classes[int(predicted[i])])
         for axis, image, title in zip(axes[:, i], (x[i], shown, adversarial[i]), titles, strict=True):
+            if image.shape[-1] != 3:  # no colours: the mean of the channels, in grey
+                image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
             axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
             axis.set_title(title, fontsize=9)
             axis.set(xticks=[], yticks=[])
@@ -83,7 +91,7 @@ def examples(x, adversarial, labels, predicted, classes, path, count: int = 8) -
 
 
 def accuracy_by_eps(reports: list[dict], path) -> Path | None:
-    """Clean, PGD and verified accuracy against eps, from the reports of verify_small.py. None without matplotlib."""
+    """Clean, PGD and verified accuracy against eps, from the reports of ``nanomr verify``. None without matplotlib."""
     plt = _pyplot()
     if plt is None:
         return None

@@ -7,22 +7,24 @@ Every random draw is a function of (seed, step), so that a resumed run continues
 """
 
 import math
+import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoint, metrics, models, optim, plots, rng
+from . import checkpoint, compiling, metrics, models, optim, plots, rng
 from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
 from .errors import UserError
 from .graph import Replayed
 from .manifold import corner_pairs
-from .methods import manifold_step, standard_step
+from .methods import METHODS, manifold_step, standard_step
 from .models import InBfloat16, InTf32
 from .ops import bfloat16, gpu, ops_for
 
@@ -56,6 +58,23 @@ class Config:
     augment: bool = True
     precision: str = "fp32"  # or "bf16", on a GPU also "tf32": of what a step multiplies; weights are float32
 
+    def checked(self) -> "Config":
+        """Itself. Raises ValueError when a value, which may come from a file, is not of its field's type and range."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63
+            if not (number if field.type in (int, float) else True) or not isinstance(
+                value, int | float if field.type is float else field.type
+            ):
+                raise ValueError(f"{field.name} cannot be {str(value)[:40]!r}")
+        choices = {"method": METHODS, "hamming_norm": ("batch", "sample"), "precision": ("fp32", *LOOKS)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)[:40]!r}, not one of {', '.join(known)}")
+        if self.batch_size < 1:
+            raise ValueError("batch_size must be 1 or more")
+        return self
+
     def schedule(self, epoch: float) -> dict:
         """lr, eps, gamma_i, gamma_h at a fractional epoch (appendix B, scaled to this run's length)."""
         factor = optim.gamma_factor(epoch, self.epochs, self.gamma_factor)
@@ -88,6 +107,8 @@ class Trainer:
             raise UserError("--precision tf32 needs a GPU: use --precision fp32 or bf16")
         if device == "gpu":
             gpu.set_tf32(False)  # whatever CUPY_TF32 says
+        if config.augment and dataset.train_images.dtype != np.uint8:
+            raise UserError("crops and flips are made of uint8 images, and these are floats: use --no-augment")
         images, labels, held, held_labels = dataset.hold_out(config.hold_out)
         if config.train_images:
             images, labels = images[: config.train_images], labels[: config.train_images]
@@ -219,9 +240,19 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C, the run saved."""
-        total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
+        """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C, the run saved.
+
+        The folder is this process's alone meanwhile: a UserError, when another trains in it.
+        """
         self.open_folder()
+        with checkpoint.locked(self.folder):
+            try:
+                return self._run()
+            except KeyboardInterrupt:  # while a kernel was compiled: the run stands where the last save says
+                raise Interrupted(f"stopped while kernels were compiled: go on with --resume {self.folder}") from None
+
+    def _run(self):
+        total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
         if self.step == 0:  # a log without a checkpoint is of a run that was killed before its first one
             checkpoint.write_jsonl(self.folder / "log.jsonl", [])
             self.save()
@@ -267,7 +298,7 @@ class Trainer:
         self.totals[...], self.seconds = 0, 0.0
         self.save()
         if len(self.log) == 1:
-            bar.write(HEADER)
+            bar.write(line())
         bar.write(line(record))
         self._stop_on_collapse()
 
@@ -349,23 +380,33 @@ class Trainer:
         checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
 
     def resume(self):
-        """Continue from the folder's ``last.safetensors``."""
+        """Continue from the folder's ``last.safetensors``. Raises UserError for files that are damaged or another's."""
         path, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
         tensors, metadata = checkpoint.load_tensors(path)
-        earlier = {"precision": "fp32"} | (metadata.get("config") or {})  # runs of before there was a choice
-        if earlier != asdict(self.config):
+        earlier = metadata.get("config") if isinstance(metadata.get("config"), dict) else {}
+        if {"precision": "fp32"} | earlier != asdict(self.config):  # runs of before there was a choice
             raise UserError(f"{path} belongs to another configuration than config.json: restore one of the two")
-        records = checkpoint.read_jsonl(log) if log.exists() else []
-        if not all("epoch" in record for record in records):
+        records = checkpoint.read_jsonl(log) if os.path.lexists(log) else []
+        if not all(_finite(record.get(key)) for record in records for key in LOGGED):
             raise UserError(f"{log} holds lines that are not of a run's log: restore or delete it")
         velocity = tensors.pop("optimizer.velocity", np.empty(0))
         if velocity.shape != self.optimizer.velocity.shape:
             raise UserError(f"{path} is for another network")
+        for name, value in (*tensors.items(), ("optimizer.velocity", velocity)):
+            if not np.isfinite(value).all():
+                raise UserError(
+                    f"{path} is damaged: {name} holds NaN or infinity; restore it, or train anew with --out"
+                )
+        state = metadata.get("state") if isinstance(metadata.get("state"), dict) else {}
+        step, seconds, totals = (state.get(key) for key in ("step", "seconds", "totals"))
+        most = self.config.epochs * self.steps_per_epoch
+        fine = type(step) is int and 0 <= step <= most and _finite(seconds) and seconds >= 0
+        if not (fine and isinstance(totals, list) and len(totals) == 5 and all(map(_finite, totals))):
+            raise UserError(f"{path} is damaged: it does not say where the run stands; restore it")
         self.model.load_state_dict(tensors)
         self.optimizer.velocity[...] = to_device(velocity, self.device)
-        state = metadata["state"]
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.totals[...] = to_device(np.array(state["totals"]), self.device)
+        self.step, self.seconds = step, seconds
+        self.totals[...] = to_device(np.array(totals), self.device)
         epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
         self.log = [r for r in records if r["epoch"] <= epochs]
         checkpoint.write_jsonl(log, self.log)
@@ -378,30 +419,41 @@ class Trainer:
         return plots.curves(self.log, self.folder / "curves.png") if self.log else None
 
 
-HEADER = (
-    "epoch    loss      CE   intrinsic  hamming   clean  PGD-10  corners  unstable  switching  dead      lr   eps"
-    "   gamma_i  gamma_h   img/s"
-)
+LOGGED = ("epoch", "accuracy", "unstable", "intrinsic", "hamming", "gamma_i", "gamma_h")  # what a resumed run reads
+# Titles, keys and formats of what is printed of a record, what matters most first: log.jsonl has it all.
+COLUMNS = (
+    ("epoch", "epoch", "5d"), ("  loss", "loss", "6.3f"), (" clean", "accuracy", "6.1%"), ("PGD-10", "pgd10", "6.1%"),
+    ("unstable", "unstable", "8.1%"), ("    CE", "cross_entropy", "6.3f"), ("intrinsic", "intrinsic", "9.1e"),
+    ("hamming", "hamming", "7.1e"), ("    lr", "lr", "6.4f"), (" img/s", "images_per_s", "6.0f"),
+)  # fmt: skip
 
 
-def line(r: dict) -> str:
-    """A log record as a line under HEADER."""
-    return (
-        f"{r['epoch']:5d} {r['loss']:7.3f} {r['cross_entropy']:7.3f} {r['intrinsic']:11.2e} {r['hamming']:8.1e} "
-        f"{r['accuracy']:7.2%} {r['pgd10']:7.2%} {r['corner_distance']:8.1f} {r['unstable']:9.2%} {r['switching']:10d} "
-        f"{r['dead']:5d} {r['lr']:7.4f} {r['eps'] * 255:5.2f} {r['gamma_i']:9.3g} {r['gamma_h']:8.4g} "
-        f"{r['images_per_s']:7.0f}"
-    )
+def line(record: dict | None = None) -> str:
+    """A record of the log as a row of a table, or the table's head: as many columns as the terminal has room for."""
+    cells = [title if record is None else format(record[key], form) for title, key, form in COLUMNS]
+    widths = np.cumsum([1 + len(title) for title, _, _ in COLUMNS]) - 1
+    return " ".join(cells[: max(1, int((widths < shutil.get_terminal_size().columns).sum()))])
+
+
+def _finite(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextmanager
 def _interrupts():
-    """Within it, Ctrl-C and SIGTERM fill the list that it yields instead of breaking into a step."""
+    """Within it, Ctrl-C and SIGTERM fill the list that it yields instead of breaking into a step. A kernel that is
+    being compiled, which may take half a minute, they break into: a KeyboardInterrupt."""
     caught: list = []
     previous = {}
+
+    def handle(number, frame):
+        if compiling.now():
+            raise KeyboardInterrupt
+        caught.append(number)
+
     for kind in (signal.SIGINT, signal.SIGTERM):
         try:
-            previous[kind] = signal.signal(kind, lambda number, frame: caught.append(number))
+            previous[kind] = signal.signal(kind, handle)
         except ValueError:  # not in the main thread: leave signals alone
             break
     try:

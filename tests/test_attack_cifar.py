@@ -1,14 +1,10 @@
 """The program: its files, its exit codes, that a kill loses no finished chunk, and that --check trusts nothing."""
 
-import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +14,10 @@ import programs
 import pytest
 from programs import assert_one_error_line
 
-from nanomr import backend, checkpoint, models, plots
+from nanomr import backend, checkpoint, data, models, plots
 from nanomr.attacks import pgd
 from nanomr.attacks.autoattack import STAGES
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import attack_cifar  # noqa: E402
+from nanomr.programs import attack as attack_cifar
 
 N = 60  # test images
 FILES = {"config.json", "report.json", "per_image.jsonl", "examples.npz"}
@@ -50,18 +43,8 @@ def program(monkeypatch, capsys):
     return programs.caller(attack_cifar, monkeypatch, capsys)
 
 
-def start(place, *arguments, patches=""):
-    """The program in a process of its own, on the small shapes10."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from nanomr import cli, shapes10\n"
-        f"shapes10.TRAIN, shapes10.TEST = 10, {N}\nimport attack_cifar\n{patches}\ncli.run(attack_cifar.main)"
-    )
-    threads = dict.fromkeys(("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], cwd=place, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **threads, "MPLBACKEND": "Agg"},
-    )  # fmt: skip
+def start(place, *arguments, **options):
+    return programs.start("attack", place, *arguments, train=10, test=N, **options)
 
 
 def result(folder):
@@ -135,6 +118,7 @@ def test_records_and_examples_bear_the_report_out(finished, weights):
 
 def test_the_accuracy_after_each_attack_is_printed(finished):
     folder, out, _ = finished
+    assert max(map(len, out.splitlines())) <= 80, out
     for row in json.loads((folder / "report.json").read_text())["after"]:
         assert re.search(rf"{row['attack']} +{row['robust']:.2%}", out)
     assert "Table 2" in out and "57.53" in out and "not comparable" in out
@@ -316,11 +300,11 @@ def test_another_seed_is_another_attack(program, finished):
 
 SLOW = """
 import time
-real = attack_cifar.cascade
+real = program.cascade
 def slow(*args, **options):
     time.sleep(0.4)
     return real(*args, **options)
-attack_cifar.cascade = slow
+program.cascade = slow
 """
 
 
@@ -383,7 +367,7 @@ def test_a_finished_run_is_not_run_again(program, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["--eps 2/255", "--seed 1", "--n 11", "--norm l2", "--attack autoattack", "--chunk 3"]
+    "change", "--eps 2/255,--seed 1,--n 9,--start 1,--steps 1,--norm l2,--attack autoattack,--chunk 3".split(",")
 )  # fmt: skip
 def test_a_run_is_resumed_with_its_own_settings_only(program, change):
     flags = [*FLAGS, "--attack", "pgd", "--n", 10, "--out", "run"]
@@ -391,6 +375,59 @@ def test_a_run_is_resumed_with_its_own_settings_only(program, change):
     name = change.split()[0].strip("-")
     assert_one_error_line(program(*flags, *change.split(), "--resume"), "run was begun with", name)
     assert program(*flags, "--batch-size", 3, "--resume")[0] == 0  # decides nothing
+
+
+@pytest.mark.parametrize("attack", ["autoattack --individual", "wasserstein --steps 20"])
+@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed"])
+def test_resume_with_more_images_goes_on(program, monkeypatch, attack, killed):
+    """The same as all of them at once, and nothing is attacked twice."""
+    flags = [*FLAGS, "--attack", *attack.split(), "--chunk", 4]
+    assert program(*flags, "--n", 12, "--out", "whole")[0] == 0
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(attack_cifar.Run, "finish", programs.stop)
+            assert program(*flags, "--n", 6, "--out", "grown")[0] == 130
+    else:
+        assert program(*flags, "--n", 6, "--out", "grown")[0] == 0
+    parts, real = [], attack_cifar.Run._attack_chunk
+    monkeypatch.setattr(
+        attack_cifar.Run, "_attack_chunk", lambda self, part, *a: (parts.append(part), real(self, part, *a))[1]
+    )
+    code, _, err = program(*flags, "--n", 12, "--out", "grown", "--resume")
+    assert code == 0, err
+    assert [(part.start, part.stop) for part in parts] == [(6, 8), (8, 12)]
+    assert [(r["id"], r["by"]) for r in records("grown")] == [(r["id"], r["by"]) for r in records("whole")]
+    assert result("grown")["robust"] == result("whole")["robust"] and result("grown")["images"] == 12
+    assert {p.name for p in Path("grown").iterdir()} == {p.name for p in Path("whole").iterdir()}
+    assert program("--check", "grown/examples.npz", "--weights", "model.safetensors")[0] == 0
+    assert "finished already" in program(*flags, "--n", 12, "--out", "grown", "--resume")[1]
+    assert_one_error_line(program(*flags, "--n", 6, "--out", "grown", "--resume"), "n = 12")
+
+
+def test_some_images_and_some_stages(program):
+    flags = [*FLAGS[:2], *FLAGS[4:], "--attack", "autoattack", "--stages", "apgd-ce", "square", "--steps", 3]
+    assert program(*flags, "--start", 5, "--n", 4, "--out", "a")[0] == 0
+    assert program(*flags, "--ids", 8, 5, "--out", "b")[0] == 0
+    assert [r["id"] for r in records("a")] == [5, 6, 7, 8] and [r["id"] for r in records("b")] == [8, 5]
+    assert [r["by"] for r in records("b")] == [records("a")[i]["by"] for i in (3, 0)]
+    report = result("b")
+    assert [(s["name"], s.get("steps")) for s in report["settings"]] == [("apgd-ce", 3), ("square", None)]
+    assert program("--check", "b/examples.npz", "--weights", "model.safetensors")[0] == 0
+    assert_one_error_line(program(*flags, "--ids", 60, "--out", "c"), "0 to 59")
+    assert_one_error_line(program(*flags, "--ids", 1, 1, "--out", "c"), "once")
+    assert_one_error_line(program(*flags, "--start", 60, "--out", "c"), "0 to 59")
+    assert_one_error_line(program(*FLAGS, "--attack", "pgd", "--stages", "fab", "--out", "c"), "pgd has no stage fab")
+    for extra in (["--n", 3], ["--start", 3]):
+        code, _, err = program(*flags, "--ids", 1, *extra)
+        assert code == 2 and "--ids names the images" in err
+    assert not Path("c").exists()
+
+
+def test_a_folder_is_one_processs(program):
+    Path("a").mkdir()
+    with programs.another_process_in("a"):
+        assert_one_error_line(program(*FLAGS, "--attack", "pgd", "--out", "a"), "another process")
+    assert program(*FLAGS, "--attack", "pgd", "--n", 2, "--out", "a")[0] == 0
 
 
 def test_another_network_does_not_go_on_with_a_run(program):
@@ -544,7 +581,7 @@ def test_table_puts_the_papers_row_beside_ours(program, finished):
     for argument in (folder, folder / "report.json", folder.parent):
         code, out, _ = program("--table", argument)
         assert code == 0 and "Table 2" in out and "Table 1" not in out
-        assert re.search(rf"this network \(mlp\) +- +{100 * report['robust']:.2f} \[", out)
+        assert re.search(rf"this network \(mlp\) +- +{100 * report['robust']:.2f} +- +", out)
         assert re.search(r"paper: Manifold Regularization \(large\) +57\.53 +36\.90 +66\.02 +69\.95", out)
 
 
@@ -556,18 +593,13 @@ def test_table_of_what_is_no_report(program):
 
 
 def test_help_explains_every_flag(program):
-    code, out, _ = program("--help")
-    assert code == 0
-    for action in attack_cifar.parser()._actions:
-        assert action.help and action.help != argparse.SUPPRESS
-        assert all(flag in out for flag in action.option_strings)
-    assert "default: None" not in " ".join(out.split()) and "python attack_cifar.py" in out
+    programs.assert_help_explains_every_flag(attack_cifar, program)
 
 
 def test_default_radii_are_the_papers():
     for norm, eps in (("linf", 8 / 255), ("l2", 0.5)):
         args = attack_cifar.parser().parse_args(["--norm", norm])
-        dataset = attack_cifar.data.load("shapes10")
+        dataset = data.load("shapes10")
         assert attack_cifar.configure(args, "autoattack+", {}, dataset)["eps"] == eps
         assert attack_cifar.configure(args, "wasserstein", {}, dataset)["eps"] == 0.1
         assert attack_cifar.configure(args, "pgd", {}, dataset)["n"] == N
@@ -579,10 +611,7 @@ BAD_FLAGS = """--eps=-1/255|--eps nan|--eps 8/0|--norm l1|--attack fgsm|--n -1|-
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
 def test_a_bad_flag_is_named_and_nothing_is_made(program, flags, tmp_path):
-    code, out, err = program(*FLAGS, *flags.split())
-    assert code == 2 and out == "" and "Traceback" not in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("attack_cifar.py: error: ") and all(word in last for word in re.split("[ =]", flags))
+    programs.assert_refused(attack_cifar, program(*FLAGS, *flags.split()), flags)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 

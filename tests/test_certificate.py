@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import fewer, seeds
 
 from nanomr import checkpoint, models
-from nanomr.layers import BatchNorm2d, Linear, Normalize
+from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.models import Model
 from nanomr.verify import crown, rounding
 from nanomr.verify.bab import branch_and_bound
@@ -47,7 +47,8 @@ def randomise(model, draw, weight=1.0):
             layer.buffers["std"][...] = draw.uniform(0.2, 0.5, layer.buffers["std"].shape)
         elif layer.params:
             layer.params["weight"] *= draw.uniform(0.8, 1.2, layer.params["weight"].shape) * weight
-            layer.params["bias"][...] = draw.normal(0, 0.2, layer.params["bias"].shape)
+            if "bias" in layer.params:
+                layer.params["bias"][...] = draw.normal(0, 0.2, layer.params["bias"].shape)
     return model
 
 
@@ -65,7 +66,17 @@ def tiny(draw, sizes=(8, 6, 5, 3), shape=(2, 2, 2)):
     return randomise(models.mlp(sizes, seed=int(draw.integers(1 << 30)), input_shape=shape), draw, 1.5)
 
 
+def own():
+    """What no builder makes: no normalisation, uneven padding, pooling, two ReLUs in a row, our order of pixels."""
+    end = Sequential({"pool": AveragePool2d(2), "relu": ReLU(), "flatten": Flatten()})
+    conv = Conv2d(3, 4, 3, 1, (0, 1, 1, 2), bias=False)
+    children = {"conv": conv, "bn": BatchNorm2d(4, eps=0.1), "relu1": ReLU(), "relu2": ReLU(), "end": end}
+    children |= {"fc1": Linear(24, 7), "relu3": ReLU(), "fc2": Linear(7, 4, bias=False), "relu4": ReLU()}
+    return Model(children, "own", (5, 5, 3))
+
+
 NETWORKS = {
+    "own": own,
     "kernel 4": lambda: models.small_cnn(kernel=4, hidden=12, classes=4),
     "kernel 5": lambda: models.small_cnn(kernel=5, hidden=12, classes=4),
     "kernel 4, batch norm": lambda: with_batch_norms(models.small_cnn(kernel=4, hidden=9, classes=3)),
@@ -1026,7 +1037,7 @@ def tensors_of(model):
         (lambda t, m: t.pop("fc2.bias"), "not the network .*fc2.bias"),
         (lambda t, m: t.update({"fc2.weight": t["fc2.weight"][:, :-1]}), "does not fit"),
         (lambda t, m: t.update({"fc2.bias": t["fc2.bias"][:-1]}), "does not fit"),
-        (lambda t, m: m["architecture"].update(name="preact_resnet18"), "knows small_cnn and mlp"),
+        (lambda t, m: m["architecture"]["layers"]["fc1"].update(type="PreActBlock"), "does not know"),
         (lambda t, m: m.clear(), "not the network .*architecture"),
         (lambda t, m: t.__setitem__("fc1.weight", np.full_like(t["fc1.weight"], 3e38)), None),
     ],
@@ -1048,7 +1059,7 @@ def test_a_network_with_a_fault_is_refused(change, message, rng, tmp_path):
 
 def test_a_kernel_that_the_metadata_does_not_say_is_refused(tmp_path):
     tensors, metadata = tensors_of(models.small_cnn(kernel=4, hidden=2, classes=2))
-    metadata["architecture"] = metadata["architecture"] | {"kernel": 5}  # the padding would be another
+    metadata["architecture"] = {"name": "small_cnn", "kernel": 5}  # the padding would be another
     checkpoint.save_tensors(tmp_path / "model.safetensors", tensors, metadata)
     with pytest.raises(CertificateError, match="not 5x5"):
         read_network(tmp_path)

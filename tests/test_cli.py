@@ -2,12 +2,15 @@ import argparse
 import math
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomr.cli import fraction, linf_radius, number, run
+from nanomr import __version__, programs
+from nanomr.cli import fold, fraction, linf_radius, number, run
 from nanomr.errors import UserError
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -159,3 +162,75 @@ def test_a_closed_pipe_ends_quietly(lines):
         child.stdin.close()
         assert child.stderr.read() == b""
         assert child.wait() == 141
+
+
+def test_fold_keeps_what_fits_and_breaks_what_does_not(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = "  name        1.0%     2.0 - 3.0"
+    assert fold([table, "", table]).splitlines() == [table, "", table]
+    lines = fold(["  warning: " + "word " * 20]).splitlines()
+    assert max(map(len, lines)) <= 40 and len(lines) > 2 and all(x.startswith("    ") for x in lines[1:])
+    assert " ".join(lines).split() == ["warning:", *["word"] * 20]
+
+
+# --- the three commands -----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"train": "train_cifar.py", "attack": "attack_cifar.py", "verify": "verify_small.py"}
+
+
+def output(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_and_the_module_are_the_same_program(name):
+    """``nanomr`` itself is ``nanomr.programs:main``, as ``python -m nanomr``."""
+    code, module, _ = output("-m", "nanomr", name, "--help")
+    assert code == 0 and f"\nnanomr {name} --" in module
+    code, script, _ = output(SCRIPTS[name], "--help")
+    assert code == 0 and f"\npython {SCRIPTS[name]} --" in script
+    # the line breaks of the usage depend on the name's length
+    examples = [script.replace(f"python {SCRIPTS[name]}", f"nanomr {name}"), module]
+    script, module = (text.split("options:")[1] for text in examples)
+    assert script == module
+    assert output("-m", "nanomr", name, "--nonsense")[0] == output(SCRIPTS[name], "--nonsense")[0] == 2
+
+
+def test_the_installed_command_is_declared():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        declared = tomllib.load(file)["project"]["scripts"]
+    assert declared == {"nanomr": "nanomr.programs:main"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [([], 0, "nanomr verify"), (["--help"], 0, "nanomr verify"), (["--version"], 0, __version__)],
+    ids=str,
+)
+def test_nanomr_says_which_programs_there_are(arguments, code, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanomr", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        programs.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == code and words in out and err == ""
+
+
+def test_a_program_that_there_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanomr", "fly"])
+    with pytest.raises(SystemExit) as stopped:
+        programs.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.endswith("error: there is no program 'fly'\n")
+    assert "nanomr train" in err
+
+
+def test_help_into_a_closed_pipe_ends_quietly():
+    code = "import sys; sys.stdin.read(); from nanomr.programs import start; sys.argv = ['x', '--help']; start('train')"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        child.stdout.close()
+        child.stdin.close()
+        assert child.stderr.read() == b""
+        assert child.wait() in (0, 141)  # argparse itself overlooks a pipe that is closed while it writes

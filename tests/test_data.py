@@ -178,7 +178,7 @@ def test_load_chooses_by_name(tmp_path, monkeypatch):
     assert json.loads(json.dumps(dataset.source)) == dataset.source
     assert (dataset.source["train"], dataset.source["test"], dataset.source["seed"]) == (30, 20, 0)
     fails("no cifar-10-batches-bin", data.load, "cifar10", tmp_path, download=False)
-    fails("'mnist': use --data shapes10 or --data cifar10", data.load, "mnist")
+    fails("'mnist': use --data shapes10, --data cifar10 or --data FILE.npz", data.load, "mnist")
 
 
 # ---------------------------------------------------------------- the download

@@ -4,6 +4,8 @@ import doctest
 import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,35 @@ def test_figure_1(tmp_path):
     assert data.startswith(b"\x89PNG")
     assert 20_000 < len(data) < 150_000
     assert (ROOT / "docs" / "img" / "figure1.png").stat().st_size < 150_000
+
+
+# --- the front door ---------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_python_runs_as_it_stands():
+    (block,) = [body for language, body in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_example_runs(tmp_path, capsys):
+    found = _script(ROOT / "examples" / "own_network.py").main(tmp_path / "out")
+    assert 0.9 < found["verified"] <= found["attacked"] <= found["clean"] == 1
+    assert "epoch" in capsys.readouterr().out
+
+
+def test_importing_nanomr_shows_what_there_is():
+    """In a process of its own: nothing is imported before it is asked for, and everything by its name alone."""
+    code = (
+        "import sys, nanomr as mr\n"
+        "assert not {'numba', 'matplotlib', 'safetensors', 'nanomr.models'} & set(sys.modules), 'imported at once'\n"
+        "assert set(mr.__all__) <= set(dir(mr))\n"
+        "for name in mr.__all__: getattr(mr, name)\n"
+        "import nanomr.gradcheck, nanomr.programs.train\n"
+        "assert callable(mr.gradcheck) and callable(mr.load) and mr.attacks.pgd and mr.data.load and mr.train.Trainer\n"
+        "try: mr.nonsense\n"
+        "except AttributeError as error: print(error)\n"
+        "from nanomr import *; verify\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "'nonsense'" in done.stdout and "attacks" in done.stdout

@@ -266,7 +266,7 @@ def test_every_operator_that_is_read(rng, tmp_path):
         nodes[-1] = (*nodes[-1][:2], "Y", nodes[-1][3])
         path = write_graph(tmp_path / "theirs.onnx", nodes, constants, out=("N", "K"))
         model = import_onnx(path)
-        assert model.input_shape == (5, 4, 2) and model.architecture == {"name": "onnx"}
+        assert model.input_shape == (5, 4, 2) and model.architecture["name"] == "onnx"
         images = random_images(model, rng)
         wanted = logits_elsewhere(path, images)
         # float32's 6e-8, times a few for the order of the sums; of the largest logit, which is up to 50 here

@@ -1,6 +1,7 @@
 """The networks: the layers' contract as a whole, PyTorch's names and shapes, files, and the 3N batch as a PairBatch."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -594,3 +595,178 @@ def test_evaluation_is_the_default(rng):
     model.forward(images(model, 2, rng, np.float32))
     for name, value in slots(model, "buffers").items():
         np.testing.assert_array_equal(value, before[name])
+
+
+# --- any network of our layers ----------------------------------------------------------------------------------------
+
+
+def own(seed=0):
+    """What no builder makes: uneven padding, a nested block, a linear layer without bias. Tuples and NumPy numbers."""
+    layers = mr.layers
+    end = layers.Sequential({"bn": layers.BatchNorm2d(6, eps=1e-3), "relu": layers.ReLU(), "flat": layers.Flatten()})
+    return mr.models.Model(
+        {
+            "norm": layers.Normalize(np.array([0.4, 0.5]), (0.25, 0.5)),
+            "conv": Conv2d(2, np.int64(4), 3, 2, (0, 1, 1, 2)),
+            "block": layers.PreActBlock(4, 6, stride=2, out_shortcut=False),
+            "end": layers.Sequential({"inner": end, "relu": layers.ReLU()}),
+            "fc": Linear(2 * 2 * 6, 3, bias=False, image=(2, 2, 6)),
+        },
+        "own",
+        (7, 7, 2),
+        seed,
+    )
+
+
+def test_a_network_that_somebody_built_is_loaded_without_registration(tmp_path, rng):
+    model = prepare(own(), rng, np.float32)
+    model.save(tmp_path / "model.safetensors")
+    loaded = mr.load(tmp_path)
+    assert loaded.architecture == model.architecture and loaded.name == "own" and loaded.input_shape == (7, 7, 2)
+    x = images(model, 3, rng, np.float32)
+    np.testing.assert_array_equal(loaded.forward(x)[0], model.forward(x)[0])
+    np.testing.assert_array_equal(mr.models.build(model.architecture, seed=5).weights, own(5).weights)
+
+
+def test_the_header_is_the_networks_as_it_is_now():
+    model = own()
+    model.children["fc"] = Linear(24, 5)
+    assert model.architecture["layers"]["fc"] == {
+        "type": "Linear", "in_features": 24, "out_features": 5, "bias": True, "image": None,
+    }  # fmt: skip
+    assert copy.deepcopy(own()).architecture == own().architecture
+
+
+SHORT = [
+    ("small_cnn", {"name": "small_cnn", "kernel": 5, "hidden": 8, "classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3}),
+    ("mlp", {"name": "mlp", "sizes": [12, 3], "input_shape": [2, 2, 3], "mean": [0.0], "std": [1.0]}),
+    ("preact_resnet18", {"name": "preact_resnet18", "width": 2, "jin_v1": True, "classes": 4}),
+]
+
+
+@pytest.mark.parametrize(("builder", "short"), SHORT, ids=[name for name, _ in SHORT])
+def test_files_of_older_versions_load(builder, short, tmp_path):
+    """Their headers name the builder and its arguments, not the layers."""
+    model = getattr(mr.models, builder)(seed=4, **{k: v for k, v in short.items() if k != "name"})
+    save_tensors(tmp_path / "m.safetensors", model.state_dict(), {"architecture": short})
+    loaded = mr.load(tmp_path / "m.safetensors")
+    assert loaded.architecture == model.architecture
+    np.testing.assert_array_equal(loaded.weights, model.weights)
+
+
+def test_the_published_network_loads():
+    model = mr.load(Path(__file__).parent.parent / "pretrained" / "small_cnn-cifar10")
+    assert model.name == "small_cnn" and model.weights.size == 272_570
+    assert model.architecture == mr.models.small_cnn().architecture
+
+
+FC = {"type": "Linear", "in_features": 12, "out_features": 3}
+DAMAGED = {
+    "no layers": {},
+    "layers of another type": [],
+    "a layer of another type": {"fc": 3},
+    "no type": {"fc": {"in_features": 12, "out_features": 3}},
+    "a type that is none": {"fc": {**FC, "type": ["Linear"]}},
+    "a type that is no layer": {"fc": {**FC, "type": "Layer"}},
+    "a function": {"fc": {"type": "eval", "in_features": "exit()"}},
+    "text for a number": {"fc": {**FC, "in_features": "12"}},
+    "a float for a size": {"fc": {**FC, "in_features": 12.0}},
+    "true for a size": {"fc": {**FC, "in_features": True}},
+    "zero": {"fc": {**FC, "out_features": 0}},
+    "below zero": {"fc": {**FC, "out_features": -1}},
+    "one for a flag": {"fc": {**FC, "bias": 1}},
+    "an argument too many": {"fc": {**FC, "depth": 1}},
+    "the object itself": {"fc": {**FC, "self": 1}},
+    "an argument too few": {"fc": {"type": "Linear", "in_features": 12}},
+    "an image of another size": {"fc": {**FC, "image": [2, 2, 2]}},
+    "an image of fractions": {"fc": {**FC, "image": [2.0, 2.0, 3.0]}},
+    "a dot in a name": {"fc.1": FC},
+    "no name": {"": FC},
+    "a name of ours": {"optimizer": FC},
+    "three sides": {"c": {"type": "Conv2d", "in_channels": 3, "out_channels": 1, "kernel": 1, "padding": [0, 0, 0]}},
+    "outside": {"c": {"type": "Conv2d", "in_channels": 3, "out_channels": 1, "kernel": 1, "padding": -1}},
+    "no stride": {"c": {"type": "Conv2d", "in_channels": 3, "out_channels": 1, "kernel": 1, "stride": 0}},
+    "an empty mean": {"n": {"type": "Normalize", "mean": [], "std": [1.0]}},
+    "a mean that is none": {"n": {"type": "Normalize", "mean": [None], "std": [1.0]}},
+    "not a number": {"n": {"type": "Normalize", "mean": [float("nan")], "std": [1.0]}},
+    "a sequence of nothing": {"s": {"type": "Sequential"}},
+    "a sequence and more": {"s": {"type": "Sequential", "layers": {"fc": FC}, "bias": True}},
+    "a terabyte": {"fc": {**FC, "in_features": 2**20, "out_features": 2**20}},
+    "beyond int64": {"fc": {**FC, "out_features": 10**30}},
+    "a gigabyte, bit by bit": {str(i): {**FC, "in_features": 2**13, "out_features": 2**13} for i in range(9)},
+}
+
+
+@pytest.mark.parametrize("layers", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_tree_is_refused_in_one_line(layers, tmp_path):
+    architecture = {"name": "own", "input_shape": [2, 2, 3], "layers": layers}
+    if not str(layers).startswith("{'0'"):
+        with pytest.raises(UserError, match="damaged") as error:
+            mr.models.build(architecture)
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    if "nan" not in str(layers):
+        save_tensors(
+            tmp_path / "m.safetensors", {"fc.weight": np.zeros((3, 12), np.float32)}, {"architecture": architecture}
+        )
+        with pytest.raises(UserError, match=r"m\.safetensors: .*(damaged|another network)"):
+            mr.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("shape", [[2, 2], [2, 2, 0], [2, 2, "3"], 5, None, [2.0, 2.0, 3.0]], ids=str)
+def test_damaged_images_are_refused_in_one_line(shape):
+    with pytest.raises(UserError, match="damaged"):
+        mr.models.build({"name": "own", "input_shape": shape, "layers": {"fc": FC}})
+
+
+def test_a_deep_tree_is_refused_in_one_line():
+    node = FC
+    for _ in range(10_000):
+        node = {"type": "Sequential", "layers": {"a": node}}
+    with pytest.raises(UserError, match="damaged"):
+        mr.models.build({"name": "deep", "input_shape": [2, 2, 3], "layers": {"a": node}})
+
+
+def test_a_layer_of_ones_own_is_saved_and_load_says_what_to_do(tmp_path):
+    class Scale(mr.layers.ReLU):
+        pass
+
+    model = mr.models.Model({"flatten": mr.layers.Flatten(), "fc": Linear(12, 3), "scale": Scale()}, "own", (2, 2, 3))
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"'scale' is 'Scale', not one of .*load_state_dict"):
+        mr.load(tmp_path / "m.safetensors")
+    state, _ = load_tensors(tmp_path / "m.safetensors")
+    model.load_state_dict(state)
+
+
+def test_a_fresh_layer_has_drawn_weights():
+    for layer in (Conv2d(3, 8, 3), Linear(27, 8)):
+        weights = layer.params["weight"]
+        assert weights.dtype == np.float32 and 0.1 < abs(weights).max() <= 27**-0.5 and len(np.unique(weights)) > 200
+        np.testing.assert_array_equal(type(layer)(**layer.arguments).params["weight"], weights)
+
+
+def test_names_and_shared_weights_that_a_file_cannot_have():
+    layers = mr.layers
+    fc = Linear(3, 3)
+    for children, words in (
+        ({"a.b": fc}, "dots"), ({1: fc}, "called 1"), ({"a": layers.Sequential({"optimizer": fc})}, "'optimizer'"),
+        ({"a": fc, "b": fc}, "'b' has another name"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            mr.models.Model(children, input_shape=(1, 1, 3))
+    relu = layers.ReLU()
+    mr.models.Model({"flatten": layers.Flatten(), "a": relu, "b": relu, "fc": fc}, input_shape=(1, 1, 3))
+    with pytest.raises(ValueError, match="input_shape"):
+        mr.models.Model({"fc": fc}, input_shape=(3,))
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1), (9, 13, 2), (28, 28, 1), (33, 47, 3)], ids=str)
+@pytest.mark.parametrize("kernel", [4, 5])
+def test_small_cnn_follows_the_images(shape, kernel, rng):
+    mean = [0.5] * shape[2]
+    model = mr.models.small_cnn(kernel=kernel, hidden=3, classes=2, mean=mean, std=mean, input_shape=shape)
+    assert model.forward(images(model, 2, rng, np.float32))[0].shape == (2, 2)
+    with pytest.raises(ValueError, match="4x4"):
+        mr.models.small_cnn(input_shape=(3, 8, 3))
+    with pytest.raises(ValueError, match="square"):
+        mr.models.preact_resnet18(width=1, input_shape=(8, 9, 3))

@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import fake_cupy
@@ -18,9 +17,7 @@ from nanomr.attacks import pgd, report
 from nanomr.attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick
 from nanomr.attacks.common import recheck
 from nanomr.ops import gpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import attack_cifar
+from nanomr.programs import attack as attack_cifar
 
 N, EPS = 60, 1 / 255
 

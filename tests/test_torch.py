@@ -26,6 +26,25 @@ torch_twin = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(torch_twin)
 
 CIFAR = (32, 32, 3)
+
+
+def own():
+    """What no builder makes: uneven padding, a block, nested layers, a linear layer that flattens as we do."""
+    layers = mr.layers
+    children = {
+        "norm": layers.Normalize((0.4, 0.5), (0.2, 0.3)),
+        "conv": layers.Conv2d(2, 4, 3, 2, (0, 1, 1, 2), bias=False),
+        "block": layers.PreActBlock(4, 6, 2),
+        "end": layers.Sequential(
+            {"bn": layers.BatchNorm2d(6, eps=1e-3), "relu": layers.ReLU(), "flatten": layers.Flatten()}
+        ),
+        "fc1": layers.Linear(4 * 4 * 6, 7),
+        "relu": layers.ReLU(),
+        "fc2": layers.Linear(7, 10, bias=False),
+    }
+    return mr.models.Model(children, "own", (15, 15, 2))
+
+
 NETWORKS = {
     "mlp": dict(name="mlp", sizes=[3072, 20, 16, 10]),
     "mlp, other images": dict(
@@ -38,6 +57,8 @@ NETWORKS = {
     "resnet raw shortcut": dict(name="preact_resnet18", width=4, out_shortcut=False),
     "resnet no last bn": dict(name="preact_resnet18", width=4, bn_before_fc=False),
     "resnet Wong": dict(name="preact_resnet18", width=4, bn_before_fc=False, out_shortcut=False),
+    "small_cnn, other images": dict(name="small_cnn", hidden=9, input_shape=[9, 13, 1], mean=[0.5], std=[0.2]),
+    "own": own().architecture,
     "resnet Jin v1": dict(name="preact_resnet18", width=4, jin_v1=True),
 }
 TOLERANCE = {np.float32: 1e-4, np.float64: 1e-9}  # relative to the largest value of the tensor
@@ -167,7 +188,7 @@ def test_the_padding_of_the_5x5_kernel_is_one_pixel_before_and_two_after(rng):
     x = images(model, 2, rng)
     logits, _ = model.forward(x)
     assert_close(logits, net.eval()(nchw(x)), 1e-9)
-    net.pad1 = torch.nn.ZeroPad2d((2, 1, 2, 1))
+    net.conv1.sides = (2, 1, 2, 1)
     with pytest.raises(AssertionError, match="off by"):
         assert_close(logits, net(nchw(x)), 1e-4)
 

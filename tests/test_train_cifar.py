@@ -1,13 +1,10 @@
 """The program: its flags, its exit codes, and that a kill costs no more than the work since the last save."""
 
-import argparse
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +15,8 @@ import pytest
 from programs import assert_one_error_line
 
 from nanomr import backend, checkpoint, data, models, shapes10, train
+from nanomr.programs import train as train_cifar
 from nanomr.train import Config
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_cifar  # noqa: E402
 
 # A run of a second or two: 400 images, of which 100 are held out, a small network.
 TINY = "--model mlp --hold-out 100 --batch-size 50 --epochs 2 --test-images 20 --device cpu".split()
@@ -59,22 +53,8 @@ def finished(tmp_path_factory):
     return place / FOLDER, result[0]
 
 
-def start(place, *arguments, threads="1", patches=""):
-    """The program in a process of its own, on the small shapes10."""
-    script = (
-        "from nanomr import cli, shapes10, train\nshapes10.TRAIN, shapes10.TEST = 400, 60\n"
-        f"import train_cifar\n{patches}\ncli.run(train_cifar.main)"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place, env=environment(place, threads),
-    )  # fmt: skip
-
-
-def environment(place, threads="1"):
-    names = ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-    paths = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place), "MPLBACKEND": "Agg"}
-    return {**os.environ, **dict.fromkeys(names, threads), **paths}
+def start(place, *arguments, **options):
+    return programs.start("train", place, *arguments, train=400, test=60, **options)
 
 
 def test_a_run_leaves_everything_and_says_so(finished):
@@ -97,8 +77,8 @@ def test_the_configuration_comes_first_and_is_the_one_that_is_saved(finished):
     folder, out = finished
     printed, end = configuration(out)
     saved = json.loads((folder / "config.json").read_text())
-    assert {k: v for k, v in printed.items() if k not in ("run", "device")} == saved["config"]
-    assert printed["run"] == FOLDER and printed["device"] == "cpu"
+    network = {"architecture": "mlp, 855050 weights"}
+    assert printed == {"run": FOLDER, "device": "cpu", **saved["config"], **network}
     assert set(saved["config"]) == set(Config.__dataclass_fields__)
     assert saved["source"]["layout"] == "drawn by nanomr.shapes10"
     assert "epoch" in out[end:]
@@ -108,7 +88,7 @@ def test_a_line_an_epoch(finished):
     folder, out = finished
     records = checkpoint.read_jsonl(folder / "log.jsonl")
     assert [r["epoch"] for r in records] == [1, 2]
-    assert train.HEADER in out
+    assert train.line() in out and max(map(len, out.splitlines())) <= 80, out
     assert all(out.count(train.line(r)) == 1 for r in records)
 
 
@@ -150,11 +130,21 @@ def test_out_names_the_folder_and_the_seed_the_default(program):
     assert Path("runs/mlp-shapes10-standard-7/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("columns", [200, 80, 60, 30, 1])
+def test_rows_fit_the_terminal(finished, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (record, *_) = checkpoint.read_jsonl(finished[0] / "log.jsonl")
+    head, row = train.line(), train.line(record)
+    assert len(head) == len(row) <= max(columns, 5) and head.split()[0] == "epoch" and row.split()[0] == "1"
+    assert columns < 80 or head.split()[-1] == "img/s"
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def configure(*arguments, device="cpu"):
-    return train_cifar.configure(train_cifar.parser().parse_args(list(map(str, arguments))), device, 10)
+    args = train_cifar.parser().parse_args(list(map(str, arguments)))
+    return train_cifar.configure(args, device, data.load("shapes10"))
 
 
 def test_the_defaults_depend_on_the_device_and_the_model_and_flags_go_before_them():
@@ -199,19 +189,24 @@ def test_the_data_set_decides_some_defaults():
 
 
 def test_the_networks_variants_are_flags():
-    assert configure("--kernel", 5).architecture["kernel"] == 5
-    assert configure("--model", "preact_resnet18", "--jin-v1").architecture["jin_v1"] is True
-    assert configure("--model", "mlp").architecture["sizes"] == [3072, 256, 256, 10]
+    assert configure("--kernel", 5).architecture == models.small_cnn(kernel=5).architecture
+    jin = configure("--model", "preact_resnet18", "--jin-v1").architecture
+    assert jin == models.preact_resnet18(jin_v1=True).architecture
+    assert [layer.get("out_features") for layer in configure("--model", "mlp").architecture["layers"].values()] == [
+        None, None, 256, None, 256, None, 10,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", ["--jin-v1", "--model mlp --kernel 5", "--model preact_resnet18 --kernel 4"])
+def test_flags_that_the_model_has_no_use_for_are_refused(program, flags):
+    flag = next(word for word in flags.split() if word in ("--jin-v1", "--kernel"))
+    code, _, err = program("--hold-out", 100, "--batch-size", 50, *flags.split())
+    assert_one_error_line((code, "", err), flag, "leave it out")
+    assert not Path("runs").exists()
 
 
 def test_help_explains_every_flag(program):
-    code, out, _ = program("--help")
-    assert code == 0
-    for action in train_cifar.parser()._actions:
-        assert action.help and action.help != argparse.SUPPRESS
-        assert all(flag in out for flag in action.option_strings)
-    assert "default: None" not in " ".join(out.split())  # several say what their default is; None is not it
-    assert "--resume" in out and "python train_cifar.py" in out
+    programs.assert_help_explains_every_flag(train_cifar, program)
 
 
 BAD_FLAGS = """--eps -1|--eps 2|--eps nan|--eps 8/0|--eps-start=-1/255|--batch-size 0|--batch-size -5|--batch-size 1.5
@@ -222,10 +217,7 @@ BAD_FLAGS = """--eps -1|--eps 2|--eps nan|--eps 8/0|--eps-start=-1/255|--batch-s
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", "|").split("|"))
 def test_a_bad_flag_is_named_and_nothing_is_made(program, flags, tmp_path):
-    code, out, err = program(*TINY, *flags.split())
-    assert code == 2 and out == "" and "Traceback" not in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("train_cifar.py: error: ") and all(word in last for word in re.split("[ =]", flags))
+    programs.assert_refused(train_cifar, program(*TINY, *flags.split()), flags)
     assert not list(tmp_path.iterdir())
 
 
@@ -476,12 +468,103 @@ def test_a_finished_run_is_resumed_without_a_step_and_gets_its_table(program, fi
     assert json.loads((folder / "test.json").read_text())["attacked_images"] == 20
 
 
-def test_resume_goes_by_the_runs_settings_not_by_the_flags(program, finished, tmp_path):
+@pytest.mark.parametrize(
+    "flags", ["--lr 3", "--data cifar10", "--out elsewhere --seed 0", "--no-augment", "--model mlp"]
+)
+def test_flags_that_resume_would_not_heed_are_refused(program, finished, tmp_path, flags):
     folder = copy_run(finished, tmp_path)
-    code, out, _ = program("--resume", FOLDER, "--test-images", 0, "--lr", 3, "--data", "cifar10", "--no-download")
-    assert code == 0
-    assert_same(folder, finished[0])
-    assert configuration(out)[0]["lr"] == configuration(finished[1])[0]["lr"]
+    before = snapshot(folder)
+    flag = next(word for word in flags.split() if word.startswith("--")).replace("no-", "")
+    assert_one_error_line(program("--resume", FOLDER, "--test-images", 0, *flags.split()), "leave out", flag)
+    assert snapshot(folder) == before and not Path("elsewhere").exists()
+
+
+def damage_state(change):
+    def damage(folder):
+        tensors, metadata = checkpoint.load_tensors(folder / "last.safetensors")
+        change(metadata["state"], tensors)
+        checkpoint.save_tensors(folder / "last.safetensors", tensors, metadata)
+
+    return damage
+
+
+def replace(name, make):
+    def damage(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+def edit_log(change):
+    def damage(folder):
+        records = checkpoint.read_jsonl(folder / "log.jsonl")
+        change(records[0])
+        checkpoint.write_jsonl(folder / "log.jsonl", records)
+
+    return damage
+
+
+def edit_config(key, value):
+    def damage(folder):
+        for_all = json.loads((folder / "config.json").read_text())
+        for_all["config"][key] = value
+        (folder / "config.json").write_text(json.dumps(for_all))
+        tensors, metadata = checkpoint.load_tensors(folder / "last.safetensors")
+        metadata["config"][key] = value
+        checkpoint.save_tensors(folder / "last.safetensors", tensors, metadata)
+
+    return damage
+
+
+DAMAGE = {
+    "no step": damage_state(lambda s, t: s.pop("step")),
+    "a step of text": damage_state(lambda s, t: s.update(step="3")),
+    "a step below zero": damage_state(lambda s, t: s.update(step=-1)),
+    "a step beyond the end": damage_state(lambda s, t: s.update(step=10**9)),
+    "half a step": damage_state(lambda s, t: s.update(step=1.5)),
+    "four totals": damage_state(lambda s, t: s.update(totals=[0.0] * 4)),
+    "a total that is none": damage_state(lambda s, t: s.update(totals=[None] * 5)),
+    "no seconds": damage_state(lambda s, t: s.update(seconds=None)),
+    "weights of NaN": damage_state(lambda s, t: t["fc1.weight"].__setitem__((0, 0), np.nan)),
+    "momentum of infinity": damage_state(lambda s, t: t["optimizer.velocity"].__setitem__(3, np.inf)),
+    "a pipe for the log": replace("log.jsonl", os.mkfifo),
+    "a folder for the log": replace("log.jsonl", os.mkdir),
+    "a pipe for the state": replace("last.safetensors", os.mkfifo),
+    "a pipe for the configuration": replace("config.json", os.mkfifo),
+    "a folder for the configuration": replace("config.json", os.mkdir),
+    "a line without an epoch": edit_log(lambda r: r.pop("epoch")),
+    "an epoch of text": edit_log(lambda r: r.update(epoch="1")),
+    "no gamma": edit_log(lambda r: r.update(gamma_i=None)),
+    "a method of another version": edit_config("method", "magic"),
+    "a learning rate of text": edit_config("lr", "0.1"),
+    "a flag of text": edit_config("augment", "yes"),
+    "a batch of half an image": edit_config("batch_size", 0.5),
+    "no batch": edit_config("batch_size", 0),
+    "epochs below zero": edit_config("epochs", -3),
+    "an architecture of text": edit_config("architecture", "mlp"),
+    "data of a number": edit_config("data", 7),
+    "true for a seed": edit_config("seed", True),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_run_is_one_line_and_code_2(program, finished, tmp_path, damage):
+    """No traceback, no waiting for somebody to write to a pipe, and the learning rate is not to blame."""
+    folder = copy_run(finished, tmp_path)
+    damage(folder)
+    err = assert_one_error_line(program("--resume", FOLDER, "--test-images", 0))
+    assert "lower --lr" not in err
+
+
+def test_a_folder_is_one_processs(program, finished, tmp_path):
+    folder = copy_run(finished, tmp_path)
+    before = snapshot(folder)
+    with programs.another_process_in(FOLDER):
+        assert_one_error_line(program("--resume", FOLDER, "--test-images", 0), "another process", FOLDER)
+        assert snapshot(folder) == before
+    assert program("--resume", FOLDER, "--test-images", 0)[0] == 0
 
 
 def test_a_run_killed_before_its_first_save_can_be_started_again_or_resumed(program, finished, tmp_path):

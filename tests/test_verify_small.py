@@ -5,10 +5,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +21,7 @@ from nanomr.verify import pipeline, results
 
 pytest.importorskip("highspy", reason="verify_small.py needs highspy (pip install 'nanomr[verify]')")
 pytest.importorskip("scipy", reason="verify_small.py needs scipy (pip install 'nanomr[verify]')")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import verify_small  # noqa: E402
+from nanomr.programs import verify as verify_small
 
 N = 40  # test images
 FLAGS = "--data shapes10 --n 40 --eps 1/255 --jobs 1 --weights model.safetensors --out v".split()
@@ -44,33 +40,11 @@ def small(monkeypatch, tmp_path, weights):
     shutil.copy(weights, "model.safetensors")
 
 
-class Here:
-    """An executor whose worker is this process."""
-
-    def __init__(self, settings):
-        pipeline._verifier = pipeline.Verifier(models.load("model.safetensors"), settings, pipeline.Solver())
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_):
-        pipeline._verifier.solver.close()
-
-
 @pytest.fixture
 def program(monkeypatch, capsys):
     """The program, its workers too, in this process."""
 
-    def executor(args, eps, *_):
-        return Here(pipeline.Settings(eps, args.seed, args.time_limit))
-
-    monkeypatch.setattr(verify_small, "make_executor", executor)
-
+    monkeypatch.setattr(verify_small, "make_executor", programs.here("model.safetensors"))
     return programs.caller(verify_small, monkeypatch, capsys)
 
 
@@ -95,6 +69,7 @@ def test_a_run_decides_every_image_and_check_agrees(program):
     assert report["verified"] == count / N and report["images"] == N and report["warnings"] == []
     assert report["verified_float32"] <= report["verified"] <= report["upper"] <= report["pgd_strong"] <= report["pgd"]
     assert f"{count / N:.2%}" in out and "verified by crown" in out
+    assert max(map(len, out.splitlines())) <= 80, out
     for i, record in found.items():
         assert (Path("v/counterexamples") / f"{i:05d}.npz").exists() == (record["verdict"] in ("attacked", "falsified"))
 
@@ -110,6 +85,14 @@ def test_a_run_decides_every_image_and_check_agrees(program):
     x, labels = programs.images_of(N)
     _, fooled = pgd(models.load("model.safetensors"), x, labels, 1 / 255, steps=30, restarts=3, seed=7)
     assert not any(fooled[i] and record["verdict"] == "verified" for i, record in found.items())
+
+
+def test_a_folder_is_one_processs(program):
+    assert program(*FLAGS, "--n", 2)[0] == 0
+    with programs.another_process_in("v/results.jsonl"):
+        assert_one_error_line(program(*FLAGS, "--resume"), "another process")
+        assert program(*FLAGS, "--n", 2, "--shard", "0/2")[0] == 0  # has a log of its own
+    assert program(*FLAGS, "--n", 3, "--resume")[0] == 0
 
 
 def test_check_refuses_what_does_not_hold(program):
@@ -324,27 +307,16 @@ def test_the_papers_rows_stand_beside_cifar10_at_8_255_only(program):
     config, found = results.read(Path("v"))
     assert "21.04" not in "\n".join(results.lines(results.summarise(config, found)))
     config |= {"data": {"name": "cifar10"}, "eps": 8 / 255}
-    assert "21.04" in "\n".join(results.lines(results.summarise(config, found)))
+    text = results.lines(results.summarise(config, found))
+    assert "21.04" in "\n".join(text) and max(map(len, text[:8])) <= 80
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def start(place, *arguments, before="", launcher=()):
-    """The program in a process of its own, on the small shapes10, with real workers."""
-    script = Path(place) / "run.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from nanomr import cli, shapes10\n"
-        f"shapes10.TRAIN, shapes10.TEST = 10, {N}\n"
-        "import verify_small\n"
-        f"if __name__ == '__main__':\n    {before or 'pass'}\n    cli.run(verify_small.main)\n"
-    )
-    return subprocess.Popen(
-        [*launcher, sys.executable, *(("-m", "mpi4py.futures") if launcher else ()), str(script), *map(str, arguments)],
-        cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}, start_new_session=True,
-    )  # fmt: skip
+def start(place, *arguments, **options):
+    """With real workers."""
+    return programs.start("verify", place, *arguments, train=10, test=N, **options)
 
 
 def assert_gone(run):
@@ -358,7 +330,7 @@ def assert_gone(run):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
-    run = start(tmp_path, *FLAGS, before="verify_small.CHUNK = 2")
+    run = start(tmp_path, *FLAGS, patches="program.CHUNK = 2")
     log = tmp_path / "v" / "results.jsonl"
     give_up = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 4) and run.poll() is None:
@@ -381,7 +353,7 @@ def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="Ctrl-C is sent as a signal")
 def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path):
-    run = start(tmp_path, *FLAGS, "--n", "0", before="verify_small.CHUNK = 1")
+    run = start(tmp_path, *FLAGS, "--n", "0", patches="program.CHUNK = 1")
     log = tmp_path / "v" / "results.jsonl"
     give_up = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 2) and run.poll() is None:

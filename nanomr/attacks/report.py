@@ -289,8 +289,7 @@ def tables(reports: list[dict]) -> str:
 def _table(title: str, columns: dict, paper: dict, cells: dict) -> str:
     any_ = next(iter(cells.values()))
     network = any_["weights"]["architecture"]["name"]
-    ours = {k: f"{100 * r['robust']:.2f} [{100 * r['interval'][0]:.1f}, {100 * r['interval'][1]:.1f}]"
-            for k, r in cells.items()}  # fmt: skip
+    ours = {k: f"{100 * r['robust']:.2f}" for k, r in cells.items()}
     largest = max(cells.values(), key=lambda r: r["images"])
     ours["clean"] = f"{100 * largest['clean']:.2f}"
     rows = [("", columns), (f"this network ({network})", ours)]
@@ -298,12 +297,16 @@ def _table(title: str, columns: dict, paper: dict, cells: dict) -> str:
         if name != (LARGE if network == "small_cnn" and SMALL in paper else SMALL):
             rows.append((f"paper: {name}", {k: f"{v:.2f}" for k, v in values.items()}))
     width = max(len(name) for name, _ in rows)
-    lines = [f"{title}: accuracy in percent on {any_['data']['name']}, 95 % intervals in brackets"]
+    lines = [f"{title}: accuracy in percent on {any_['data']['name']}"]
     for name, row in rows:
-        lines.append(f"  {name:{width}}" + "".join(f"  {row.get(column, '-'):>20}" for column in columns))
+        cells_ = (f"  {row.get(column, '-'):>{max(len(title), 6)}}" for column, title in columns.items())
+        lines.append(f"  {name:{width}}" + "".join(cells_))
     for column, r in cells.items():
         eps = PAPER_EPS["linf" if column == "pgd" else column]
-        notes = [f"{name_of(r)}, {r['images']} images"]
+        low, high = (100 * share for share in r["interval"])
+        notes = [f"{name_of(r)}, {r['images']} images, 95 % interval [{low:.1f}, {high:.1f}]"]
+        if r.get("stages") or r.get("steps"):
+            notes.append("--stages or --steps: not comparable")
         if not math.isclose(r["eps"], eps, rel_tol=1e-9):
             notes.append(f"the paper's is {fraction(eps)}: not comparable")
         if r["attack"] == "autoattack":

@@ -12,7 +12,6 @@ from ..errors import UserError
 
 U64, U32 = 2.0**-53, 2.0**-24  # unit roundoffs
 WIDEST = 2**18  # of a layer
-BATCH_NORM_EPS = 1e-5
 
 
 class CertificateError(UserError):
@@ -54,69 +53,142 @@ class Network(NamedTuple):
 
 
 def read_network(path) -> Network:
-    """The network in a safetensors file of :meth:`nanomr.models.Model.save` (or a run folder): small_cnn or mlp.
+    """The network in a safetensors file of :meth:`nanomr.models.Model.save` (or a run folder), by the layers that its
+    header names: a chain of convolutions, linear layers, batch norms, average pooling and ReLUs.
 
-    A batch norm ``bn<i>`` may follow the i-th layer. Raises CertificateError for another network, a tensor too many
-    or of the wrong shape, and weights that are not finite float32.
+    Raises CertificateError for another network, a tensor too many or of the wrong shape, and weights that are not
+    finite float32.
     """
     tensors, metadata = load_tensors(weights_file(path))
     tensors = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
     try:
         architecture = metadata["architecture"]
-        if architecture["name"] == "small_cnn":
-            kernel = architecture["kernel"]
-            padding = {4: (1, 1, 1, 1), 5: (1, 2, 1, 2)}[kernel]
-            wrong = [name for name in ("conv1", "conv2") if tensors[f"{name}.weight"].shape[2:] != (kernel, kernel)]
-            demand(not wrong, f"{wrong}: the kernels are not {kernel}x{kernel}")
-            shape, names = (32, 32, 3), ["conv1", "conv2", "fc1", "fc2"]
-        else:
-            demand(architecture["name"] == "mlp", f"the checker knows small_cnn and mlp, not {architecture['name']!r}")
-            shape, names = tuple(architecture["input_shape"]), [f"fc{i}" for i in range(1, len(architecture["sizes"]))]
-            padding = None
-        return _build(tensors, shape, names, padding)
-    except (KeyError, TypeError, ValueError) as error:
+        nodes = architecture["layers"] if "layers" in architecture else _short(architecture)
+        return _build(tensors, tuple(architecture.get("input_shape", (32, 32, 3))), nodes)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CertificateError(f"{path} is not the network that its metadata says: {error}") from None
 
 
-def _build(tensors, shape, names, padding) -> Network:
-    def take(name):
+def _short(architecture) -> dict:
+    """The layers of older files, which name the network alone."""
+    name = architecture["name"]
+    demand(name in ("small_cnn", "mlp"), f"the checker knows the short names small_cnn and mlp, not {name!r}")
+    linear, nodes = [{"type": "Linear", "image": [8, 8, 32]}, {"type": "Linear"}], {"normalize": {"type": "Normalize"}}
+    if name == "small_cnn":
+        padding = {4: [1, 1, 1, 1], 5: [1, 2, 1, 2]}[architecture["kernel"]]
+        for i in (1, 2):
+            conv = {"type": "Conv2d", "kernel": architecture["kernel"], "stride": 2, "padding": padding}
+            nodes |= {f"conv{i}": conv, f"relu{i}": {"type": "ReLU"}}
+    else:
+        inputs = architecture["input_shape"]
+        linear = [{"type": "Linear", "image": inputs if i == 1 else None} for i in range(1, len(architecture["sizes"]))]
+    nodes["flatten"] = {"type": "Flatten"}
+    for i, node in enumerate(linear, 1):
+        nodes |= {f"fc{i}": node} | ({f"relu after fc{i}": {"type": "ReLU"}} if i < len(linear) else {})
+    return nodes
+
+
+def _leaves(nodes, prefix=""):
+    """(dotted name, node) of everything that a chain of Sequentials holds."""
+    for name, node in nodes.items():
+        if node["type"] == "Sequential":
+            yield from _leaves(node["layers"], f"{prefix}{name}.")
+        else:
+            yield prefix + name, node
+
+
+def _build(tensors, shape, nodes) -> Network:
+    def take(name, *shape):
         value = tensors.pop(name)
         demand(value.dtype == np.float32 and np.isfinite(value).all(), f"{name}: must be finite float32 numbers")
+        demand(not shape or value.shape == shape, f"{name}: its shape is {value.shape}, not {shape}")
         return value.astype(np.float64)
 
-    def add(weight, bias, size, extra, relu=False):
+    def add(weight, bias, size, extra):
         weight = csr_array(weight)
-        fits = len(bias) == weight.shape[0] and (not maps or weight.shape[1] == maps[-1].weight.shape[0])
-        demand(fits and max(weight.shape) <= WIDEST, f"a layer of {weight.shape} numbers does not fit here")
+        before = maps[-1].weight.shape[0] if maps else math.prod(input_shape)
+        fits = len(bias) == weight.shape[0] and weight.shape[1] == before and max(weight.shape) <= WIDEST
+        demand(fits, f"a layer of {weight.shape} numbers does not fit here")
         demand(np.isfinite(weight.data).all() and np.isfinite(bias).all(), "a standard deviation or variance is 0")
         maps.append(Map(relu, weight, abs(weight), bias, size, extra))
 
+    def add_per_channel(scale, shift, size, extra):  # of the last axis
+        terms = np.stack([np.broadcast_to(v, shape).ravel() for v in (scale, shift, size)])
+        add(diags_array(terms[0]), terms[1], terms[2], extra)
+
+    def add_identity():
+        size = math.prod(shape)
+        add(diags_array(np.ones(size)), np.zeros(size), np.zeros(size), extra=0)
+
     maps: list[Map] = []
-    input_shape = shape
-    mean, std = (np.broadcast_to(take(f"normalize.{name}").ravel(), shape).ravel() for name in ("mean", "std"))
-    with np.errstate(divide="ignore", invalid="ignore"):  # refused by ``add``
-        add(diags_array(1 / std), -mean / std, abs(mean / std), extra=2)
-    for i, name in enumerate(names, 1):
-        weight, bias = take(f"{name}.weight"), take(f"{name}.bias")
-        if weight.ndim == 4:
-            weight, shape = _convolution(weight, shape, 2, padding)
-            bias = np.tile(bias, shape[0] * shape[1])
-        else:
-            if len(shape) == 3:  # PyTorch flattens CHW, we HWC
-                h, w, c = shape
-                weight = weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1).reshape(len(weight), h * w * c)
-            shape = (len(weight),)
-        add(weight, bias, abs(bias), extra=0, relu=i > 1)
-        if f"bn{i}.weight" in tensors:
-            tensors.pop(f"bn{i}.num_batches_tracked", None)
-            weight, bias, mean, var = (take(f"bn{i}.{n}") for n in ("weight", "bias", "running_mean", "running_var"))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                scale = weight / np.sqrt(var + BATCH_NORM_EPS)
-                terms = np.tile([scale, bias - mean * scale, abs(bias) + abs(mean * scale)], math.prod(shape[:-1]))
-            add(diags_array(terms[0]), terms[1], terms[2], extra=10)
+    input_shape, relu = shape, False  # relu: does the next map take the ReLU of what the last one gave?
+    demand(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), f"images cannot be of shape {shape}")
+    for name, node in _leaves(nodes):
+        demand(math.prod(shape) <= WIDEST, f"a layer of {math.prod(shape)} numbers does not fit here")
+        kind = node["type"]
+        if kind == "ReLU":
+            if relu:  # two in a row
+                add_identity()
+            relu = True
+            continue
+        if kind == "Flatten":
+            shape = (math.prod(shape),)
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused by ``add``
+            if kind == "Normalize":
+                mean, std = (take(f"{name}.{part}").ravel() for part in ("mean", "std"))
+                add_per_channel(1 / std, -mean / std, abs(mean / std), extra=2)
+            elif kind == "BatchNorm2d":
+                tensors.pop(f"{name}.num_batches_tracked", None)
+                parts = ("weight", "bias", "running_mean", "running_var")
+                weight, bias, mean, var = (take(f"{name}.{part}", shape[-1]) for part in parts)
+                scale = weight / np.sqrt(var + float(node["eps"]))
+                add_per_channel(scale, bias - mean * scale, abs(bias) + abs(mean * scale), extra=10)
+            elif kind == "Conv2d":
+                demand(len(shape) == 3, f"{name}: a convolution of what is no image")
+                weight, padding = take(f"{name}.weight"), node["padding"]
+                kernel, stride = node["kernel"], node["stride"]
+                demand(weight.shape[2:] == (kernel, kernel), f"{name}: the kernel is not {kernel}x{kernel}")
+                padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+                demand(type(stride) is int and stride > 0, f"{name}: the stride cannot be {stride}")
+                bias = take(f"{name}.bias", len(weight)) if node.get("bias", True) else np.zeros(len(weight))
+                weight, shape = _convolution(weight, shape, stride, padding)
+                bias = np.tile(bias, shape[0] * shape[1])
+                add(weight, bias, abs(bias), extra=0)
+            elif kind == "Linear":
+                demand(len(shape) == 1, f"{name}: a linear layer without a Flatten before it")
+                weight = take(f"{name}.weight")
+                bias = take(f"{name}.bias") if node.get("bias", True) else np.zeros(len(weight))
+                if node.get("image"):  # PyTorch flattens CHW, we HWC
+                    h, w, c = node["image"]
+                    weight = weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1).reshape(len(weight), h * w * c)
+                shape = (len(weight),)
+                add(weight, bias, abs(bias), extra=0)
+            elif kind == "AveragePool2d":
+                weight, shape = _pooling(node["window"], shape)
+                add(weight, np.zeros(weight.shape[0]), np.zeros(weight.shape[0]), extra=2)
+            else:
+                demand(False, f"{name}: the checker does not know {kind!r}")
+        relu = False
+    if relu:
+        add_identity()
+    demand(maps and len(shape) == 1, "it does not end in logits")
     demand(not tensors, f"the file holds {min(tensors, default='')!r}, which the checker has no place for")
     n = max(max(m.weight.shape) for m in maps) + 16 * len(maps)
     return Network(maps, input_shape, 8 * gamma(n, U64))
+
+
+def _pooling(window, shape):
+    """(the matrix of the mean over window x window tiles, (height, width, channels) of its output)."""
+    h, w, c = shape
+    window = h if window is None else window
+    demand(type(window) is int and window > 0, f"tiles cannot be {window} wide")
+    demand(h % window == 0 and w % window == 0, f"a {h}x{w} image cannot be pooled by {window}x{window} tiles")
+    ho, wo = h // window, w // window
+    y, x, k = np.indices(shape).reshape(3, -1)
+    rows = ((y // window) * wo + x // window) * c + k
+    columns = (y * w + x) * c + k
+    return coo_array((np.full(h * w * c, 1 / window**2), (rows, columns)), (ho * wo * c, h * w * c)), (ho, wo, c)
 
 
 def _convolution(weight, shape, stride, padding):
@@ -124,6 +196,7 @@ def _convolution(weight, shape, stride, padding):
     (h, w, c), (out, channels, kh, kw), (top, bottom, left, right) = shape, weight.shape, padding
     demand(channels == c, f"a convolution of {channels} channels does not fit an image of {c}")
     ho, wo = (h + top + bottom - kh) // stride + 1, (w + left + right - kw) // stride + 1
+    demand(min(padding) >= 0 < min(ho, wo) and ho * wo * out <= WIDEST, f"a convolution from {shape} does not fit here")
     rows, columns, values = [], [], []
     for i, j, p, q in np.ndindex(ho, wo, kh, kw):
         y, x = stride * i + p - top, stride * j + q - left

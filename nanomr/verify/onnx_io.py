@@ -166,9 +166,8 @@ def import_onnx(path) -> Model:
 
     A chain of Conv (group 1, dilation 1, square, explicit padding), Gemm or MatMul, Add of a bias, Sub and Div of
     constants per channel (normalisation), Relu, Flatten or Reshape to (N, D); Identity and Dropout do nothing. An
-    input that is no image, (N, D) or (N, A, B), becomes images of shape (1, 1, D). The architecture is named "onnx",
-    which :func:`nanomr.models.build` does not know. Raises UserError for anything else, by name, for a file that
-    cannot be read, and when onnx is not installed.
+    input that is no image, (N, D) or (N, A, B), becomes images of shape (1, 1, D). The network is called "onnx".
+    Raises UserError for anything else, by name, for a file that cannot be read, and when onnx is not installed.
     """
     onnx = _onnx()
     try:
@@ -219,7 +218,7 @@ class _Import:
             raise _Refused("its output is an image, not logits (N, K)")
         if self.image:
             self._put("flatten", Flatten())
-        self.model = Model(self.layers, {"name": "onnx"}, input_shape)
+        self.model = Model(self.layers, "onnx", input_shape)
         self.model.load_state_dict(self.model.state_dict() | self.state)
 
     def _input_shape(self, value):

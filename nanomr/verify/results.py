@@ -34,8 +34,10 @@ class Folder:
         if file.exists():
             old = checkpoint.read_json(file)
             for key, value in config.items():
-                if not isinstance(old, dict) or old.get(key) != value:
-                    before = old.get(key) if isinstance(old, dict) else None
+                before = old.get(key) if isinstance(old, dict) else None
+                if key == "weights":  # the SHA-256 says it all
+                    before, value = (v.get("sha256") if isinstance(v, dict) else v for v in (before, value))
+                if before != value:
                     raise UserError(f"{self.path} was begun with {key} = {before}, not {value}: choose another --out")
             if self.log.exists() and not resume:
                 raise UserError(f"{self.path} holds results already: --resume goes on, --out chooses another folder")
@@ -165,16 +167,15 @@ def lines(report: dict) -> list[str]:
         "verified_float32": "verified, float32",
     }  # fmt: skip
     out = [f"{n} test images of {report['data']['name']}, linf, eps {fraction(report['eps'])}"]
-    out.append(f"  {'accuracy':24}" + "".join(f"{name:>18}" for name in names.values()) + f"{'undecided':>12}")
-    out.append(
-        f"  {'this network':24}" + "".join(f"{report[key]:18.2%}" for key in names) + f"{open_ / max(n, 1):12.2%}"
-    )
-    interval = [f"{low:.1%} - {high:.1%}" for low, high in (report["intervals"][key] for key in names)]
-    out.append(f"  {'95 % interval':24}" + "".join(f"{text:>18}" for text in interval))
-    if report["data"]["name"] == "cifar10" and fraction(report["eps"]) == "8/255":
-        for name, row in PAPER.items():
-            cells = "".join(f"{f'{row[key]:.2f}%' if key in row else '-':>18}" for key in names)
-            out.append(f"  {name[:24]:24}{cells}")
+    paper = PAPER if report["data"]["name"] == "cifar10" and fraction(report["eps"]) == "8/255" else {}
+    out.append(f"  {'accuracy':18}{'':>8}{'95 % interval':>18}" + "".join(f"{name.split()[0]:>11}" for name in paper))
+    for key, name in names.items():
+        low, high = report["intervals"][key]
+        cells = "".join(f"{f'{row[key]:.2f}%' if key in row else '-':>11}" for row in paper.values())
+        out.append(f"  {name:18}{report[key]:8.2%}{f'{low:.1%} - {high:.1%}':>18}{cells}")
+    out.append(f"  {'undecided':18}{open_ / max(n, 1):8.2%}")
+    if paper:
+        out.append(f"  the paper's rows are of {', '.join(paper)}")
     out.append("  decided: " + (", ".join(f"{count} {how}" for how, count in report["stages"].items()) or "none"))
     if report["unstable"]:
         layers = ", ".join(f"{a:.0f} ({b:.0f})" for a, b in zip(report["unstable"], report["switching"], strict=True))

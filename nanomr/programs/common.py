@@ -1,0 +1,92 @@
+"""What the three programs share: the data set, a network that fits its images, and a progress bar."""
+
+import argparse
+import hashlib
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import checkpoint, compiling, data, metrics, models
+from ..attacks.common import logits_of
+from ..backend import to_device, to_numpy
+from ..errors import NoClass, UserError
+
+
+def announce_compilation():
+    """Say so when kernels are compiled, as they are when a program is first used."""
+    text = "compiling the kernels: about half a minute, once"
+    compiling.announce(lambda: tqdm.write(text, file=sys.stderr))
+
+
+def add_data(group, which: str, default: str | None = None):
+    """The flags that say which images: ``--data``, ``--data-dir``, ``--no-download``."""
+    text = f"shapes10, cifar10, or a .npz file of your own (nanomr.data.load_npz says what is in it): {which}"
+    group.add_argument("--data", type=_data, metavar="DATA", default=default, help=text)
+    group.add_argument(
+        "--data-dir", help="folder with cifar-10-batches-bin; default: $NANOMR_DATA, then the user cache"
+    )
+    group.add_argument("--no-download", action="store_true", help="fail rather than download CIFAR-10")
+
+
+def _data(text: str) -> str:
+    if text in ("shapes10", "cifar10") or text.endswith(".npz"):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not shapes10, cifar10 or a FILE.npz")
+
+
+def load_data(args, name: str | dict) -> data.Dataset:
+    """The data set ``name``, or the one that a run's record {"name", "source"} is of, which ``--data`` may say anew."""
+    if not isinstance(name, dict):
+        return data.load(name, args.data_dir, download=not args.no_download)
+    source = name.get("source") or {}
+    dataset = load_data(args, args.data or source.get("file") or name["name"])
+    if "file" in source and dataset.source.get("sha256") != source["sha256"]:
+        raise UserError(f"{dataset.name} is not the file that the run was of (SHA-256): give that by --data")
+    return dataset
+
+
+def weights_file(path: Path) -> Path:
+    """The file itself where ``path`` is a run folder."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def trained_on(path: Path) -> str:
+    """The data set that a weights file names, if this version has it; else shapes10."""
+    name = checkpoint.load_tensors(weights_file(path))[1].get("data")
+    return name if name == "cifar10" or (isinstance(name, str) and name.endswith(".npz")) else "shapes10"
+
+
+def load_network(path: Path, dataset, device: str):
+    """(model, {"file", "sha256", "architecture"}), or a UserError when it does not fit the data set's images."""
+    path = weights_file(path)
+    model = models.load(path, device)
+    shape, classes = dataset.test_images.shape[1:], len(dataset.classes)
+    if model.input_shape != tuple(shape):
+        raise UserError(f"{path} is a network for images of shape {model.input_shape}, not {tuple(shape)}")
+    if not np.isfinite(to_numpy(model.weights)).all():
+        raise UserError(f"{path}: the weights are not all finite numbers; take another checkpoint")
+    try:
+        logits = logits_of(model, metrics.as_float(to_device(dataset.test_images[:1], device)))
+    except NoClass:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: the layers of the network do not fit one another: {error}") from None
+    if logits.shape[1] < classes:
+        raise UserError(f"{path} knows {logits.shape[1]} classes, {dataset.name} has {classes}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return model, {"file": path.name, "sha256": sha256, "architecture": model.architecture}
+
+
+@contextmanager
+def progress(total: int, label: str):
+    """A progress bar over images; yields ``advance(done, robust)`` for :func:`nanomr.attacks.pgd`."""
+    with tqdm(total=total, desc=label, unit="img", disable=None) as bar:
+
+        def advance(done: int, robust: int):
+            bar.set_postfix_str(f"robust so far {robust / done:.2%}")
+            bar.update(done - bar.n)
+
+        yield advance

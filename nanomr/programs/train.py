@@ -1,0 +1,238 @@
+"""Train a locally stable network by manifold regularization (Jin & Rinard 2020).
+
+nanomr train                                   # shapes10, offline, a small network: two minutes on a CPU
+nanomr train --data cifar10                    # the paper's verification network, its schedule, 100 epochs
+nanomr train --data cifar10 --device gpu       # PreActResNet18
+nanomr train --resume runs/small-shapes10-manifold-0
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from .. import checkpoint, cli, metrics, models
+from ..backend import to_device, use_device
+from ..errors import UserError
+from ..methods import METHODS
+from ..train import Config, Interrupted, Trainer
+from . import common
+
+# PreActResNet18's are the paper's. The paper's for the small network collapse: docs/reproduction.md has the sweep.
+DEFAULTS = {
+    "small": dict(gamma_i=10.0, gamma_h=600.0, lr=0.03, clip=1.0),
+    "small on shapes10": dict(gamma_i=4.0, gamma_h=300.0, lr=0.05, clip=1.0),
+    "preact_resnet18": dict(gamma_i=0.8, gamma_h=2400.0, lr=0.1, clip=0.0),
+    "mlp": dict(gamma_i=0.4, gamma_h=600.0, lr=0.05, clip=1.0),
+}
+EPOCHS = {"cifar10": 100}  # of every other data set: 30
+HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}  # of one's own: a tenth, 5000 at most
+FLAGS_OF = {"kernel": "small", "jin_v1": "preact_resnet18"}  # that one model alone has a use for
+WITH_RESUME = {"resume", "device", "no_graph", "kernels", "data_dir", "no_download", "test_images"}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    positive, natural = cli.number(int, low=1), cli.number(int, low=0)
+    non_negative, share = cli.number(cli.fraction, low=0), cli.number(cli.fraction, low=0, high=1)
+    auto = argparse.SUPPRESS
+
+    g = p.add_argument_group("what to train")
+    text = (
+        "small: images of at least 4x4 pixels; preact_resnet18: square images; mlp: any images, two layers of 256 "
+        "units. Default: small on a CPU, preact_resnet18 on a GPU"
+    )
+    g.add_argument("--model", choices=("small", "preact_resnet18", "mlp"), help=text)
+    text = "small: 4 (the default) as Wong et al., 5 as Xiao et al."
+    g.add_argument("--kernel", type=int, choices=(4, 5), default=None, help=text)
+    g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
+    g.add_argument("--method", choices=METHODS, default="manifold", help="which terms are added to the cross-entropy")
+    seed = cli.number(int, low=0, high=2**63 - 1)
+    g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
+
+    g = p.add_argument_group("data")
+    common.add_data(g, "what to train on; shapes10 is drawn on the fly", "shapes10")
+    text = (
+        "last training images, kept for monitoring, 0 for none; default: 5000 (cifar10), 2000 (shapes10), a tenth of "
+        "your own, up to 5000"
+    )
+    g.add_argument("--hold-out", type=natural, default=None, help=text)
+    g.add_argument("--train-images", type=natural, default=0, help="use only the first so many; 0: all")
+    text = "random crops (4 pixels of padding) and flips, of uint8 images; default: not for your own"
+    g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help=text)
+
+    g = p.add_argument_group("optimisation", "schedules are the paper's (appendix B), scaled to --epochs")
+    g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 30 for others")
+    g.add_argument(
+        "--batch-size", type=positive, default=128, help="clean images; the regularisers see three times as many"
+    )
+    g.add_argument("--lr", type=non_negative, default=None, help="peak; default: " + _defaults("lr"))
+    g.add_argument("--momentum", type=share, default=0.9, help="of SGD")
+    g.add_argument("--weight-decay", type=non_negative, default=5e-4, help="gamma_K, on all parameters")
+    g.add_argument(
+        "--clip", type=non_negative, default=None, help="gradient norm, 0 for none; default: " + _defaults("clip")
+    )
+
+    g = p.add_argument_group("regularisers")
+    g.add_argument(
+        "--eps", type=cli.linf_radius, default=8 / 255, help="radius of the Linf ball at the end, pixels in [0, 1]"
+    )
+    g.add_argument("--eps-start", type=cli.linf_radius, default=2 / 255, help="at the beginning")
+    g.add_argument("--gamma-i", type=non_negative, default=None, help="intrinsic; default: " + _defaults("gamma_i"))
+    g.add_argument("--gamma-h", type=non_negative, default=None, help="Hamming; default: " + _defaults("gamma_h"))
+    g.add_argument("--gamma-factor", type=non_negative, default=10.0, help="both grow by this factor")
+    g.add_argument("--alpha", type=non_negative, default=8.0, help="of the tanh relaxation")
+    g.add_argument(
+        "--hamming-norm", choices=("batch", "sample"), default="batch", help="l2 norm over the batch or per sample"
+    )
+
+    g = p.add_argument_group("run")
+    g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
+    text = "of the activations; weights are float32. Default: bf16 on a GPU; a CPU has fp32 alone"
+    g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help=text)
+    text = "on a GPU: start every kernel of a step by itself instead of a CUDA graph of them all (bf16 alone has one)"
+    g.add_argument("--no-graph", action="store_true", help=text)
+    text = "on a GPU: auto tests ours on the first run, and replaces what fails there by plain CuPy, which is slower"
+    g.add_argument("--kernels", choices=("auto", "own", "plain"), default="auto", help=text)
+    g.add_argument("--out", type=Path, default=None, help="run folder; default: runs/MODEL-DATA-METHOD-SEED")
+    g.add_argument(
+        "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
+    )
+    g.add_argument("--test-images", type=natural, default=1000, help="for the attack in the closing table; 0: no table")
+    return p
+
+
+def _defaults(name: str) -> str:
+    return ", ".join(f"{values[name]:g} ({model})" for model, values in DEFAULTS.items())
+
+
+def configure(args, device: str, dataset) -> Config:
+    """The run's Config, with every default filled in. Raises UserError for flags that the model has no use for."""
+    model = args.model or ("preact_resnet18" if device == "gpu" else "small")
+    for flag, owner in FLAGS_OF.items():
+        if getattr(args, flag) and model != owner:
+            raise UserError(f"--{flag.replace('_', '-')} is for --model {owner}: leave it out with {model}")
+    own = args.data.endswith(".npz")
+    shape, classes = dataset.train_images.shape[1:], len(dataset.classes)
+    options = dict(
+        zip(("mean", "std"), _statistics(dataset) if own else (models.CIFAR_MEAN, models.CIFAR_STD), strict=True)
+    )
+    options["input_shape"] = shape
+    try:
+        architecture = {
+            "small": lambda: models.small_cnn(kernel=args.kernel or 4, classes=classes, **options),
+            "preact_resnet18": lambda: models.preact_resnet18(jin_v1=args.jin_v1, classes=classes, **options),
+            "mlp": lambda: models.mlp((math.prod(shape), 256, 256, classes), **options),
+        }[model]().architecture
+    except ValueError as error:
+        raise UserError(f"--model {model} does not fit {dataset.name}: {error}") from None
+    defaults = DEFAULTS.get(f"{model} on {'shapes10' if own else args.data}", DEFAULTS[model])
+    hold_out = min(len(dataset.train_images) // 10, 5000) if own else HOLD_OUT[args.data]
+    chosen = {k: getattr(args, k) if getattr(args, k) is not None else v for k, v in defaults.items()}
+    return Config(
+        architecture=architecture, method=args.method, data=dataset.source["file"] if own else args.data,
+        epochs=EPOCHS.get(args.data, 30) if args.epochs is None else args.epochs,
+        hold_out=hold_out if args.hold_out is None else args.hold_out,
+        batch_size=args.batch_size, train_images=args.train_images, seed=args.seed, momentum=args.momentum,
+        weight_decay=args.weight_decay, eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor,
+        alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not own if args.augment is None else args.augment,
+        precision=args.precision or ("bf16" if device == "gpu" else "fp32"), **chosen,
+    )  # fmt: skip
+
+
+def _statistics(dataset) -> tuple[tuple, tuple]:
+    """Mean and standard deviation of each channel, 1 for one that is constant: of the first 10,000 training images."""
+    images = metrics.as_float(dataset.train_images[:10_000])
+    mean, std = images.mean((0, 1, 2), dtype=float), images.std((0, 1, 2), dtype=float)
+    return tuple(mean.round(4).tolist()), tuple(np.where(std < 1e-3, 1, std.round(4)).tolist())
+
+
+def read_config(path: Path) -> tuple[Config, dict]:
+    """The Config in a run's config.json, and what it says of the data. Raises UserError for anything else."""
+    saved = checkpoint.read_json(path)
+    try:
+        return Config(**saved["config"]).checked(), {"name": saved["config"]["data"], "source": saved.get("source")}
+    except (TypeError, KeyError, ValueError) as error:
+        why = str(error).partition("() ")[2] or error
+        raise UserError(f"{path} is not the configuration of a run of this version ({why}): restore it") from None
+
+
+def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
+    """Accuracy on the test set, which nothing before has looked at: clean on all of it, PGD on its first ``n``."""
+    images, labels = to_device(dataset.test_images, device), to_device(dataset.test_labels, device)
+    n = min(n, len(images))
+    with common.progress(n, "PGD-20 x 10 on test images") as advance:
+        robust = metrics.robust_accuracy(
+            model, images[:n], labels[:n], config.eps, steps=20, restarts=10, seed=config.seed, progress=advance
+        )
+    result = {
+        "test_images": len(images), "clean": metrics.accuracy(model, images, labels),
+        "attacked_images": n, "clean_attacked": metrics.accuracy(model, images[:n], labels[:n]), "pgd20x10": robust,
+        "eps": config.eps, "seed": config.seed, "source": dataset.source,
+    }  # fmt: skip
+    print(f"\n{dataset.name}, test images         clean   PGD-20 x 10, eps {config.eps * 255:g}/255")
+    print(f"  all {len(images):6d}                {result['clean']:7.2%}")
+    print(f"  first {n:6d}              {result['clean_attacked']:7.2%}   {robust:7.2%}")
+    return result
+
+
+def main() -> int:
+    p = parser()
+    args = p.parse_args()
+    common.announce_compilation()
+    device = use_device(args.device, args.kernels)
+    resume = getattr(args, "resume", None)
+    if not resume:
+        dataset = common.load_data(args, args.data)
+        config = configure(args, device, dataset)
+        name = (
+            f"{config.architecture['name'].removesuffix('_cnn')}-{Path(config.data).stem}-{config.method}-{config.seed}"
+        )
+        folder = args.out or Path("runs") / name
+    elif ignored := sorted(cli.given(parser()) - WITH_RESUME):
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in ignored)
+        raise UserError(f"--resume goes on with the run's own settings: leave out {flags}, or begin another run")
+    else:
+        args.data = None  # the run's own
+        folder = resume
+        config, recorded = read_config(folder / "config.json")
+        dataset = common.load_data(args, recorded)
+    trainer = Trainer(config, dataset, folder, device, graph=not args.no_graph)
+    if not resume:
+        trainer.open_folder()
+    with checkpoint.locked(folder):
+        if resume:
+            trainer.resume()
+        elif (folder / "last.safetensors").exists():
+            raise UserError(
+                f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
+            )
+        else:
+            checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
+        return train(trainer, args.test_images)
+
+
+def train(trainer: Trainer, test_images: int) -> int:
+    """Say what the run is, train, and end with pictures and a table."""
+    folder, config = trainer.folder, trainer.config
+    network = f"{trainer.model.name}, {trainer.model.weights.size} weights"
+    print(
+        json.dumps({"run": str(folder), "device": trainer.device, **asdict(config), "architecture": network}, indent=1),
+        flush=True,
+    )
+    try:
+        model = trainer.run()
+    except Interrupted as stopped:
+        trainer.plot()
+        print(f"\n{stopped}")
+        return 130
+    picture = trainer.plot()
+    if test_images:
+        result = closing_table(model, trainer.dataset, config, test_images, trainer.device)
+        checkpoint.write_json(folder / "test.json", result)
+    files = ["model.safetensors", "log.jsonl", *["test.json"] * bool(test_images), *["curves.png"] * bool(picture)]
+    print(f"\n{folder}: {', '.join(files)}")
+    return 0
