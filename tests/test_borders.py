@@ -363,6 +363,13 @@ def test_a_triple_batch_has_three_rows_an_image(rows):
             call()
 
 
+def test_logits_are_those_of_the_labels_three_times():
+    """Said by of_logits itself: a device's kernel would cut the rows as it likes."""
+    for rows in (3 * N - 1, 3 * N + 1):
+        with pytest.raises(ValueError, match="of_logits takes logits"):
+            losses.of_logits(floats((rows, K)), np.zeros(rows // 3, int), 1.0)
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 WRONG_LABELS = {
@@ -393,6 +400,24 @@ def test_a_label_is_a_class_of_its_image(name, wrong):
         TAKES_LABELS[name](right)
     with pytest.raises(ValueError):
         TAKES_LABELS[name](WRONG_LABELS[wrong])
+
+
+@pytest.mark.parametrize("wrong", ["(N, 1)", "one", "too many", "-1", "floats"])
+def test_a_step_that_is_refused_has_changed_nothing(wrong):
+    """Running statistics would have moved in the forward pass."""
+    net, x = mr.models.preact_resnet18(width=1), floats((N, 32, 32, 3))
+    before = snapshot(net, "buffers")
+    for step in (methods.standard_step, methods.manifold_step):
+        with pytest.raises(ValueError, match="labels must be"):
+            step(net, x, WRONG_LABELS[wrong], *[x] * (step is methods.manifold_step))
+    for name, value in slots(net, "buffers").items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_hamming_distance_is_between_as_many_images():
+    for n in (1, N - 1, N + 1):  # one would be compared with each of the others
+        with pytest.raises(ValueError, match="hamming_distance takes y"):
+            manifold.hamming_distance(model(), floats(IMAGE), floats((n, H, W, C)))
 
 
 def test_accuracy_takes_a_label_for_each_image():
