@@ -207,6 +207,15 @@ def test_bounds_are_the_outermost_numbers_within_eps(dtype, seed, eps):
         assert np.array_equal(cpu.linf_step(-far, far, still, x, eps), low)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_l2_projection_ends_inside_where_nothing_hides_its_rounding(dtype):
+    """One black pixel: factor and product are rounded, often upwards, and no other pixel makes up for it."""
+    x, draw = np.zeros((300, 1, 1, 1), dtype), np.random.default_rng(0)
+    for eps in draw.random(20):
+        y = L2(eps).project(x, (eps + draw.random(x.shape)).astype(dtype))
+        assert L2(eps).inside(x, y).all() and exact.inside("l2", eps, x, y)
+
+
 def test_l2_takes_nothing_that_is_outside_by_the_last_digit():
     x = np.zeros((1, 1, 2, 1))
     y = x.copy()
