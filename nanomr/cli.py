@@ -28,7 +28,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     what, examples = doc.strip().split("\n\n")
     if prog.endswith(".py"):
         examples = re.sub(r"^nanomr \w+", f"python {prog}", examples, flags=re.M)
-    return argparse.ArgumentParser(prog=prog, description=what, epilog=examples, formatter_class=Formatter)
+    return argparse.ArgumentParser(prog=prog, description=fold([what]), epilog=examples, formatter_class=Formatter)
 
 
 def given(parser: argparse.ArgumentParser) -> set[str]:

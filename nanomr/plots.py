@@ -48,7 +48,7 @@ def curves(log: list[dict], path) -> Path | None:
     if gammas:  # both grow by the same factor: on an axis of their own, and logarithmic, they do not hide each other
         weights = schedule.twinx()
         for (key, values), style in zip(gammas.items(), ("C2--", "C3-."), strict=False):
-            weights.plot(epochs, np.where(values > 0, values, math.nan), style)
+            weights.plot(epochs, np.where(values > 0, values, math.nan), style, label=key)
             schedule.plot([], [], style, label=f"{key} (right)")  # for the legend
         weights.set(yscale="log", ylabel="gamma")
     for axes in (accuracy, loss, relus, schedule):

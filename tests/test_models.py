@@ -750,12 +750,15 @@ def test_names_and_shared_weights_that_a_file_cannot_have():
     fc = Linear(3, 3)
     for children, words in (
         ({"a.b": fc}, "dots"), ({1: fc}, "called 1"), ({"a": layers.Sequential({"optimizer": fc})}, "'optimizer'"),
-        ({"a": fc, "b": fc}, "'b' has another name"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             mr.models.Model(children, input_shape=(1, 1, 3))
     relu = layers.ReLU()
-    mr.models.Model({"flatten": layers.Flatten(), "a": relu, "b": relu, "fc": fc}, input_shape=(1, 1, 3))
+    model = mr.models.Model({"flatten": layers.Flatten(), "a": relu, "b": relu, "fc": fc}, input_shape=(1, 1, 3))
+    assert len(model.architecture["layers"]) == 4
+    shared = mr.models.Model({"flatten": layers.Flatten(), "a": fc, "b": fc}, input_shape=(1, 1, 3))
+    with pytest.raises(ValueError, match="two names"):
+        _ = shared.architecture
     with pytest.raises(ValueError, match="input_shape"):
         mr.models.Model({"fc": fc}, input_shape=(3,))
 

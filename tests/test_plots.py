@@ -59,7 +59,8 @@ def test_curves_writes_a_picture_and_says_where(pyplot, tmp_path):
 def test_curves_draws_what_the_log_says(drawn, tmp_path):
     plots.curves(LOG, tmp_path / "curves.png")
     axes = drawn()
-    assert len(axes) == 4
+    assert len(axes) == 5  # the fifth: the schedules' second axis, without a title
+    assert axes[""] == {"gamma_i": [0.4] * 3, "gamma_h": [9000.0] * 3}
     found = {label: values for lines in axes.values() for label, values in lines.items()}
     assert found["clean"] == pytest.approx([40, 50, 60])
     assert found["loss"] == pytest.approx([2, 1, 2 / 3]) and found["cross-entropy"] == pytest.approx([1.5, 0.75, 0.5])

@@ -1,11 +1,11 @@
 """Attack a network: PGD, AutoAttack, AutoAttack+ and the Wasserstein adversary of Jin & Rinard (2020), Tables 1 and 2.
 
-nanomr attack --weights runs/x --attack pgd                                  # Table 1: linf, eps 8/255
-nanomr attack --weights runs/x --attack autoattack+ --norm l2 --out a/l2     # Table 2: l2, eps 0.5
-nanomr attack --weights runs/x --attack autoattack+ --norm l2 --out a/l2 --resume   # go on after a kill
-nanomr attack --weights runs/x --attack all --out a/all                      # PGD, AutoAttack+, Wasserstein
-nanomr attack --table a/all a/l2                                             # our rows and the paper's
-nanomr attack --check a/l2/examples.npz --weights runs/x                     # do those images still fool it?
+nanomr attack --weights runs/x --attack pgd           # linf, eps 8/255
+nanomr attack --weights runs/x --norm l2 --out a/l2   # AutoAttack+
+nanomr attack --weights runs/x --norm l2 --out a/l2 --resume
+nanomr attack --weights runs/x --attack all --out a/all
+nanomr attack --table a/all a/l2           # our rows and the paper's
+nanomr attack --check a/l2/examples.npz --weights runs/x
 """
 
 import argparse

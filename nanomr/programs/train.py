@@ -1,8 +1,9 @@
 """Train a locally stable network by manifold regularization (Jin & Rinard 2020).
 
-nanomr train                                   # shapes10, offline, a small network: two minutes on a CPU
-nanomr train --data cifar10                    # the paper's verification network, its schedule, 100 epochs
-nanomr train --data cifar10 --device gpu       # PreActResNet18
+nanomr train                     # shapes10, offline: two minutes
+nanomr train --data cifar10      # 100 epochs of the small network
+nanomr train --data cifar10 --device gpu   # PreActResNet18
+nanomr train --data mine.npz     # images and labels of your own
 nanomr train --resume runs/small-shapes10-manifold-0
 """
 

@@ -1,12 +1,12 @@
 """Prove it: for how many test images is no adversarial example within eps, exactly?
 
-nanomr verify --weights runs/x --n 200                      # linf, eps 8/255: attack, bounds, trees, MILP
-nanomr verify --weights runs/x --n 0 --out v/x              # every test image
-nanomr verify --weights runs/x --n 0 --out v/x --resume     # go on after a kill
-nanomr verify --weights runs/x --n 200 --eps 2/255 4/255 8/255   # a curve
-nanomr verify --weights runs/x --check v/x                  # re-evaluate every proof, with rounding errors
-nanomr verify --report v/x                                  # the table and the pictures again
-nanomr verify --weights runs/x --n 50 --export v/onnx       # instances for other verifiers
+nanomr verify --weights runs/x --n 200              # eps 8/255
+nanomr verify --weights runs/x --n 0 --out v        # every test image
+nanomr verify --weights runs/x --n 0 --out v --resume
+nanomr verify --weights runs/x --eps 2/255 4/255    # a curve
+nanomr verify --weights runs/x --check v            # every proof again
+nanomr verify --report v                            # the table again
+nanomr verify --weights runs/x --n 50 --export o    # ONNX, VNN-LIB
 """
 
 import argparse
