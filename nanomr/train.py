@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import checkpoint, compiling, metrics, models, optim, plots, rng
 from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
-from .errors import UserError
+from .errors import NoClass, UserError
 from .graph import Replayed
 from .manifold import corner_pairs
 from .methods import METHODS, manifold_step, standard_step
@@ -292,7 +292,11 @@ class Trainer:
             raise UserError(message) from None
 
     def _end_epoch(self, bar):
-        record = self._record()
+        try:
+            record = self._record()
+        except NoClass:
+            self._stop_on_nan("logits of the images that are watched")
+            raise
         self.log.append(record)
         checkpoint.append_jsonl(self.folder / "log.jsonl", record)
         self.totals[...], self.seconds = 0, 0.0
@@ -327,13 +331,14 @@ class Trainer:
         graph = getattr(self._on_device, "graph", None) is not None
         return {"plain_kernels": [name for name in gpu.replaced if name != "graph"], "graph": graph}
 
-    def _stop_on_nan(self):
+    def _stop_on_nan(self, seen: str = ""):
+        """Raises UserError where a total or a weight is not finite, or what was ``seen`` not to be."""
         totals, weights = to_numpy(self.totals), self.model.weights
-        if np.isfinite(totals).all() and array_module(weights).isfinite(weights).all():
+        if not seen and np.isfinite(totals).all() and array_module(weights).isfinite(weights).all():
             return
         names = ("loss", "cross-entropy", "intrinsic term", "Hamming term", "gradient")
         bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
-        first = (bad[1] if len(bad) > 1 else bad[0]) if bad else "weights"
+        first = (bad[1] if len(bad) > 1 else bad[0]) if bad else seen or "weights"
         peaks = to_numpy(self.peaks)
         i = int(peaks.argmax())
         advice = "lower --lr"

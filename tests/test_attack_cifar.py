@@ -679,7 +679,7 @@ def test_a_network_whose_answers_are_not_finite_is_one_line(program, monkeypatch
 
 
 def test_few_classes_leave_stages_out_and_the_report_says_so(program, monkeypatch):
-    generate = attack_cifar.data.load
+    generate = data.load
     two = models.mlp((3072, 16, 2), seed=3)
 
     def dataset(*arguments, **options):
@@ -687,7 +687,7 @@ def test_few_classes_leave_stages_out_and_the_report_says_so(program, monkeypatc
         labels = two.forward(found.test_images * np.float32(1 / 255))[0].argmax(1)
         return replace(found, test_labels=labels, classes=("few", "many"))
 
-    monkeypatch.setattr(attack_cifar.data, "load", dataset)
+    monkeypatch.setattr(data, "load", dataset)
     two.children["fc2"].params["bias"] -= two.forward(programs.images_of(N)[0])[0].mean(0)
     two.save("two.safetensors")
     flags = [*FLAGS, "--n", 12, "--weights", "two.safetensors", "--out", "a", "--attack", "autoattack+"]
