@@ -49,7 +49,8 @@ class Model(Sequential):
 
     def _pack(self, xp, dtype):
         """(Re)build the flat vectors in this array module and dtype; parameters and gradients become views."""
-        slots = [(layer, name) for _, layer in self.walk() for name in layer.params]
+        layers = {id(layer): layer for _, layer in self.walk()}.values()  # one that is used twice has its weights once
+        slots = [(layer, name) for layer in layers for name in layer.params]
         size = sum(layer.params[name].size for layer, name in slots)
         self.weights, self.gradients = xp.empty(size, dtype), xp.zeros(size, dtype)
         start = 0

@@ -110,8 +110,6 @@ def test_single_entries_of_the_gradient(kind, seed):
 def test_contract_catches_its_mutants(check, kind):
     case = make_case(kind, train=check != "batch_mates")
     for mutant in MUTANTS[check]:
-        if check == "vjp" and mutant.__name__ == "DropsATerm":
-            continue  # one pixel of thousands is below the resolution of a random direction: see the entries above
         assert is_caught(CHECKS[check], mutant, case), f"{mutant.__name__} survives"
 
 
