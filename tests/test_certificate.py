@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import checkpoint, models
 from nanomr.layers import BatchNorm2d, Linear, Normalize
 from nanomr.models import Model
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import crown, rounding
 from nanomr.verify.bab import branch_and_bound
 from nanomr.verify.chain import Chain

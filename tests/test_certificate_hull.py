@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
+
+from nanomr.testing.strategies import fewer, seeds
 
 pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
 pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")

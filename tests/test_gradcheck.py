@@ -5,15 +5,15 @@ import re
 
 import numpy as np
 import pytest
-from contract import slots, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 
 import nanomr as mr
 from nanomr.gradcheck import GradientError, check_vjp, directional_derivative
 from nanomr.layers import BatchNorm2d, Layer, Linear, ReLU, Sequential
 from nanomr.models import Model
+from nanomr.testing.contract import slots, snapshot
+from nanomr.testing.strategies import seeds
 
 
 def cubic(x):

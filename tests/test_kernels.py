@@ -18,7 +18,6 @@ import pytest
 import shim
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from strategies import convolutions, layouts, seeds
 from test_ops import OPERATIONS, TOLERANCE, as_tuple, compare, feature_maps, place
 
 from nanomr import data, graph, layers, losses, manifold, methods, models, optim, train
@@ -29,6 +28,7 @@ from nanomr.ops import gpu, reference
 from nanomr.ops.gpu import conv as gpu_conv
 from nanomr.ops.gpu import cuda
 from nanomr.ops.gpu import normalization as gpu_normalization
+from nanomr.testing.strategies import convolutions, layouts, seeds
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
 BF16 = np.dtype(ml_dtypes.bfloat16)

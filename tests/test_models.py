@@ -4,10 +4,8 @@ import copy
 
 import numpy as np
 import pytest
-from contract import CHECKS, MUTANTS, Case, is_caught, prepare, same, slots, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 import nanomr as mr
 from nanomr.checkpoint import load_tensors, save_tensors
@@ -16,6 +14,8 @@ from nanomr.gradcheck import check_vjp
 from nanomr.layers import Conv2d, Linear, PairBatch
 from nanomr.losses import Hamming, cross_entropy, hamming, intrinsic
 from nanomr.methods import manifold_step, standard_step
+from nanomr.testing.contract import CHECKS, MUTANTS, Case, is_caught, prepare, same, slots, snapshot
+from nanomr.testing.strategies import fewer, seeds
 
 MODELS = {
     "mlp": lambda seed=0: mr.models.mlp((12, 6, 5, 3), seed=seed, input_shape=(2, 2, 3), mean=(0.5,), std=(0.3,)),

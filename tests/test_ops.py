@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
 from nanomr import rng as streams
 from nanomr.backend import to_numpy
 from nanomr.ops import reference
+from nanomr.testing.strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
 TOLERANCE = 1e-5
 
