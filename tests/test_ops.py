@@ -21,6 +21,7 @@ from nanomr.ops import reference
 from nanomr.testing.strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.threads
 
 
 def load(name):
