@@ -12,12 +12,22 @@ a check of it proves nothing.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
+ROUNDING = 100 * np.finfo(np.float64).eps  # of an output, relative: what a difference of two of them may be off by
+
 
 class GradientError(AssertionError):
-    """A gradient does not agree with the numerical derivative; the message has both numbers."""
+    """A gradient does not agree with the numerical derivative; the message names each array that is wrong.
+
+    ``errors``: {array: its relative error}, of all arrays.
+    """
+
+    def __init__(self, message: str, errors: dict[str, float] | None = None):
+        super().__init__(message)
+        self.errors = errors or {}
 
 
 def _inner(a, b) -> float:
@@ -37,44 +47,92 @@ def directional_derivative(f: Callable, inputs: Sequence, direction: Sequence, m
 
 
 def check_vjp(
-    f: Callable, vjp: Callable, inputs: Sequence[np.ndarray], seed=0, directions=3, method="central", h=None, rtol=1e-6
+    f: Callable,
+    vjp: Callable,
+    inputs: Sequence[np.ndarray],
+    seed=0,
+    directions=3,
+    method="central",
+    h=None,
+    rtol=1e-6,
+    names: Sequence[str] | None = None,
 ) -> float:
     """Hold ``vjp(dy) -> dx`` (tuples, one per output / input) against the numerical derivative of ``f`` at ``inputs``.
 
-    Returns the largest error, relative to the size of the terms in <dx, v>; raises GradientError above ``rtol``.
+    Each input is judged by itself, along directions of its own: next to the terms of a large one, a small one's would
+    be lost. Returns the largest error, relative to the size of the terms in that input's <dx, v>; raises GradientError
+    above ``rtol``, which says for each of the ``names`` what is wrong. What rounding alone can do to the numerical
+    derivative is allowed for, so that a gradient may be 0 (of a bias before a batch norm, say).
     Arrays must be float64: in float32 a difference quotient has no digits left.
     """
     inputs = [np.asarray(x) for x in inputs]
+    names = names or [f"input {i}" for i in range(1, len(inputs) + 1)]
     if any(x.dtype != np.float64 for x in inputs):
         raise ValueError("gradcheck needs float64 inputs (model.astype(np.float64))")
     h = h or {"central": 1e-6, "complex": 1e-20}[method]
+    # A kink (of a ReLU, say) between x - h v and x + h v spoils the quotient, however right the gradient is: try
+    # nearer. A wrong gradient stays wrong at every h.
+    steps = [h] if method == "complex" else [h * 10.0**-k for k in range(3)]
     rng = np.random.default_rng(seed)
     y = f(*inputs)
     outputs = list(y) if isinstance(y, tuple | list) else [y]
+
+    def compare(i, dy, g, v, steps=steps):
+        """(relative error, claimed, measured) of the gradient g by input i along v."""
+        direction = [v if k == i else np.zeros_like(x) for k, x in enumerate(inputs)]
+        rounding = ROUNDING * np.linalg.norm([np.linalg.norm(d * o) for d, o in zip(dy, outputs, strict=True)])
+        floor = rounding / (1 if method == "complex" else h) / rtol + 1e-30
+        claimed, size = _inner([g], [v]), np.linalg.norm(g * v)
+        for step in steps:
+            measured = _inner(dy, directional_derivative(f, inputs, direction, method, step))
+            error = abs(claimed - measured) / (size + abs(measured) + floor)
+            if error <= rtol:
+                break
+        return float(error), claimed, measured
+
     worst = 0.0
     for _ in range(directions):
         dy = [rng.standard_normal(np.shape(o)) for o in outputs]
-        v = [rng.standard_normal(x.shape) for x in inputs]
         dx = vjp(*dy)
-        dx = list(dx) if isinstance(dx, tuple | list) else [dx]
-        for x, g in zip(inputs, dx, strict=True):
+        errors, complaints = {}, []
+        for i, (x, g) in enumerate(zip(inputs, dx if isinstance(dx, tuple | list) else [dx], strict=True)):
             if g.shape != x.shape or g.dtype != x.dtype:
-                raise GradientError(f"the gradient is {g.dtype} {g.shape}, the input {x.dtype} {x.shape}")
-        claimed = _inner(dx, v)
-        size = np.sqrt(sum(float(np.sum((g * u) ** 2)) for g, u in zip(dx, v, strict=True))) + 1e-30
-        # A kink (of a ReLU, say) between x - h v and x + h v spoils the quotient, however right the gradient is: try
-        # nearer. A wrong gradient stays wrong at every h.
-        for step in [h] if method == "complex" else [h * 10.0**-k for k in range(3)]:
-            measured = _inner(dy, directional_derivative(f, inputs, v, method, step))
-            error = abs(claimed - measured) / (size + abs(measured))
-            if error <= rtol:
-                break
-        worst = max(worst, error)
-        if not error <= rtol:  # NaN fails too
-            raise GradientError(
-                f"claimed {claimed:.12g}, measured {measured:.12g} ({method}): relative error {error:.2e} > {rtol:.0e}"
-            )
+                raise GradientError(f"{names[i]}: the gradient is {g.dtype} {g.shape}, the array {x.dtype} {x.shape}")
+            v = rng.standard_normal(x.shape)
+            errors[names[i]], claimed, measured = compare(i, dy, g, v)
+            if not errors[names[i]] <= rtol:  # NaN fails too
+                entry = ""
+                if len(complaints) < 3:  # the search takes time
+                    entry = _wrong_entry(partial(compare, i, dy, g), g, v, claimed - measured, steps[:1])
+                complaints.append(
+                    f"{names[i]}: claimed {claimed:.12g}, measured {measured:.12g} ({method}): "
+                    f"relative error {errors[names[i]]:.2e} > {rtol:.0e}{entry}"
+                )
+        if complaints:
+            right = ", ".join(name for name, error in errors.items() if error <= rtol) or "none"
+            raise GradientError("\n".join([*complaints, f"right: {right}"]), errors)
+        worst = max([worst, *errors.values()])
     return worst
+
+
+def _wrong_entry(compare, g, v, off, steps) -> str:
+    """One wrong entry of the gradient g, in words. Halve the direction v, keep the half that is off by more, go on;
+    ``off``: by how much the claim along all of v is, the sum of the halves'."""
+    at = np.arange(g.size)
+    if not np.isfinite(off):
+        at = at[~np.isfinite(g.ravel())][:1] if not np.isfinite(g).all() else at[:1]
+    while at.size > 1:
+        low, high = np.array_split(at, 2)
+        part = np.zeros_like(v)
+        part.flat[low] = v.flat[low]
+        _, claimed, measured = compare(part, steps)
+        both = (low, claimed - measured), (high, off - (claimed - measured))
+        at, off = max(both, key=lambda half: abs(half[1]))
+    unit = np.zeros_like(v)
+    unit.flat[at] = 1
+    _, claimed, measured = compare(unit)
+    where = ", ".join(str(k) for k in np.unravel_index(at[0], g.shape))
+    return f"; at [{where}] {claimed:.6g} instead of {measured:.6g}"
 
 
 def gradcheck(
@@ -84,7 +142,9 @@ def gradcheck(
 
     ``target`` is a Layer or Model (inputs: x; the input and every parameter are checked; ``tap``: a function that
     makes a fresh tap for each forward pass, whose weighted value is part of what is checked), or a function that
-    returns (value, gradient by its 1st input, by its 2nd, ...), as in :mod:`nanomr.losses`.
+    returns (value, gradient by its 1st input, by its 2nd, ...), as in :mod:`nanomr.losses`. Each of them is judged by
+    itself, and the error names the wrong ones ("x", "conv.weight", "input 2") with a wrong entry of each. A layer may
+    be used more than once; parameter gradients must be added (``+=``), by each use.
 
         gradcheck(mr.layers.Conv2d(3, 8, 4, 2, 1), x)
         gradcheck(lambda a, b: mr.losses.hamming(a, b, alpha=8.0), z_plus, z_minus)
@@ -105,7 +165,9 @@ def gradcheck(
 
 def _check_layer(layer, x, train, tap, options) -> float:
     layer = copy.deepcopy(layer)
-    slots = [(below, name) for _, below in layer.walk() for name in below.params]
+    paths = {below: path for path, below in reversed(list(layer.walk()))}  # each once: a layer may be used twice
+    slots = [(below, name) for below in reversed(paths) for name in below.params]
+    names = ["x", *(f"{paths[below]}.{name}".lstrip(".") for below, name in slots)]
     params = [np.array(below.params[name], np.float64) for below, name in slots]
     complex_step = train and options["method"] == "complex"
 
@@ -133,8 +195,14 @@ def _check_layer(layer, x, train, tap, options) -> float:
         if looker:  # the tap's gradient enters with its own weight: scale it as the upstream gradient says
             looker.weight *= float(d_value[0])
         dx = layer.backward(dy, cache)
-        return dx, *(below.grads[name] for below, name in slots)
+        once = [below.grads[name].copy() for below, name in slots]
+        layer.backward(dy, cache)
+        for name, g, (below, key) in zip(names[1:], once, slots, strict=True):
+            rest = below.grads[key] - 2 * g
+            if np.max(np.abs(rest), initial=0) > 1e-6 * np.max(np.abs(g), initial=0):
+                raise GradientError(f"{name}: a second backward pass must add (+=) its gradient to the first one's")
+        return dx, *once
 
     for _, below in layer.walk():
         below.buffers = {name: room_for(name, value) for name, value in below.buffers.items()}
-    return check_vjp(f, vjp, [x, *params], **options)
+    return check_vjp(f, vjp, [x, *params], names=names, **options)

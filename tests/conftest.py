@@ -4,16 +4,27 @@ import importlib
 import importlib.util
 import os
 import zlib
+from pathlib import Path
+
+# Before NumPy, Numba, CuPy or matplotlib is imported: a user's own settings must not decide whether a test passes.
+os.environ["CUPY_TF32"] = "0"
+os.environ["MPLBACKEND"] = "Agg"
+# Arrays are tiny, and pytest -n or somebody else keeps the cores busy: a thread that waits for another by spinning
+# costs several times the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # of which _one_thread leaves one, but where a test is about them
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A cache of compiled kernels for each worker: two processes that add to one index may give two kernels one file.
+    cache = Path(__file__).parent.parent / ".pytest_cache" / "numba" / worker
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache))
 
 import hypothesis
+import numba
 import numpy as np
 import pytest
 
 from nanomr.backend import gpu_available
-
-# Before CuPy or matplotlib is imported: a user's own settings must not decide whether a test passes.
-os.environ["CUPY_TF32"] = "0"
-os.environ["MPLBACKEND"] = "Agg"
 
 # deadline=None: the first call of a Numba kernel compiles it.
 hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
@@ -41,6 +52,12 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """Kernels run in one thread, but those of a test marked ``threads`` in all of Numba's."""
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS if request.node.get_closest_marker("threads") else 1)
 
 
 @pytest.fixture

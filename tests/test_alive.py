@@ -6,12 +6,12 @@ import pickle
 
 import numpy as np
 import pytest
-from contract import slots
 
 import nanomr as mr
 from nanomr import UserError, backend, losses, optim
 from nanomr.layers import Flatten, Layer, Linear, PreActBlock, ReLU, Sequential
 from nanomr.models import Model
+from nanomr.testing.contract import slots
 
 SHAPE = (2, 2, 3)
 

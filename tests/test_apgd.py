@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import models
 from nanomr.attacks import apgd, apgd_targeted, fgsm, pgd
 from nanomr.attacks.apgd import StepSizes, ascend, checkpoints
 from nanomr.attacks.common import Linf, recheck, threat
 from nanomr.attacks.objectives import cross_entropy_each, dlr, dlr_targeted
+from nanomr.testing.strategies import fewer, seeds
 
 SHAPE = (3, 3, 3)
 SIZE = 27

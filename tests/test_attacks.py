@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import models
 from nanomr.attacks import common, fgsm, pgd
 from nanomr.attacks.common import L2, Linf, check_inputs, check_logits, draws, recheck, threat
 from nanomr.metrics import robust_accuracy
+from nanomr.testing.strategies import fewer, seeds
 
 SHAPE = (3, 3, 3)
 N = 20

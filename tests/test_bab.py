@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import box, conv_net, fewer, randomise, seeds, sequence
+from networks import box, conv_net, randomise, sequence
 
 from nanomr import models
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import Flatten, Linear, ReLU
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import bab, collapsed
 from nanomr.verify.chain import Chain
 from nanomr.verify.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows

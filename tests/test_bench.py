@@ -47,10 +47,11 @@ def test_the_profile_is_a_table():
     assert lines[-1].startswith("the whole step") and lines[-1].endswith("100.0%")
 
 
-def test_the_verifiers_last_line_is_json(tmp_path):
+@pytest.mark.parametrize("limit", ["1", pytest.param("120", marks=pytest.mark.slow)])
+def test_the_verifiers_last_line_is_json(tmp_path, limit):
     pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
     script = TRAIN_STEP.parent / "verify.py"
-    flags = ["--quick", "--eps", "1", "--json", str(tmp_path / "result.json")]
+    flags = ["--quick", "--eps", "1", "--time-limit", limit, "--json", str(tmp_path / "result.json")]
     result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import models
 from nanomr.attacks import pgd
 from nanomr.attacks.blackbox import corner_noise, transfer
+from nanomr.testing.strategies import fewer, seeds
 
 SHAPE, N = (3, 3, 3), 24
 

@@ -14,10 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from contract import slots, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import convolutions, fewer, seeds
 
 import nanomr as mr
 from nanomr import losses, manifold, methods, metrics
@@ -35,6 +33,8 @@ from nanomr.layers import (
     Sequential,
 )
 from nanomr.ops import cpu, reference
+from nanomr.testing.contract import slots, snapshot
+from nanomr.testing.strategies import convolutions, fewer, seeds
 
 N, H, W, C, K = 4, 6, 8, 3, 5  # all different: an axis that is taken for another does not fit
 ANY = None  # any size from 1 on

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import checkpoint, models
 from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.models import Model
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import crown, rounding
 from nanomr.verify.bab import branch_and_bound
 from nanomr.verify.chain import Chain
@@ -389,22 +389,18 @@ def exact_points(maps, box, draw, n=12):
     return [(np.concatenate(inputs[1:]), logits) for *inputs, logits in points]
 
 
-@fewer(2)
-@given(seeds, st.sampled_from([0.02, 0.1, 0.3]), st.floats(-0.2, 1.2))
-def test_trees_hold_for_every_image(tmp_path_factory, seed, eps, share):
+def assert_trees_hold_for_every_image(draw, folder, eps, share, trees):
     """No image is below a tree's bound, and none with margin <= limit is outside of a restricted node's bounds: of
-    those that are on the sides of its splits. So none is in an empty node, either."""
-    draw = np.random.default_rng(seed)
+    those that are on the sides of its splits. In fractions. ``trees(reached, limit)`` yields proofs and their paths."""
     model = tiny(draw)
-    network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
+    network, image, maps = read(model, folder), picture(model, draw), rational(model)
     box = certificate._image_box(image, eps)
     reached = certificate.reach(network, *box)
     points = exact_points(maps, box, draw)
     margins = [logits[0] - logits[1] for _, logits in points]
     least, most = float(min(margins)), float(max(margins))
     limit = least + share * (most - least)
-    for _ in range(4):
-        proof, paths = random_tree(draw, *ends(reached), limit)
+    for proof, paths in trees(reached, limit):
         bound, states = replay(network, reached, np.array([[1.0, -1, 0]]), proof)
         assert bound <= min(margins)
         assert bound <= limit or not states
@@ -413,6 +409,18 @@ def test_trees_hold_for_every_image(tmp_path_factory, seed, eps, share):
                 inside = all(sign * z[unit] >= 0 for unit, sign in paths[node])
                 if inside and margin <= limit:
                     assert (exact(low) <= z).all() and (z <= exact(high)).all()
+
+
+@fewer(2)
+@given(seeds, st.sampled_from([0.02, 0.1, 0.3]), st.floats(-0.2, 1.2))
+def test_trees_hold_for_every_image(tmp_path_factory, seed, eps, share):
+    """So none is in an empty node, either."""
+    draw = np.random.default_rng(seed)
+
+    def trees(reached, limit):
+        return (random_tree(draw, *ends(reached), limit) for _ in range(4))
+
+    assert_trees_hold_for_every_image(draw, tmp_path_factory.mktemp("m"), eps, share, trees)
 
 
 @fewer(1)

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
+
+from nanomr.testing.strategies import fewer, seeds
 
 pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
 pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_bab import TOLERANCE, Problem
 from test_certificate import (
     NETWORKS,
+    assert_trees_hold_for_every_image,
     changed,
     ends,
     exact,
@@ -24,7 +26,6 @@ from test_certificate import (
     rational,
     read,
     replaced,
-    replay,
     tiny,
     unstable_network,
 )  # fmt: skip
@@ -255,27 +256,13 @@ def test_rounding_errors_of_a_program_are_there(tmp_path, monkeypatch):
 @fewer(1.5)
 @given(seeds, st.sampled_from([0.02, 0.1, 0.3]), st.floats(-0.2, 1.2))
 def test_trees_of_programs_hold_for_every_image(tmp_path_factory, seed, eps, share):
-    """No image is below a tree's bound, and none with margin <= limit is outside of a restricted node's bounds: of
-    those that are on the sides of its splits. In fractions."""
     draw = np.random.default_rng(seed)
-    model = tiny(draw)
-    network, image, maps = read(model, tmp_path_factory.mktemp("m")), picture(model, draw), rational(model)
-    box = certificate._image_box(image, eps)
-    reached = certificate.reach(network, *box)
-    points = exact_points(maps, box, draw)
-    margins = [logits[0] - logits[1] for _, logits in points]
-    least, most = float(min(margins)), float(max(margins))
-    limit = least + share * (most - least)
-    for sizes in ((0.5, 0.5, 0.5), (0.5, 0.5, 0), (0.1, 0.1, 0.1), (0, 0, 0)):
-        proof, paths = random_proof(draw, *ends(reached), limit, 8, sizes=sizes)
-        bound, states = replay(network, reached, ROW, proof)
-        assert bound <= min(margins)
-        assert bound <= limit or not states
-        for (z, _), margin in zip(points, margins, strict=True):
-            for node, (low, high) in states.items():
-                inside = all(sign * z[unit] >= 0 for unit, sign in paths[node])
-                if inside and margin <= limit:
-                    assert (exact(low) <= z).all() and (z <= exact(high)).all()
+
+    def trees(reached, limit):
+        for sizes in ((0.5, 0.5, 0.5), (0.5, 0.5, 0), (0.1, 0.1, 0.1), (0, 0, 0)):
+            yield random_proof(draw, *ends(reached), limit, 8, sizes=sizes)
+
+    assert_trees_hold_for_every_image(draw, tmp_path_factory.mktemp("m"), eps, share, trees)
 
 
 @pytest.mark.parametrize("of", ["itself", "a later layer"])

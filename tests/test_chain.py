@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import conv_net, fewer, forward, randomise, seeds, sequence
+from networks import conv_net, forward, randomise, sequence
 
 from nanomr import models
 from nanomr.errors import UserError
@@ -20,6 +20,7 @@ from nanomr.layers import (
     ReLU,
     Sequential,
 )
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import bounds
 from nanomr.verify.chain import KNOWN, Chain
 

@@ -18,15 +18,15 @@ from bf16 import (
     check_operation,
     check_pairs,
 )
-from contract import CHECKS, Case, cast
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import convolutions, seeds
 from test_layers import TINY, applies, make_case
 from test_ops import CHANNELS, OPERATIONS, feature_maps
 
 from nanomr.ops import cpu, ops_for
 from nanomr.ops.cpu import amx, gather_gemm, simd
+from nanomr.testing.contract import CHECKS, Case, cast
+from nanomr.testing.strategies import convolutions, seeds
 
 few = settings(
     max_examples=max(3, settings().max_examples * 2 // 5), suppress_health_check=[HealthCheck.function_scoped_fixture]

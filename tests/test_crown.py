@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import box, conv_net, fewer, points, randomise, seeds, sequence
+from networks import box, conv_net, points, randomise, sequence
 
 from nanomr import models
 from nanomr.attacks.common import Linf
 from nanomr.errors import UserError
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import AveragePool2d, Conv2d, Flatten, Linear, ReLU
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import crown as module
 from nanomr.verify import interval
 from nanomr.verify.chain import Chain

@@ -9,7 +9,6 @@ import copy
 
 import numpy as np
 import pytest
-from contract import CHECKS, Case, FromHost, ScalesDx, cast, exact, is_caught, same, slots
 from test_layers import TINY, applies, make_case
 from test_losses import LOSSES
 from test_losses import make as make_loss
@@ -28,6 +27,7 @@ from nanomr.losses import Hamming, cross_entropy, of_logits
 from nanomr.manifold import corner_pairs, hamming_distance
 from nanomr.metrics import accuracy, stability
 from nanomr.ops import gpu
+from nanomr.testing.contract import CHECKS, Case, FromHost, ScalesDx, cast, exact, is_caught, same, slots
 
 DTYPES = ["float64", "float32", "bfloat16"]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import models
 from nanomr.attacks import common
+from nanomr.testing.strategies import fewer, seeds
 
 module = importlib.import_module("nanomr.attacks.fab")
 fab, fab_targeted = module.fab, module.fab_targeted

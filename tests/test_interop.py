@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from strategies import convolutions, seeds
 
 import nanomr as mr
 from nanomr.errors import UserError
 from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.models import Model
+from nanomr.testing.strategies import convolutions, seeds
 from nanomr.verify.onnx_io import ATTRIBUTES, export_onnx, import_onnx
 from nanomr.verify.vnnlib import export_instances, linf_box, read_vnnlib, write_vnnlib
 

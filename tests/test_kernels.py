@@ -33,7 +33,6 @@ from bf16 import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from strategies import convolutions, layouts, seeds
 from test_ops import OPERATIONS, as_tuple, compare, feature_maps, place
 
 from nanomr import data, graph, layers, losses, manifold, methods, models, optim, train
@@ -44,6 +43,7 @@ from nanomr.ops import gpu, reference
 from nanomr.ops.gpu import conv as gpu_conv
 from nanomr.ops.gpu import cuda
 from nanomr.ops.gpu import normalization as gpu_normalization
+from nanomr.testing.strategies import convolutions, layouts, seeds
 
 DEVICES = ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
 needs_compiler = pytest.mark.skipif(shim.missing() is not None, reason=str(shim.missing()))

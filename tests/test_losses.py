@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 import nanomr as mr
 from nanomr.gradcheck import GradientError
@@ -16,6 +15,7 @@ from nanomr.layers import PairBatch, ReLU
 from nanomr.losses import Hamming, cross_entropy, hamming, intrinsic
 from nanomr.manifold import laplacian, resampled_laplacian
 from nanomr.ops import reference
+from nanomr.testing.strategies import fewer, seeds
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4))
 alphas = st.sampled_from([0.5, 2.0, 8.0])

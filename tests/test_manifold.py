@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, images, seeds
 
 import nanomr as mr
 from nanomr.losses import intrinsic
@@ -18,6 +17,7 @@ from nanomr.manifold import (
     laplacian,
     resampled_laplacian,
 )
+from nanomr.testing.strategies import fewer, images, seeds
 
 # --- corner pairs -----------------------------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 
 from nanomr import metrics, models
+from nanomr.testing.strategies import seeds
 
 
 def by_hand(weights, biases, images=2):

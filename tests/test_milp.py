@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr.errors import UserError
 from nanomr.layers import Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model, mlp
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import bab, crown, milp
 from nanomr.verify.chain import Chain
 from nanomr.verify.collapsed import collapse

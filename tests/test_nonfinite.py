@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import attacks, metrics, models
 from nanomr.attacks.autoattack import STAGES, Stage, cascade
 from nanomr.attacks.common import L2, Linf, recheck
 from nanomr.errors import NoClass, UserError
 from nanomr.ops import cpu, reference
+from nanomr.testing.strategies import fewer, seeds
 
 SHAPE, N = (4, 4, 2), 16
 # All attacks that work by eps, with budgets that take no time.

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 
 import nanomr as mr
 from nanomr.attacks import objectives
 from nanomr.attacks.objectives import cross_entropy_each, dlr, dlr_targeted, margin
 from nanomr.gradcheck import GradientError
 from nanomr.losses import cross_entropy
+from nanomr.testing.strategies import seeds
 
 sizes = st.tuples(st.integers(1, 4), st.integers(4, 10))
 EACH = {

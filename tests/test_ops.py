@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
 from nanomr import rng as streams
 from nanomr.backend import to_numpy
@@ -23,8 +22,10 @@ from nanomr.methods import manifold_step
 from nanomr.models import small_cnn
 from nanomr.ops import reference
 from nanomr.optim import SGD
+from nanomr.testing.strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.threads
 
 
 def load(name):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 import nanomr as mr
 from nanomr.methods import manifold_step
 from nanomr.optim import SGD, epsilon, gamma_factor, learning_rate, piecewise
+from nanomr.testing.strategies import fewer, seeds
 
 
 def net(dtype=np.float64):

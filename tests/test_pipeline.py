@@ -1,12 +1,14 @@
 """Every stage together, on tiny networks: the verdict is the truth, whatever stages are left out."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
+
+from nanomr.testing.strategies import fewer, seeds
 
 pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_milp import Network, networks
@@ -260,13 +262,15 @@ def test_crown_proves_no_margin_that_a_checker_may_lose_to_rounding(margin, by_c
     assert outcome.record["stage"] == "crown" if by_crown else outcome.record["verdict"] is None
 
 
+@functools.cache
+def real_verdicts() -> dict:
+    return {(s, o.record["id"]): o.record["verdict"] for s in range(16) for o in Case(network_of(s), 0.1).verdicts()}
+
+
 @pytest.mark.parametrize("size", [0.6, np.inf])
 def test_a_larger_float32_error_costs_claims_for_float32_but_no_proof(size, monkeypatch):
     """What CROWN leaves open for float32 alone goes on to the trees; without a bound on the error, nothing does."""
-    real = {}
-    for seed in range(16):
-        for o in Case(network_of(seed), 0.1).verdicts():
-            real[seed, o.record["id"]] = o.record["verdict"]
+    real = real_verdicts()
     monkeypatch.setattr(pipeline, "float32_errors", lambda *arguments: np.full(len(arguments[-1]), size))
     by_tree = claimed = 0
     for seed in range(16):

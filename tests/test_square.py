@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import models
 from nanomr.attacks import common
+from nanomr.testing.strategies import fewer, seeds
 
 module = importlib.import_module("nanomr.attacks.square")
 square = module.square

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import box, fewer, forward, points, randomise, seeds
+from networks import box, forward, points, randomise
 
 from nanomr import manifold, models
 from nanomr.layers import Conv2d, Layer, Linear
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import bounds, interval
 
 RESNETS = [

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, seeds
 
 from nanomr import models
 from nanomr.layers import BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
 from nanomr.verify.chain import Chain
 from nanomr.verify.crown import crown, image_box

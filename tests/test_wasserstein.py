@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import LAYOUTS, fewer, images, layouts, seeds
 
 from nanomr import models
 from nanomr.attacks import sinkhorn
 from nanomr.attacks.transport import least_cost
 from nanomr.attacks.wasserstein import lambert_of_exp, project, wasserstein
+from nanomr.testing.strategies import LAYOUTS, fewer, images, layouts, seeds
 
 module = sys.modules["nanomr.attacks.wasserstein"]  # the package may have a function of that name
 
