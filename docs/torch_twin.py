@@ -246,7 +246,7 @@ def objective(logits, inputs, labels, gamma_i, gamma_h, alpha=8.0, per_sample=Fa
     hamming = logits.new_zeros(())
     for z in inputs:
         z = z.float() if z.dtype == torch.bfloat16 else z  # under autocast
-        t_plus, t_minus = torch.tanh(alpha * z[len(labels) :].float()).chunk(2)
+        t_plus, t_minus = torch.tanh(alpha * z[len(labels) :]).chunk(2)
         distance = t_plus - t_minus
         norms = torch.linalg.vector_norm(distance, dim=tuple(range(1, z.ndim)) if per_sample else None)
         hamming = hamming + norms.sum() / (2 * distance.numel() * len(inputs))

@@ -114,7 +114,7 @@ class Layer:
 
     def draw(self, generator: np.random.Generator) -> dict:
         """New weights, by name: PyTorch's default, uniform within 1 / sqrt(fan in). A layer that is just made has those
-        of seed 0; a :class:`nanomr.models.Model` draws those of all layers that nobody has touched since."""
+        of :func:`made`; a :class:`nanomr.models.Model` draws those of all layers that nobody has touched since."""
         bound = max(self.fan_in, 1) ** -0.5
         shapes = {name: value.shape for name, value in self.params.items()} if self.fan_in else {}
         return {name: generator.uniform(-bound, bound, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -149,6 +149,11 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def made() -> np.random.Generator:
+    """What the weights of a layer by itself are drawn from: no model's generator, so that they are told apart."""
+    return rng.generator(0, rng.INIT, 1)
+
+
 def _room(*shape: int) -> np.ndarray:
     """Room for a parameter. Raises ValueError for a shape that is none."""
     if min(shape) < 1 or math.prod(shape) > MOST:
@@ -165,7 +170,7 @@ class Affine(Layer):
         """The parameters, for good of these shapes: a weight, whose last axis is the outputs, and a bias."""
         self.shapes = {"weight": shape, "bias": shape[-1:]}
         self.params = {name: _room(*self.shapes[name]) for name in ("weight", "bias")[: 1 + bool(bias)]}
-        self.params = self.draw(rng.generator(0, rng.INIT))
+        self.params = self.draw(made())
 
     def output_shape(self, x):
         """The shape of A x. ValueError unless x fits, and the parameters have the shapes that they were made with."""

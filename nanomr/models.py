@@ -28,6 +28,7 @@ from .layers import (
     PreActBlock,
     ReLU,
     Sequential,
+    made,
 )
 from .ops import bfloat16, gpu, ops_for
 
@@ -59,8 +60,8 @@ class Model(Sequential):
                 raise ValueError(f"a layer cannot be called {wrong[0]!r}")
             if wrong := [child for child in layer.children if "." in child]:
                 raise ValueError(f"a layer cannot be called {wrong[0]!r}: dots stand between the names of a tree")
-            drawn, made = layer.draw(generator), layer.draw(rng.generator(0, rng.INIT))
-            if all(np.array_equal(to_numpy(layer.params[name]), value) for name, value in made.items()):
+            drawn, fresh = layer.draw(generator), layer.draw(made())
+            if all(np.array_equal(to_numpy(layer.params[name]), value) for name, value in fresh.items()):
                 layer.params.update(drawn)
         self._weights = self._gradients = np.zeros(0, np.float32)
         self._pack()

@@ -33,6 +33,7 @@ from nanomr.layers import (
     Sequential,
 )
 from nanomr.ops import cpu, reference
+from nanomr.ops.cpu.memory import BFLOAT16
 from nanomr.testing.contract import slots, snapshot
 from nanomr.testing.strategies import convolutions, fewer, seeds
 
@@ -458,8 +459,10 @@ class Zones:
     def __init__(self):
         self.made = []
 
-    def empty(self, shape):
+    def empty(self, shape, dtype=np.float32):
         size = int(np.prod(shape))
+        if dtype == BFLOAT16:
+            return self.empty((-(-size // 2),)).view(BFLOAT16)[:size].reshape(shape)
         ground = np.full(size + 2 * ZONE, CANARY)
         self.made.append((ground, size))
         return ground[ZONE : ZONE + size].reshape(shape)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import nanomr as mr
 from nanomr.gradcheck import GradientError, check_vjp, directional_derivative
-from nanomr.layers import BatchNorm2d, Layer, Linear, ReLU, Sequential
+from nanomr.layers import BatchNorm2d, Flatten, Layer, Linear, ReLU, Sequential
 from nanomr.models import Model
 from nanomr.testing.contract import slots, snapshot
 from nanomr.testing.strategies import seeds
@@ -213,13 +213,15 @@ def test_a_gradient_that_is_assigned_is_noticed(kind, rng):
 
 def twice(layer, **model):
     children = {"first": layer, "relu": ReLU(), "second": layer}
-    return Model(children, {}, (4,)).astype(np.float64) if model else Sequential(children)
+    if model:
+        return Model({"flatten": Flatten(), **children}, "twice", (1, 2, 2)).astype(np.float64)
+    return Sequential(children)
 
 
 @pytest.mark.parametrize("inside", [{}, {"model": True}], ids=["sequential", "model"])
 def test_a_layer_that_is_used_twice(inside, rng):
     """Its gradient is the sum over both uses, and its parameters move in both at once."""
-    x = rng.standard_normal((5, 4))
+    x = rng.standard_normal((5, 1, 2, 2) if inside else (5, 4))
     layer = Spoiled(4, 4)
     assert mr.gradcheck(twice(layer, **inside), x) < 1e-6
     with pytest.raises(GradientError, match=r"^first\.weight: "):

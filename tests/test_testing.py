@@ -91,8 +91,10 @@ def test_a_check_that_does_nothing_is_found_out(name, monkeypatch):
 def test_a_layer_at_zeros_is_not_declared_right():
     """All weights zero: dx is zero, whatever is wrong with it."""
     x = np.random.default_rng(0).standard_normal((3, 4))
+    layer = Linear(4, 2)
+    layer.params["weight"][...] = 0
     with pytest.raises(AssertionError, match="is its gradient zero here"):
-        check_layer(Linear(4, 2), x)
+        check_layer(layer, x)
     check_layer(prepare(Linear(4, 2), np.random.default_rng(0)), x)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..layers import Conv2d, Normalize
+from ..ops.reference import linf_bounds
 from .bounds import propagate
 from .chain import Chain
 
@@ -294,7 +295,7 @@ def image_box(images, eps: float):
     if ((images < 0) | (images > 1)).any():
         raise ValueError("images must be in [0, 1]: normalisation belongs into the model")
     x = images.astype(np.float64)
-    single = images.astype(np.float32), np.float32(eps)
-    low = np.minimum(np.nextafter(x - eps, -1), single[0] - single[1])
-    high = np.maximum(np.nextafter(x + eps, 2), single[0] + single[1])
+    single_low, single_high = linf_bounds(images.astype(np.float32), eps)  # of images that float32 rounds
+    low = np.minimum(np.nextafter(x - eps, -1), single_low)
+    high = np.maximum(np.nextafter(x + eps, 2), single_high)
     return np.maximum(low, 0), np.minimum(high, 1)
