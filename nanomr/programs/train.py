@@ -231,5 +231,5 @@ def train(trainer: Trainer, test_images: int) -> int:
         result = closing_table(model, trainer.dataset, config, test_images, trainer.device)
         checkpoint.write_json(folder / "test.json", result)
     files = ["model.safetensors", "log.jsonl", *["test.json"] * bool(test_images), *["curves.png"] * bool(picture)]
-    print(f"\n{folder}: {', '.join(files)}")
+    print("\n" + cli.fold([f"{folder}: {', '.join(files)}"]))
     return 0
