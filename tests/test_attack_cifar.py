@@ -77,7 +77,7 @@ def test_a_run_leaves_everything_and_says_so(finished):
     folder, out, _ = finished
     pictures = {"examples.png"} if "examples.png" in out else set()
     assert {p.name for p in folder.iterdir()} == FILES | pictures
-    assert all(name in out.splitlines()[-1] for name in FILES - {"config.json"})
+    assert all(name in out.split("\n\n")[-1] for name in FILES - {"config.json"})
 
 
 def test_the_report_says_what_was_done(finished, weights):

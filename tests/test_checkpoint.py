@@ -299,3 +299,32 @@ def test_a_line_of_the_log_is_on_the_disk_when_append_returns(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: sizes.append(os.fstat(handle).st_size))
     append_jsonl(tmp_path / "log.jsonl", {"epoch": 1, "loss": math.nan})
     assert sizes == [len(b'{"epoch": 1, "loss": null}\n')]
+
+
+# --- whose folder is it? ----------------------------------------------------------------------------------------------
+
+
+def test_a_lock_may_be_nested_and_is_given_back(tmp_path):
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):
+        pass
+    with pytest.raises(ZeroDivisionError), checkpoint.locked(tmp_path):
+        1 / 0  # noqa: B018
+    with checkpoint.locked(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_without_flock_an_open_file_is_the_lock(tmp_path, monkeypatch):
+    """As on Windows, where a file that is open cannot be removed, and one that a dead process left can."""
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    (tmp_path / ".lock").write_text("left by a dead process")
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+    def refused(self, missing_ok=False):
+        raise PermissionError(13, "in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with pytest.raises(UserError, match="another process"), checkpoint.locked(tmp_path):
+            pass

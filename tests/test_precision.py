@@ -190,6 +190,7 @@ def test_a_gpu_attacks_in_each_precision(program, fake, attack):
         flags = [*FLAGS, *radius, "--device", "gpu", "--attack", attack, "--precision", precision, "--out", precision]
         code, out, err = program(*flags)
         assert code == 0, err
+        out = " ".join(out.split())  # as if the terminal were wide
         found, by = outcome(precision)
         assert found["precision"] == json.loads(Path(precision, "config.json").read_text())["precision"] == precision
         warned = [line for line in found["warnings"] if "--precision bf16" in line and "weaker" in line]

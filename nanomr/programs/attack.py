@@ -557,7 +557,8 @@ def main() -> int:
         print("\n" + cli.fold(reporting.tables(reports).splitlines()))
     if args.attack == "all":  # the one in each attack's folder is what --table and --check read
         checkpoint.write_json(folder / "report.json", {"attack": "all", "reports": reports})
-    print(f"\n{folder}: report.json, per_image.jsonl, examples.npz{', examples.png' if _drawn(folder) else ''}")
+    files = f"{folder}: report.json, per_image.jsonl, examples.npz{', examples.png' if _drawn(folder) else ''}"
+    print("\n" + cli.fold([files]))
     return 0
 
 
