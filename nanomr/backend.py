@@ -135,6 +135,7 @@ def report() -> list[str]:
         "NumPy": lambda: _version("numpy"),
         "Numba": _numba,
         "CPU": _cpu,
+        "kernels": _kernels,
         "BLAS": _blas,
         "CuPy": lambda: (
             " and ".join(f"{name} {_version(name)}" for name in _cupy_packages())
@@ -201,6 +202,19 @@ def _cpu() -> str:
     widths = {"avx512f": 512, "avx2": 256, "neon": 128}
     simd = next((f"{bits} bits ({name})" for name, bits in widths.items() if features.get(name)), "not recognised")
     return f"{llvm.get_host_cpu_name()}, {cores} cores usable, SIMD {simd}"
+
+
+def _kernels() -> str:
+    """How convolutions multiply on this CPU, and what became of AMX's tiles."""
+    from .ops.cpu import amx, kernel, simd
+
+    if not (simd.has("amx-bf16") and simd.has("amx-tile")):
+        tiles = "this CPU has no AMX tiles"
+    elif not amx.permitted():
+        tiles = "AMX tiles: the operating system gives no permission"
+    else:
+        tiles = "AMX tiles: permitted, and " + ("right" if amx.works() else "WRONG in a trial, so not used")
+    return f"float32 {kernel('fp32')}; bfloat16 {kernel('bf16')}; {tiles}"
 
 
 def _blas() -> str:

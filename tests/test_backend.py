@@ -11,6 +11,7 @@ import pytest
 
 from nanomr import backend
 from nanomr.errors import UserError
+from nanomr.ops.cpu import amx, simd
 
 
 def python(*arguments):
@@ -34,21 +35,31 @@ def test_the_report_prints_every_line_and_ends_with_the_device():
     code, out, err = python("-m", "nanomr.backend")
     assert (code, err) == (0, "")
     starts = [line.split()[0] for line in out.splitlines()]
-    assert starts == ["nanomr", "Python", "NumPy", "Numba", "CPU", "BLAS", "CuPy", "GPU", "matplotlib", "device"]
+    assert starts == [
+        "nanomr", "Python", "NumPy", "Numba", "CPU", "kernels", "BLAS", "CuPy", "GPU", "matplotlib", "device",
+    ]  # fmt: skip
     assert "could not be read" not in out
     assert out.splitlines()[-1] == f"device auto -> {backend.resolve_device('auto')}"
     assert f"\nNumPy {np.__version__}\n" in out
     assert re.search(r"^CPU .+, \d+ cores usable, SIMD ", out, re.MULTILINE)
 
 
+def test_the_report_says_what_became_of_amx(monkeypatch):
+    monkeypatch.setattr(simd, "has", lambda feature: True)
+    for permitted, works, words in ((False, False, "no permission"), (True, False, "WRONG"), (True, True, "and right")):
+        monkeypatch.setattr(amx, "permitted", lambda answer=permitted: answer)
+        monkeypatch.setattr(amx, "works", lambda answer=works: answer)
+        assert words in next(line for line in backend.report() if line.startswith("kernels "))
+
+
 def test_the_report_survives_a_broken_machine(monkeypatch):
     def broken(*_):
         raise RuntimeError("broken")
 
-    for name in ("find_cupy", "_version", "_numba", "_cpu", "_blas", "_gpu"):
+    for name in ("find_cupy", "_version", "_numba", "_cpu", "_kernels", "_blas", "_gpu"):
         monkeypatch.setattr(backend, name, broken)
     lines = backend.report()
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert lines[-1] == "device auto -> could not be read (RuntimeError: broken)"
 
 

@@ -499,6 +499,34 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         numba.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        ("linear", ((4, 7), (5, 3), None)),
+        ("linear_input_gradient", ((4, 7), (5, 3))),
+        ("linear_weight_gradient", ((4, 7), (5, 3))),
+        ("conv2d", ((2, 5, 5, 3), (3, 3, 3, 4), None, 1, (1,) * 4, (2, 5, 4, 4))),
+        ("conv2d_input_gradient", ((2, 4, 5, 4), (3, 3, 3, 4), 1, (1,) * 4, [2, 5, 5, 3])),
+        ("conv2d_weight_gradient", ((2, 5, 5, 3), (2, 5, 4, 4), [3, 3, 3, 4], 1, (1,) * 4)),
+        ("relu_backward", ((2, 3), (2, 4))),
+        ("relu_backward", ((2, 3), (4, 3))),
+        ("relu_hamming_backward", ((3, 3), (6, 3), 8.0, (2,))),
+        ("batchnorm_backward", ((2, 3, 3, 4), (2, 3, 2, 4), *[(4,)] * 5)),
+        ("batchnorm_relu_backward", ((2, 3, 3, 4), (3, 3, 3, 4), *[(4,)] * 4)),
+        ("scale_channels", ((2, 3, 3, 4), (4,), (1, 3, 3, 4))),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(operation, arguments):
+    """The CPU's kernels do not look where they read. (Lists are shapes; the padding, of ones, is itself.)"""
+    cpu = importlib.import_module("nanomr.ops.cpu")
+    made = [
+        np.ones(a, np.float32) if isinstance(a, tuple) and a != (1,) * 4 else tuple(a) if isinstance(a, list) else a
+        for a in arguments
+    ]
+    with pytest.raises(ValueError, match="fit"):
+        getattr(cpu, operation)(*made)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_stay_valid_while_others_are_computed(backend, rng):
     """Memory may be recycled, but not while a result, or a view of it, is still in somebody's hands."""

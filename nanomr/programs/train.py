@@ -31,7 +31,11 @@ DEFAULTS = {
 }
 EPOCHS = {"cifar10": 100}  # of every other data set: 30
 HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}  # of one's own: a tenth, 5000 at most
-FLAGS_OF = {"kernel": "small", "jin_v1": "preact_resnet18"}  # that one model alone has a use for
+FLAGS_OF = {
+    "kernel": "small",
+    "jin_v1": "preact_resnet18",
+    "width": "preact_resnet18",
+}  # one model alone has a use
 WITH_RESUME = {"resume", "device", "no_graph", "kernels", "data_dir", "no_download", "test_images"}
 
 
@@ -49,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--model", choices=("small", "preact_resnet18", "mlp"), help=text)
     text = "small: 4 (the default) as Wong et al., 5 as Xiao et al."
     g.add_argument("--kernel", type=int, choices=(4, 5), default=None, help=text)
+    text = "preact_resnet18: channels of its first stage; 32 is a quarter of the arithmetic (default: 64)"
+    g.add_argument("--width", type=positive, default=None, help=text)
     g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
     g.add_argument("--method", choices=METHODS, default="manifold", help="which terms are added to the cross-entropy")
     seed = cli.number(int, low=0, high=2**63 - 1)
@@ -92,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
-    text = "of the activations; weights are float32. Default: bf16 on a GPU; a CPU has fp32 alone"
+    text = "of the activations; weights are float32. default: bf16 on a GPU, fp32 on a CPU; tf32 on a GPU alone"
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help=text)
     text = "on a GPU: start every kernel of a step by itself instead of a CUDA graph of them all (bf16 alone has one)"
     g.add_argument("--no-graph", action="store_true", help=text)
@@ -125,7 +131,9 @@ def configure(args, device: str, dataset) -> Config:
     try:
         architecture = {
             "small": lambda: models.small_cnn(kernel=args.kernel or 4, classes=classes, **options),
-            "preact_resnet18": lambda: models.preact_resnet18(jin_v1=args.jin_v1, classes=classes, **options),
+            "preact_resnet18": lambda: models.preact_resnet18(
+                jin_v1=args.jin_v1, width=args.width or 64, classes=classes, **options
+            ),
             "mlp": lambda: models.mlp((math.prod(shape), 256, 256, classes), **options),
         }[model]().architecture
     except ValueError as error:

@@ -126,7 +126,9 @@ def _relu_hamming_pair_backward(dy, u, v, alpha, weight, du, dv):
 
 
 def _flat(*arrays):
-    """Arrays (N, ...) as contiguous (N, features)."""
+    """Arrays (N, ...) as contiguous (N, features). ValueError where their features differ."""
+    if len({x.shape[1:] for x in arrays}) > 1:
+        raise ValueError(f"shapes that do not fit: {', '.join(str(x.shape) for x in arrays)}")
     return [numbers(x).reshape(len(x), math.prod(x.shape[1:])) for x in arrays]
 
 
@@ -136,7 +138,21 @@ def relu(z):
     return y
 
 
+def per_sample(weight, rows):
+    """``weight``, float32, one for each of the N samples of a 3N batch of so many rows. ValueError otherwise."""
+    if rows % 3 or weight.shape != (rows // 3,):
+        raise ValueError(f"weight {weight.shape} does not fit [z; z+; z-] of {rows} rows: a third as many are wanted")
+    return ready(weight)
+
+
+def _same(dy, z):
+    """ValueError unless the two have one shape."""
+    if dy.shape != z.shape:
+        raise ValueError(f"dy {dy.shape} does not fit: {z.shape} is wanted")
+
+
 def relu_backward(dy, z):
+    _same(dy, z)
     dz = empty(z.shape, z.dtype)
     _relu_backward(*_flat(dy, z, dz))
     return dz
@@ -150,13 +166,15 @@ def relu_hamming(z, alpha):
 
 
 def relu_hamming_backward(dy, z, alpha, weight):
+    _same(dy, z)
     dz = empty(z.shape, z.dtype)
     flat_dy, flat_z, flat_dz = _flat(dy, z, dz)
-    _relu_hamming_backward(flat_dy, flat_z, np.float32(alpha), ready(weight), flat_dz)
+    _relu_hamming_backward(flat_dy, flat_z, np.float32(alpha), per_sample(weight, len(z)), flat_dz)
     return dz
 
 
 def relu_hamming_pair(u, v, alpha):
+    _same(u, v)
     y, squares = empty((3 * len(u), *u.shape[1:]), u.dtype), np.empty(len(u), np.float32)
     flat_u, flat_v, flat_y = _flat(u, v, y)
     _relu_hamming_pair(flat_u, flat_v, np.float32(alpha), flat_y, squares)
@@ -164,9 +182,11 @@ def relu_hamming_pair(u, v, alpha):
 
 
 def relu_hamming_pair_backward(dy, u, v, alpha, weight):
+    _same(u, v)
     du, dv = empty(u.shape, u.dtype), empty(v.shape, v.dtype)
     flat_dy, flat_u, flat_v, flat_du, flat_dv = _flat(dy, u, v, du, dv)
-    _relu_hamming_pair_backward(flat_dy, flat_u, flat_v, np.float32(alpha), ready(weight), flat_du, flat_dv)
+    weight = per_sample(weight, len(dy))
+    _relu_hamming_pair_backward(flat_dy, flat_u, flat_v, np.float32(alpha), weight, flat_du, flat_dv)
     return du, dv
 
 
@@ -184,6 +204,7 @@ def _expand_pair(u, v, y):
 
 
 def expand_pair(u, v):
+    _same(u, v)
     y = empty((3 * len(u), *u.shape[1:]), u.dtype)
     _expand_pair(*_flat(u, v, y))
     return y

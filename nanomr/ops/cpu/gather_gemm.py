@@ -388,6 +388,7 @@ def _by_tiles(x, words, place, w, bias, plus, y, a, o, pixels, b, taps, width):
 
 def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
+    _agree("plus", shape if plus is None else plus.shape, shape)
     rows, c, product = _source(x)
     w = w if product == "float32" else _even(w, 2)
     images = _together(shape[1] * shape[2])
@@ -405,7 +406,15 @@ def conv2d(x, w, b, stride, padding, plus=None):
     return y
 
 
+def _agree(what, found, wanted):
+    """ValueError unless the two shapes, or sizes, are equal: a kernel would leave its arrays."""
+    if found != wanted:
+        raise ValueError(f"{what} {found} does not fit: {wanted} is wanted")
+
+
 def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
+    _agree("dy", dy.shape, conv2d_shape(x_shape, w.shape, stride, padding))
+    _agree("plus", x_shape if plus is None else plus.shape, tuple(x_shape))
     (kh, kw, c, _), (_, h, w_x, _) = w.shape, x_shape
     rows, c_out, product = _source(dy)
     w = w if product == "float32" else _even(w, 3)
@@ -434,6 +443,7 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
 
 
 def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
+    _agree("dy", dy.shape, conv2d_shape(x.shape, w_shape, stride, padding))
     c_out = w_shape[3]
     columns = c_out + -c_out % WIDTH
     images = _together(dy.shape[1] * dy.shape[2])
@@ -519,6 +529,7 @@ def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
 def _product(x, w, transposed, b):
     """x W + b, W = w or its transpose. The work is cut by columns, and by rows only where threads would have none."""
     n = w.shape[0 if transposed else 1]
+    _agree("x", x.shape[1:], w.shape[1:] if transposed else w.shape[:1])
     bias, y, chunks = _bias(b, n), empty((len(x), n)), threads()
     lanes = _lanes(len(bias))
     width = WIDTH * lanes.count
@@ -538,6 +549,7 @@ def linear_input_gradient(dy, w):
 
 
 def linear_weight_gradient(x, dy):
+    _agree("dy", len(dy), len(x))
     n = dy.shape[1]
     panels, lanes = _panels(dy, "float32")
     dw = empty((x.shape[1], n))

@@ -8,7 +8,7 @@ and bfloat16 pictures; what belongs to channels is float32, and sums over the ba
 import numpy as np
 from numba import njit, prange
 
-from .elementwise import _max0, _relu_hamming_gradients, _tanh
+from .elementwise import _max0, _relu_hamming_gradients, _tanh, per_sample
 from .flags import FLAGS
 from .memory import empty, numbers, ready
 from .simd import narrow, widen
@@ -18,7 +18,9 @@ _ZERO = np.float32(0)
 
 
 def _rows(*arrays):
-    """Arrays (N, ..., W, C) as (N, rows, W C)."""
+    """Arrays (N, ..., W, C) as (N, rows, W C). ValueError where their shapes differ."""
+    if len({x.shape for x in arrays}) > 1:
+        raise ValueError(f"shapes that do not fit: {', '.join(str(x.shape) for x in arrays)}")
     return [numbers(x).reshape(len(x), -1, *_row(x)) for x in arrays]
 
 
@@ -29,8 +31,8 @@ def _row(x):
 
 def _along(x, *channels):
     """Values by channel, float32, repeated along a row of x; None: zeros."""
-    repeats = _row(x)[0] // x.shape[-1]
-    return [np.tile(np.zeros(x.shape[-1], np.float32) if v is None else ready(v), repeats) for v in channels]
+    c, repeats = x.shape[-1:], _row(x)[0] // x.shape[-1]
+    return [np.tile(np.zeros(c, np.float32) if v is None else np.broadcast_to(ready(v), c), repeats) for v in channels]
 
 
 def _by_channel(x, parts):
@@ -100,8 +102,8 @@ def _activate_hamming(x, mean, scale, shift, alpha, y, squares):
 
 def _normalized(x, gamma, beta, mean, inv_std, is_relu, plus=None):
     y = empty(x.shape, x.dtype)
-    rows, y_rows = _rows(x, y)
-    plus_rows = y_rows[:0] if plus is None else _rows(plus.astype(x.dtype, copy=False))[0]
+    rows, y_rows, plus_rows = _rows(x, y, y if plus is None else plus.astype(x.dtype, copy=False))
+    plus_rows = plus_rows[: 0 if plus is None else None]
     _activate(rows, *_along(x, mean, inv_std * gamma, beta), is_relu, plus_rows, y_rows)
     return y
 
@@ -209,20 +211,20 @@ def _parameter_gradient(dy, x, mean, scale, beta, inv_std, is_relu, alpha=None, 
     if alpha is None:
         _channel_gradients(*_rows(dy, x), *channels, is_relu, parts)
     else:
-        _channel_gradients_hamming(*_rows(dy, x), *channels, np.float32(alpha), ready(weight), parts)
+        _channel_gradients_hamming(*_rows(dy, x), *channels, np.float32(alpha), per_sample(weight, len(x)), parts)
     dgamma, dbeta = _by_channel(x, parts)
     return (dgamma * inv_std).astype(np.float32), dbeta.astype(np.float32)
 
 
 def _input_gradient(dy, x, mean, scale, beta, slope, offset, is_relu, plus, alpha=None, weight=None):
     dx = empty(x.shape, x.dtype)
-    dy_rows, x_rows, dx_rows = _rows(dy, x, dx)
-    plus_rows = dx_rows[:0] if plus is None else _rows(plus.astype(x.dtype, copy=False))[0]
+    dy_rows, x_rows, dx_rows, plus_rows = _rows(dy, x, dx, dx if plus is None else plus.astype(x.dtype, copy=False))
+    plus_rows = plus_rows[: 0 if plus is None else None]
     channels = _along(x, mean, scale, beta, slope, offset)
     if alpha is None:
         _normalize_backward(dy_rows, x_rows, *channels, is_relu, plus_rows, dx_rows)
     else:
-        sizes = np.float32(alpha), ready(weight)
+        sizes = np.float32(alpha), per_sample(weight, len(x))
         _normalize_backward_hamming(dy_rows, x_rows, *channels, *sizes, plus_rows, dx_rows)
     return dx
 
