@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
     text = "on a GPU: auto tests ours on the first run, and replaces what fails there by plain CuPy, which is slower"
     g.add_argument("--kernels", choices=("auto", "own", "plain"), default="auto", help=text)
-    text = "of the network that attacks see (tf32 on a GPU alone); verdicts are float32's. bf16 may be the weaker attack"
+    text = "of the network that attacks see (tf32 on a GPU alone); verdicts are float32's. bf16 may attack less"
     g.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=text)
     g.add_argument("--out", type=Path, help="run folder; default: runs/WEIGHTS-ATTACK-NORM")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out; give the same flags again")
