@@ -295,7 +295,8 @@ def image_box(images, eps: float):
     if ((images < 0) | (images > 1)).any():
         raise ValueError("images must be in [0, 1]: normalisation belongs into the model")
     x = images.astype(np.float64)
-    single_low, single_high = linf_bounds(images.astype(np.float32), eps)  # of images that float32 rounds
-    low = np.minimum(np.nextafter(x - eps, -1), single_low)
-    high = np.maximum(np.nextafter(x + eps, 2), single_high)
+    single, radius = images.astype(np.float32), np.float32(eps)
+    single_low, single_high = linf_bounds(single, eps)  # beyond the ball where float32 rounded the image
+    low = np.minimum(np.nextafter(x - eps, -1), np.minimum(single - radius, single_low))
+    high = np.maximum(np.nextafter(x + eps, 2), np.maximum(single + radius, single_high))
     return np.maximum(low, 0), np.minimum(high, 1)
