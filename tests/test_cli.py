@@ -234,3 +234,14 @@ def test_help_into_a_closed_pipe_ends_quietly():
         child.stdin.close()
         assert child.stderr.read() == b""
         assert child.wait() in (0, 141)  # argparse itself overlooks a pipe that is closed while it writes
+
+
+def test_a_program_that_lacks_a_package_says_which(monkeypatch, capsys):
+    """The verifier's, for one, are in an extra."""
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    for module in [name for name in sys.modules if name.startswith(("nanomr.verify.certificate", "nanomr.programs.v"))]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as stopped:
+        programs.start("verify")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: this program needs scipy.sparse: pip install 'nanomr[verify]'\n"

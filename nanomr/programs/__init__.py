@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from .. import __version__, cli
+from ..errors import UserError
 
 PROGRAMS = {
     "train": "train a locally stable network",
@@ -18,7 +19,16 @@ PROGRAMS = {
 
 def start(name: str) -> NoReturn:
     """Run the program ``name`` with the arguments in ``sys.argv``, and exit."""
-    cli.run(lambda: importlib.import_module(f"{__name__}.{name}").main())
+    cli.run(lambda: _module(name).main())
+
+
+def _module(name: str):
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nanomr"):
+            raise
+        raise UserError(f"this program needs {error.name}: pip install 'nanomr[{name}]'") from None
 
 
 def main() -> NoReturn:
