@@ -296,6 +296,9 @@ def test_leaves_with_everything_split_are_solved_exactly(network):
             audit(problem, problem.solve(threshold=threshold, steps=0, rounds=0), minima, threshold)
 
 
+# With cold caches, in one run of several, a matmul of this test reports an invalid value; why is not known. So every
+# array is asked for NaN instead, which is the stronger question.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @every_network
 @fewer(0.5)
 @given(seed=seeds, share=st.floats(-0.2, 1.2))
@@ -316,6 +319,8 @@ def test_restricted_bounds_hold_for_every_image_with_a_small_margin(network, see
     kept = low.copy(), high.copy()
     inside = (margins <= limit - 1e-9 * (1 + abs(limit))) & (sign * z >= 0).all(1)
     *found, multipliers = collapsed.restrict(net, part, low, high, limit)
+    for array in (logits, z, margins, limit, low, high, *found, multipliers, net.image, net.bias, net.between):
+        assert not np.isnan(array).any()
     assert np.array_equal(kept[0], low) and np.array_equal(kept[1], high)
     assert (multipliers >= 0).all() and (multipliers.astype(np.float32) == multipliers).all()
     if (found[0] > found[1]).any():
