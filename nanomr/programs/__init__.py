@@ -28,7 +28,8 @@ def _module(name: str):
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nanomr"):
             raise
-        raise UserError(f"this program needs {error.name}: pip install 'nanomr[{name}]'") from None
+        package = (error.name or "").partition(".")[0]
+        raise UserError(f"this program needs {error.name}: pip install {package}, or nanomr once more") from None
 
 
 def main() -> NoReturn:
