@@ -49,8 +49,8 @@ def plain_seconds(chain, low, high, label: int, limit: float) -> tuple[float, st
     import highspy
     import numpy as np
 
-    from nanomr.verify.bounds import propagate
-    from nanomr.verify.crown import margin_rows
+    from nanomr.verify.bounds.crown import margin_rows
+    from nanomr.verify.bounds.interval import propagate
 
     start = time.process_time()
     infinity, lp = highspy.kHighsInf, highspy.HighsLp()
@@ -128,9 +128,9 @@ def main():
     import numpy as np
 
     from nanomr import data, metrics, models
-    from nanomr.verify.crown import crown, image_box
-    from nanomr.verify.milp import Solver
-    from nanomr.verify.pipeline import UNFINISHED, Outcome, Settings, Verifier
+    from nanomr.verify.bounds.crown import crown, image_box
+    from nanomr.verify.exact.milp import Solver
+    from nanomr.verify.running.pipeline import UNFINISHED, Outcome, Settings, Verifier
 
     load = os.getloadavg()[0]
     if load > 0.5 and not args.quick:

@@ -10,7 +10,9 @@ import numpy as np
 
 import nanomr as mr
 from nanomr.layers import Conv2d, Flatten, Linear, Normalize, ReLU
-from nanomr.verify import certificate, certificate_network, pipeline
+from nanomr.verify.proofs import checker as certificate
+from nanomr.verify.proofs import network as certificate_network
+from nanomr.verify.running import pipeline
 
 
 def draw(n, seed):

@@ -130,7 +130,7 @@ def save_memoriser(path, n, hidden, rcond):
 
 def here(weights):
     """In place of verify.make_executor: one whose worker is this process."""
-    from nanomr.verify import pipeline
+    from nanomr.verify.running import pipeline
 
     class Here:
         def __init__(self, args, eps, *_):

@@ -15,10 +15,10 @@ from nanomr import models
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import Flatten, Linear, ReLU
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify import bab, collapsed
+from nanomr.verify.bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
 from nanomr.verify.chain import Chain
-from nanomr.verify.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
-from nanomr.verify.halfspace import Rows, least
+from nanomr.verify.exact import bab, collapsed
+from nanomr.verify.exact.halfspace import Rows, least
 
 LABEL, RIVAL = 1, 0
 

@@ -203,7 +203,7 @@ def test_an_installation_that_cannot_be_written_to_runs(writable, tmp_path):
     if writable:
         environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
     code = (
-        "import numpy as np, nanomr as mr, nanomr.attacks.sinkhorn, nanomr.verify.halfspace; print(mr.__file__); "
+        "import numpy as np, nanomr as mr, nanomr.attacks.sinkhorn, nanomr.verify.exact.halfspace; print(mr.__file__); "
         "print(mr.layers.ReLU().forward(np.array([[-1, 2]], np.float32))[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)

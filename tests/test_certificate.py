@@ -18,13 +18,15 @@ from nanomr import checkpoint, models
 from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.models import Model
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify import crown, rounding
-from nanomr.verify.bab import branch_and_bound
+from nanomr.verify.bounds import crown, rounding
 from nanomr.verify.chain import Chain
+from nanomr.verify.exact.bab import branch_and_bound
 
 pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
-from nanomr.verify import certificate, certificate_network, certificate_results
-from nanomr.verify.certificate_network import CertificateError, read_network
+from nanomr.verify.proofs import checker as certificate
+from nanomr.verify.proofs import network as certificate_network
+from nanomr.verify.proofs import results as certificate_results
+from nanomr.verify.proofs.network import CertificateError, read_network
 
 EPS, SEED = 0.05, 16  # the seed: of a network some of whose 30 images are robust, and some not
 exact = np.frompyfunc(Fraction, 1, 1)  # float -> Fraction: no error

@@ -31,9 +31,11 @@ from test_certificate import (
 )  # fmt: skip
 
 from nanomr import models
-from nanomr.verify import certificate, crown, hull
-from nanomr.verify.certificate_network import CertificateError
+from nanomr.verify.bounds import crown
 from nanomr.verify.chain import Chain
+from nanomr.verify.exact import hull
+from nanomr.verify.proofs import checker as certificate
+from nanomr.verify.proofs.network import CertificateError
 
 ROW = np.array([[1.0, -1, 0]])  # of the margin: label 0, rival 1
 

@@ -21,7 +21,7 @@ from nanomr.layers import (
     Sequential,
 )
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify import bounds
+from nanomr.verify.bounds import interval as bounds
 from nanomr.verify.chain import KNOWN, Chain
 
 

@@ -15,10 +15,9 @@ from nanomr.errors import UserError
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import AveragePool2d, Conv2d, Flatten, Linear, ReLU
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify import crown as module
 from nanomr.verify import interval
-from nanomr.verify.chain import Chain
-from nanomr.verify.crown import (
+from nanomr.verify.bounds import crown as module
+from nanomr.verify.bounds.crown import (
     Box,
     Lines,
     alpha_crown,
@@ -29,6 +28,7 @@ from nanomr.verify.crown import (
     minimiser,
     slope_gradients,
 )
+from nanomr.verify.chain import Chain
 
 # kernel, stride, padding of two convolutions, and the size of the image: windows that leave pixels over, lopsided
 # padding, windows of nothing but padding, strides beyond the kernel

@@ -13,10 +13,10 @@ pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip ins
 import highspy
 from test_bab import BAND, LABEL, LARGE, NETWORKS, RIVAL, TOLERANCE, Problem, linear_program, mlp
 
-from nanomr.verify import hull
+from nanomr.verify.bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
 from nanomr.verify.chain import Chain
-from nanomr.verify.collapsed import collapse
-from nanomr.verify.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
+from nanomr.verify.exact import hull
+from nanomr.verify.exact.collapsed import collapse
 
 every_network = pytest.mark.parametrize("network", LARGE)
 tiny_network = pytest.mark.parametrize("network", NETWORKS)

@@ -16,8 +16,8 @@ from nanomr.errors import UserError
 from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.models import Model
 from nanomr.testing.strategies import convolutions, seeds
-from nanomr.verify.onnx_io import ATTRIBUTES, export_onnx, import_onnx
-from nanomr.verify.vnnlib import export_instances, linf_box, read_vnnlib, write_vnnlib
+from nanomr.verify.formats.onnx_io import ATTRIBUTES, export_onnx, import_onnx
+from nanomr.verify.formats.vnnlib import export_instances, linf_box, read_vnnlib, write_vnnlib
 
 LOGITS = 1e-5  # the bound, for logits of up to 10
 

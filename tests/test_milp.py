@@ -18,9 +18,10 @@ from nanomr.errors import UserError
 from nanomr.layers import Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model, mlp
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify import bab, crown, milp
+from nanomr.verify.bounds import crown
 from nanomr.verify.chain import Chain
-from nanomr.verify.collapsed import collapse
+from nanomr.verify.exact import bab, milp
+from nanomr.verify.exact.collapsed import collapse
 
 highspy = pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 

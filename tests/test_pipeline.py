@@ -16,10 +16,11 @@ from test_milp import Network, networks
 from nanomr import checkpoint, models
 from nanomr.attacks.common import Linf
 from nanomr.attacks.pgd import pgd
-from nanomr.verify import milp, pipeline
-from nanomr.verify.bab import Tree
-from nanomr.verify.crown import Bound, image_box
-from nanomr.verify.pipeline import Settings, Verifier
+from nanomr.verify.bounds.crown import Bound, image_box
+from nanomr.verify.exact import milp
+from nanomr.verify.exact.bab import Tree
+from nanomr.verify.running import pipeline
+from nanomr.verify.running.pipeline import Settings, Verifier
 
 BAND = 1e-3  # of the margin around 0, where float32, tolerances and attacks may see it either way
 eps_values = st.sampled_from([0.01, 0.05, 0.2])

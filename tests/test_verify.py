@@ -9,7 +9,8 @@ from networks import box, forward, points, randomise
 from nanomr import manifold, models
 from nanomr.layers import Conv2d, Layer, Linear
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify import bounds, interval
+from nanomr.verify import interval
+from nanomr.verify.bounds import interval as bounds
 
 RESNETS = [
     dict(width=w, bn_before_fc=b, out_shortcut=s, jin_v1=j)

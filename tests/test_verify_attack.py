@@ -11,10 +11,10 @@ from nanomr import models
 from nanomr.layers import BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model
 from nanomr.testing.strategies import fewer, seeds
-from nanomr.verify.attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
+from nanomr.verify.bounds.crown import crown, image_box
+from nanomr.verify.bounds.rounding import float32_errors, gamma
 from nanomr.verify.chain import Chain
-from nanomr.verify.crown import crown, image_box
-from nanomr.verify.rounding import float32_errors, gamma
+from nanomr.verify.running.attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
 
 SHAPE = (4, 4, 2)
 

@@ -17,7 +17,7 @@ from programs import assert_one_error_line
 from nanomr import checkpoint, models, plots
 from nanomr.attacks import pgd
 from nanomr.errors import UserError
-from nanomr.verify import pipeline, results
+from nanomr.verify.running import pipeline, results
 
 pytest.importorskip("highspy", reason="verify_small.py needs highspy (pip install 'nanomr[verify]')")
 pytest.importorskip("scipy", reason="verify_small.py needs scipy (pip install 'nanomr[verify]')")

@@ -22,8 +22,11 @@ from tqdm import tqdm
 
 from .. import __version__, checkpoint, cli, metrics, plots
 from ..errors import UserError
-from ..verify import attack, certificate_results, milp, onnx_io, pipeline, results, vnnlib
 from ..verify.chain import Chain
+from ..verify.exact import milp
+from ..verify.formats import onnx_io, vnnlib
+from ..verify.proofs import results as certificate_results
+from ..verify.running import attack, pipeline, results
 from . import common
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches

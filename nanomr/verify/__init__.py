@@ -1,5 +1,5 @@
 """Bounds on what a network can do inside an input box."""
 
-from .bounds import interval
+from .bounds.interval import interval
 
 __all__ = ["interval"]

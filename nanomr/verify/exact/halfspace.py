@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ..ops.cpu.flags import FLAGS
+from ...ops.cpu.flags import FLAGS
 
 STEPS = 10  # of bisection
 _jit = njit(**FLAGS)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import write_atomic
-from ..errors import UserError
-from ..layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear, Normalize, ReLU, Sequential
-from ..models import Model
+from ...checkpoint import write_atomic
+from ...errors import UserError
+from ...layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear, Normalize, ReLU, Sequential
+from ...models import Model
 
 OPSET, IR_VERSION = 12, 7  # of 2020: old enough for the tools of the first competitions
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ..attacks import pgd
-from ..attacks.common import draws, misclassified
-from .chain import Chain
+from ...attacks import pgd
+from ...attacks.common import draws, misclassified
+from ..chain import Chain
 
 TARGETED = 255  # the salt of draws(): not one of the attacks'
 

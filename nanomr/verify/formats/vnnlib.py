@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backend import array_module
-from ..checkpoint import write_atomic
-from ..errors import UserError
+from ...backend import array_module
+from ...checkpoint import write_atomic
+from ...errors import UserError
 from .onnx_io import export_onnx
 
 DIGITS = 17  # significant; with these, a float64 read back is at most one unit in the last place away
@@ -78,7 +78,7 @@ def export_instances(model, images, labels, eps: float, folder, timeout: float =
 
     A line of the CSV is ``onnx,vnnlib,timeout``: paths relative to the folder, and seconds. images (N, H, W, C) float32
     in [0, 1], labels (N,), ids: N different names, by default 0 ... N - 1. The box is :func:`linf_box`'s. Raises what
-    :func:`nanomr.verify.onnx_io.export_onnx` and :func:`write_vnnlib` raise.
+    :func:`nanomr.verify.formats.onnx_io.export_onnx` and :func:`write_vnnlib` raise.
     """
     ids = [str(name) for name in (range(len(images)) if ids is None else ids)]
     if not len(images) == len(labels) == len(ids) == len(set(ids)):

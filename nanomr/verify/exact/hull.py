@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..bounds.crown import Box, Lines, inner, margin_rows
+from ..chain import Chain
 from .bab import Proof, Tree
-from .chain import Chain
 from .collapsed import SLACK_64, Collapsed, Part, collapse, is_empty, restrict
-from .crown import Box, Lines, inner, margin_rows
 from .halfspace import Rows
 
 ROUNDS, ENOUGH = 6, 0.8  # times that a node's bounds are drawn in, while what is missing shrinks to that share
@@ -250,8 +250,8 @@ def search(
 ) -> Tree:
     """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
 
-    As :func:`~nanomr.verify.bab.branch_and_bound`, whose trees have more and cheaper nodes: ``chain`` in float64,
-    relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.crown.crown` gives them. At each node the bounds are drawn in
+    As :func:`~nanomr.verify.exact.bab.branch_and_bound`, whose trees have more and cheaper nodes: ``chain`` in float64,
+    relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. At each node the bounds are drawn in
     to the images with margin <= threshold, as there, by the program's linear function; then the unit is split whose
     upper side costs most. Gives up after ``cpu_limit`` seconds of CPU time, and where HiGHS fails. Needs highspy.
     """

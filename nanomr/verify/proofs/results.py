@@ -1,4 +1,4 @@
-"""What a run of ``verify_small.py`` claims, line by line, held to the proofs of ``certificate.py``."""
+"""What a run of ``verify_small.py`` claims, line by line, held to the proofs of ``checker.py``."""
 
 import hashlib
 from collections import Counter
@@ -9,10 +9,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..checkpoint import load_tensors, read_json, read_jsonl
-from ..errors import UserError
-from .certificate import check_image, lower, margins, reach
-from .certificate_network import CertificateError, demand, read_network, weights_file
+from ...checkpoint import load_tensors, read_json, read_jsonl
+from ...errors import UserError
+from .checker import check_image, lower, margins, reach
+from .network import CertificateError, demand, read_network, weights_file
 
 BROKEN, UNFINISHED = ("attacked", "falsified", "misclassified"), ("timeout", "unknown", "error")
 FINISHED = ("verified", *BROKEN)

@@ -1,10 +1,10 @@
 """Can the margin of one image come down to a threshold in its box? A mixed-integer program, decided by HiGHS.
 
 The big-M model of Tjeng, Xiao and Tedrake (2019), collapsed: only the ReLUs that are unstable in the box get
-variables, and everything between them is multiplied out (:mod:`~nanomr.verify.collapsed`). The question is put as
+variables, and everything between them is multiplied out (:mod:`~nanomr.verify.exact.collapsed`). The question is put as
 "margin <= threshold: infeasible?", not "how small is the margin?": that is the faster one by far.
 
-It begins where the root of a tree (:mod:`~nanomr.verify.bab`) ends: with bounds of the ReLUs' inputs at the images with
+It begins where the root of a tree (:mod:`~nanomr.verify.exact.bab`) ends: with bounds of the ReLUs' inputs at the images with
 margin <= threshold alone.
 """
 
@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from ...errors import UserError
+from ..bounds.crown import margin_rows
+from ..chain import Chain
 from .bab import branch_and_bound
-from .chain import Chain
 from .collapsed import Collapsed, collapse
-from .crown import margin_rows
 
 SMALL = 1e-9  # HiGHS drops matrix entries up to this size
 SLACK = 1e-8  # every bound and the threshold are this much (relatively) looser than asked for: rounding stays inside
@@ -77,7 +77,7 @@ def decide(
     """Is there an image in the box [low, high] with logit[label] - logit[rival] <= threshold?
 
     low, high (H, W, C), or with a leading 1; relus: the bounds [(low, high)] of every ReLU layer's input in this box,
-    as :func:`nanomr.verify.crown.crown` gives them; ``chain`` in float64. ``cpu_limit``: CPU seconds (of this
+    as :func:`nanomr.verify.bounds.crown.crown` gives them; ``chain`` in float64. ``cpu_limit``: CPU seconds (of this
     process). ``options``: of HiGHS, over those of ``OPTIONS``.
 
     "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a label or rival that is no class,

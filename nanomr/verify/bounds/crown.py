@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
-from ..layers import Conv2d, Normalize
-from ..ops.reference import linf_bounds
-from .bounds import propagate
-from .chain import Chain
+from ...errors import UserError
+from ...layers import Conv2d, Normalize
+from ...ops.reference import linf_bounds
+from ..chain import Chain
+from .interval import propagate
 
 ROWS = 64  # rows carried back at once: their coefficients should stay in the cache
 

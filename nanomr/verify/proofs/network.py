@@ -1,4 +1,4 @@
-"""The checker's own network: sparse matrices built by this file's own loops. See ``certificate.py``."""
+"""The checker's own network: sparse matrices built by this file's own loops. See ``checker.py``."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import coo_array, csr_array, diags_array
 
-from ..checkpoint import load_tensors
-from ..errors import UserError
+from ...checkpoint import load_tensors
+from ...errors import UserError
 
 U64, U32 = 2.0**-53, 2.0**-24  # unit roundoffs
 WIDEST = 2**18  # of a layer

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoint
-from ..attacks.report import fraction, wilson
-from ..errors import UserError
+from ... import checkpoint
+from ...attacks.report import fraction, wilson
+from ...errors import UserError
 from .pipeline import FINISHED, UNFINISHED, Outcome
 
 PAPER = {  # percent, CIFAR-10 at 8/255: Table 1 of Jin & Rinard (2020)

@@ -1,9 +1,9 @@
 """Checks a verifier's results without trusting it: rigorous bounds, rounding errors included.
 
-Nothing here is shared with the verifier: the network becomes sparse matrices (``certificate_network.py``), and a
+Nothing here is shared with the verifier: the network becomes sparse matrices (``network.py``), and a
 proof is a tree of cases with numbers (slopes, multipliers) of which *any* valid choice gives true bounds. So backward
 passes in float64, minus bounds on their own rounding errors, decide. ``docs/soundness.md`` derives every term.
-``certificate_results.py`` holds what a run claims to it.
+``results.py`` holds what a run claims to it.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array, issparse
 
-from .certificate_network import U32, U64, CertificateError, Network, demand, gamma
+from .network import U32, U64, CertificateError, Network, demand, gamma
 
 TINY = 1e-200  # far more than all underflow together, as no activation exceeds LARGEST
 LARGEST = 1e30  # of an activation

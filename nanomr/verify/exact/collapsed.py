@@ -1,7 +1,7 @@
 """The margin of one image and one rival, with the network's stable ReLUs folded into matrices, and its bounds.
 
 Between the unstable ReLUs everything is affine: :func:`collapse` multiplies it out, once, for the trees
-(:mod:`~nanomr.verify.bab`) and the MILP (:mod:`~nanomr.verify.milp`). ``docs/derivations/beta_crown.md``.
+(:mod:`~nanomr.verify.exact.bab`) and the MILP (:mod:`~nanomr.verify.exact.milp`). ``docs/derivations/beta_crown.md``.
 """
 
 from itertools import pairwise
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .chain import Chain
-from .crown import Box, Lines, inner
+from ..bounds.crown import Box, Lines, inner
+from ..chain import Chain
 from .halfspace import Rows, least
 
 RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
@@ -23,7 +23,7 @@ class Collapsed(NamedTuple):
     z = image y + bias + between relu(z),  margin = row_image . y + row_units . relu(z) + row_bias
 
     ``between`` is strictly lower triangular by layers, ``layers`` their slices of the units. upper, offset, lower: the
-    lines of :class:`~nanomr.verify.crown.Lines`. ``sparse``: ``image`` again. ``units``: flat unit indices.
+    lines of :class:`~nanomr.verify.bounds.crown.Lines`. ``sparse``: ``image`` again. ``units``: flat unit indices.
     """
 
     image: np.ndarray
@@ -199,7 +199,7 @@ def restrict(net: Collapsed, part: Part, low, high, limit: float):
 
     ``part``: the domain's bound (1,); ``low``, ``high``: what is known already; all in float64. A bound is a linear
     function c . y + k below the margin, so that these images lie in the half-space c . y + k <= limit; over it and the
-    box, the least of each unit's linear bounds (:func:`~nanomr.verify.halfspace.least`) is a bound of the
+    box, the least of each unit's linear bounds (:func:`~nanomr.verify.exact.halfspace.least`) is a bound of the
     unit. These are the output-constrained bounds of Kotha et al., *Provably Bounding Neural Network Preimages*, 2023,
     with bisection in the place of their gradient search. ``docs/derivations/beta_crown.md``.
 

@@ -4,7 +4,7 @@ An unstable ReLU is split into the case "its input is >= 0", where it is the ide
 case itself is a constraint, and a multiplier beta >= 0 brings it into the linear bound: alpha and beta climb together.
 Only images with a small margin are left to exclude, which draws in the bounds of the ReLUs.
 
-The search runs in float32 on the :mod:`~nanomr.verify.collapsed` network; what is claimed is float64.
+The search runs in float32 on the :mod:`~nanomr.verify.exact.collapsed` network; what is claimed is float64.
 """
 
 import heapq
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .chain import Chain
+from ..bounds.crown import Box, Found, Lines, inner, margin_rows
+from ..chain import Chain
 from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collapse, forward, is_empty, restrict
-from .crown import Box, Found, Lines, inner, margin_rows
 
 CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
 ROOT_STEPS = 40  # of climbing, before anything is split
@@ -219,8 +219,8 @@ def branch_and_bound(
 ) -> Tree:  # fmt: skip
     """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
 
-    chain: float64. relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.crown.crown` gives them. ``start``: slopes
-    to begin with, (1, ...) each, as from :func:`~nanomr.verify.crown.alpha_crown`. The ``batch`` worst domains are
+    chain: float64. relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. ``start``: slopes
+    to begin with, (1, ...) each, as from :func:`~nanomr.verify.bounds.crown.alpha_crown`. The ``batch`` worst domains are
     taken at once: the ReLUs' bounds in each are drawn in to its images with margin <= threshold (:func:`restrict`),
     for at most ``rounds`` times; what that does not prove is split, and the children climb for ``steps`` steps.
 

@@ -8,10 +8,10 @@ from functools import singledispatch
 
 import numpy as np
 
-from ..layers import Affine, AveragePool2d, Conv2d, Flatten, Linear, Normalize
-from .bounds import propagate
-from .chain import Chain
+from ...layers import Affine, AveragePool2d, Conv2d, Flatten, Linear, Normalize
+from ..chain import Chain
 from .crown import inner
+from .interval import propagate
 
 TINY = 2.0**-124  # what an underflow can lose, also where subnormal numbers are flushed to zero
 
@@ -24,7 +24,7 @@ def gamma(n: int) -> float:
 def float32_errors(chain: Chain, low, high, relus, rows, owner):
     """(S,): bounds on |rows . float32 logits - rows . real logits| over boxes of float32 images [low, high].
 
-    low, high (B, H, W, C); ``relus``: the bounds of every ReLU's input (:func:`nanomr.verify.crown.crown`); rows
+    low, high (B, H, W, C); ``relus``: the bounds of every ReLU's input (:func:`nanomr.verify.bounds.crown.crown`); rows
     (S, K), owner (S,): which box each is about. Infinite for a network with batch norms: folded, they round otherwise
     than as they are deployed.
 

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import models
-from ..attacks.common import predictions
-from . import hull
+from ... import models
+from ...attacks.common import predictions
+from ..bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows, minimiser
+from ..bounds.rounding import float32_errors
+from ..chain import Chain
+from ..exact import hull
+from ..exact.bab import Proof, branch_and_bound
+from ..exact.milp import Solver, end_with_parent
 from .attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
-from .bab import Proof, branch_and_bound
-from .chain import Chain
-from .crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows, minimiser
-from .milp import Solver, end_with_parent
-from .rounding import float32_errors
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")

@@ -5,7 +5,7 @@ A box is a centre and a radius, (c, r). A linear map takes it to (A c + b, |A| r
 
 from functools import singledispatch
 
-from ..layers import (
+from ...layers import (
     AveragePool2d,
     BatchNorm2d,
     Conv2d,
@@ -17,7 +17,7 @@ from ..layers import (
     ReLU,
     Sequential,
 )
-from ..ops import ops_for
+from ...ops import ops_for
 
 
 def interval(model, low, high):

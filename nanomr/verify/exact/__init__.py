@@ -1,0 +1,1 @@
+"""Solvers that decide one rival exactly: trees, linear programs with hulls, the MILP."""

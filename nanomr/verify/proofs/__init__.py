@@ -1,0 +1,1 @@
+"""Proofs and their checker, which shares no code with what found them."""
