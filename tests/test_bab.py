@@ -54,7 +54,7 @@ class Problem:
         return self.chain.forward(x)[0] @ self.row
 
     def solve(self, module=bab, **options):
-        return module.branch_and_bound(*self.args, LABEL, RIVAL, **{"cpu_limit": 1e9, **options})
+        return module.branch_and_bound(*self.args, self.row, **{"cpu_limit": 1e9, **options})
 
     def collapsed(self):
         return collapsed.collapse(*self.args, self.row)
@@ -581,7 +581,7 @@ def test_the_box_of_an_image(rng):
     image = np.array([[[[0.0, 1.0, 0.5]]]], np.float32)
     low, high = image_box(image, 0.3)
     chain = Chain(model)
-    tree = bab.branch_and_bound(chain, low, high, crown(chain, low, high), LABEL, RIVAL, threshold=1e3)
+    tree = bab.branch_and_bound(chain, low, high, crown(chain, low, high), [-1, 1, 0], threshold=1e3)
     assert tree.status == "candidate" and (tree.image >= low[0]).all() and (tree.image <= high[0]).all()
 
 

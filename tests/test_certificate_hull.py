@@ -318,7 +318,15 @@ def test_the_verifiers_programs_are_proofs(name, passes, rng, tmp_path, monkeypa
         relus, logits = crown.crown(chain, low, high), chain.forward(image[None])[0][0]
         for rival, bound in list(certificate.check_image(network, image, 0, eps).bound.items())[:2]:
             threshold = bound + share * (logits[0] - logits[rival] - bound)
-            tree = hull.search(chain, low, high, relus, 0, rival, threshold=threshold, cpu_limit=2)
+            tree = hull.search(
+                chain,
+                low,
+                high,
+                relus,
+                crown.margin_rows([0], [rival], chain.classes)[0],
+                threshold=threshold,
+                cpu_limit=2,
+            )
             if tree.status == "proved":
                 audit(network, image, eps, rival, tree, threshold)
                 kinds.append([len(tree.proof[n]) for n in ("parent", "multipliers", "cut_unit")])
@@ -338,7 +346,9 @@ def test_proofs_of_the_small_network_are_confirmed(kernel, rng, tmp_path):
     assert sum(int(((a < 0) & (b > 0)).sum()) for a, b in relus) > 100
     bound = certificate.check_image(network, image, 0, eps).bound[1]
     threshold = bound + 0.12 * (logits[0] - logits[1] - bound)
-    tree = hull.search(chain, low, high, relus, 0, 1, threshold=threshold, cpu_limit=30)
+    tree = hull.search(
+        chain, low, high, relus, crown.margin_rows([0], [1], chain.classes)[0], threshold=threshold, cpu_limit=30
+    )
     assert tree.status == "proved" and len(tree.proof["cut_unit"]) > 50
     audit(network, image, eps, 1, tree, threshold)
 
@@ -359,7 +369,8 @@ class Proved:
                 break
         self.draw, self.network, self.eps, self.maps = draw, read(model, folder), eps, rational(model)
         self.least = min(truth.minima().values())
-        self.tree = hull.search(*truth.args, 0, 1, threshold=self.least - below, cpu_limit=1e9)
+        row = crown.margin_rows([0], [1], truth.chain.classes)[0]
+        self.tree = hull.search(*truth.args, row, threshold=self.least - below, cpu_limit=1e9)
         self.proof = {name: value.copy() for name, value in self.tree.proof.items()}
         self.box = certificate._image_box(self.image, eps)
 

@@ -11,7 +11,7 @@ from nanomr.testing.strategies import fewer, seeds
 
 pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 import highspy
-from test_bab import BAND, LABEL, LARGE, NETWORKS, RIVAL, TOLERANCE, Problem, linear_program, mlp
+from test_bab import BAND, LARGE, NETWORKS, TOLERANCE, Problem, linear_program, mlp
 
 from nanomr.verify.bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
 from nanomr.verify.chain import Chain
@@ -40,7 +40,7 @@ class Case(Problem):
         return self
 
     def search(self, module=hull, **options):
-        return module.search(*self.args, LABEL, RIVAL, **{"cpu_limit": 1e9, **options})
+        return module.search(*self.args, self.row, **{"cpu_limit": 1e9, **options})
 
     def seen(self, n=100):
         """(y (N, D), z (N, U), margins (N,)) of images of the box: corners, edges, points."""

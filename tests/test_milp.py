@@ -82,7 +82,11 @@ class Network:
 
     @property
     def question(self):
-        return self.chain, self.low, self.high, self.relus, self.label, self.rival
+        return self.chain, self.low, self.high, self.relus, self.row
+
+    @property
+    def row(self):
+        return crown.margin_rows([self.label], [self.rival], self.chain.classes)[0]
 
     def margin(self, image):
         logits = self.chain.forward(image.reshape(1, *self.chain.input_shape))[0][0]
@@ -155,7 +159,7 @@ def without_restriction(monkeypatch):
 def built(case, threshold, relus=None):
     """The program of a case, perhaps with other bounds."""
     relus = case.relus if relus is None else relus
-    row = crown.margin_rows([case.label], [case.rival], case.chain.classes)[0]
+    row = case.row
     net = collapse(case.chain, case.low, case.high, relus, row)
     return milp.build(net, *net.ends(relus), threshold)
 
@@ -303,7 +307,7 @@ def test_wrong_bounds_that_cut_off_the_middle_of_the_box_are_an_error(wide):
     relus = [(low, high.copy()) for low, high in wide.relus]
     z = wide.chain.forward(0.5 * (wide.low + wide.high))[1][1]
     relus[1][1][0, 0, 0, 0] = z[0, 0, 0, 0] - 1e-3
-    answer = milp.decide(wide.chain, wide.low, wide.high, relus, wide.label, wide.rival, threshold=-100.0)
+    answer = milp.decide(wide.chain, wide.low, wide.high, relus, wide.row, threshold=-100.0)
     assert answer.status == "error" and "wrong" in answer.message
 
 
@@ -313,8 +317,8 @@ def test_entries_that_highs_would_drop_are_charged_to_the_row():
     model.children["fc1"].params["weight"][...] = [4e-10, -4e-10]
     model.children["fc1"].params["bias"][...] = [-6e-7, 0]  # margin = 8e-10 sum(x) - 6e-7
     chain, low = Chain(model), np.zeros((1, 1, 2000))
-    assert milp.decide(chain, low, low + 1, [], 0, 1, threshold=-5e-7).status == "candidate"
-    assert milp.decide(chain, low + 0.5, low + 1, [], 0, 1, threshold=0.0).status == "infeasible"
+    assert milp.decide(chain, low, low + 1, [], [1, -1], threshold=-5e-7).status == "candidate"
+    assert milp.decide(chain, low + 0.5, low + 1, [], [1, -1], threshold=0.0).status == "infeasible"
 
 
 # --- bounds where the margin is small ---------------------------------------------------------------------------------
@@ -322,7 +326,7 @@ def test_entries_that_highs_would_drop_are_charged_to_the_row():
 
 def drawn_in(case, threshold):
     """(the collapsed network, bounds of its units at the images with margin <= threshold): one restriction."""
-    row = crown.margin_rows([case.label], [case.rival], case.chain.classes)[0]
+    row = case.row
     net = collapse(case.chain, case.low, case.high, case.relus, row)
     part = bab.backward(net, np.zeros((1, len(net.units))), net.lower[None])
     return net, bab.restrict(net, part, *net.ends(case.relus), threshold + 1e-7 * (1 + abs(threshold)))[:2]
@@ -376,7 +380,7 @@ def test_numbers_that_are_not_finite_prove_nothing(wide, where, value):
     {"low": low, "high": high, "relu low": relus[1][0], "relu high": relus[1][1], "threshold": low[:0]}[where].flat[
         :1] = value  # fmt: skip
     threshold = value if where == "threshold" else -100.0
-    answer = milp.decide(wide.chain, low, high, relus, wide.label, wide.rival, threshold=threshold)
+    answer = milp.decide(wide.chain, low, high, relus, wide.row, threshold=threshold)
     assert answer.status == "error" and "finite" in answer.message and np.isnan(answer.bound)
 
 
@@ -384,23 +388,23 @@ def test_rows_that_are_not_finite_or_too_large_prove_nothing(wide, monkeypatch):
     without_restriction(monkeypatch)
     for value in (np.nan, 1e16):
         monkeypatch.setattr(wide.chain.stages[-1], "bias", np.array([value, 0, -value]))
-        answer = milp.decide(wide.chain, wide.low, wide.high, wide.relus, 0, 2, threshold=-100.0)
+        answer = milp.decide(wide.chain, wide.low, wide.high, wide.relus, [1, 0, -1], threshold=-100.0)
         assert answer.status == "error" and "too large" in answer.message
 
 
 def test_questions_that_make_no_sense(wide, monkeypatch):
-    chain, low, high, relus, _, _ = wide.question
-    for label, rival in ((0, 0), (0, 3), (-1, 0), (3, 1), (0, -1)):
-        with pytest.raises(ValueError, match=r"classes 0 \.\.\. 2"):
-            milp.decide(chain, low, high, relus, label, rival)
+    chain, low, high, relus, row = wide.question
+    for wrong in (row[:2], row[None], [1, -1, np.nan], [1, -1, np.inf], 0):
+        with pytest.raises(ValueError, match="3 finite numbers"):
+            milp.decide(chain, low, high, relus, wrong)
     with pytest.raises(ValueError, match="float64"):
-        milp.decide(Chain(mlp((1, 2), input_shape=(1, 1, 1)), np.float32), low, high, [], 0, 1)
+        milp.decide(Chain(mlp((1, 2), input_shape=(1, 1, 1)), np.float32), low, high, [], [1, -1])
     with pytest.raises(ValueError):
-        milp.decide(chain, low, high, relus[:1], 0, 1)
-    assert milp.decide(chain, high, low, relus, 0, 1).message == "the box is empty"
+        milp.decide(chain, low, high, relus[:1], row)
+    assert milp.decide(chain, high, low, relus, row).message == "the box is empty"
     without_restriction(monkeypatch)
     for options in ({"no_such_option": 1}, {"random_seed": -4}):
-        answer = milp.decide(chain, low, high, relus, 0, 1, threshold=100.0, options=options)
+        answer = milp.decide(chain, low, high, relus, row, threshold=100.0, options=options)
         assert answer.status == "error" and next(iter(options)) in answer.message
 
 

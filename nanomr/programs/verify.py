@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..verify.chain import Chain
 from ..verify.exact import milp
 from ..verify.formats import onnx_io, vnnlib
-from ..verify.proofs import results as certificate_results
+from ..verify.proofs.results import check_results
 from ..verify.running import attack, pipeline, results
 from . import common
 
@@ -248,7 +248,7 @@ def check(args) -> int:
             f"{args.check}: image {max(records)} is not in the data set ({len(dataset.test_labels)} images)"
         )
     with tqdm(total=len(records), desc="checking", unit="img", disable=None) as bar:
-        found = certificate_results.check_results(
+        found = check_results(
             args.check, common.weights_file(args.weights), metrics.as_float(dataset.test_images), dataset.test_labels,
             predict=lambda x: model.forward(x)[0].argmax(1), progress=lambda done, _: bar.update(done - bar.n),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..bounds.crown import Box, Found, Lines, inner, margin_rows
+from ..bounds.crown import Box, Found, Lines, inner
 from ..chain import Chain
 from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collapse, forward, is_empty, restrict
 
@@ -214,15 +214,16 @@ class Proof:
 
 
 def branch_and_bound(
-    chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, start: Found | None = None,
+    chain: Chain, low, high, relus, row, *, threshold: float = 0.0, start: Found | None = None,
     cpu_limit: float = 60.0, batch: int = 64, steps: int = 3, rounds: int = ROUNDS, max_domains: int = 50_000,
 ) -> Tree:  # fmt: skip
-    """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
+    """Is the margin row . logits > threshold for every image in [low, high], (1, H, W, C) float64?
 
-    chain: float64. relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. ``start``: slopes
-    to begin with, (1, ...) each, as from :func:`~nanomr.verify.bounds.crown.alpha_crown`. The ``batch`` worst domains are
-    taken at once: the ReLUs' bounds in each are drawn in to its images with margin <= threshold (:func:`restrict`),
-    for at most ``rounds`` times; what that does not prove is split, and the children climb for ``steps`` steps.
+    chain: float64. row (K,): +1 for the label, -1 for its rival, or any other. relus: [(low, high) (1, ...)] as
+    :func:`~nanomr.verify.bounds.crown.crown` gives them. ``start``: slopes to begin with, (1, ...) each, as from
+    :func:`~nanomr.verify.bounds.crown.alpha_crown`. The ``batch`` worst domains are taken at once: the ReLUs' bounds in
+    each are drawn in to its images with margin <= threshold (:func:`restrict`), for at most ``rounds`` times; what that
+    does not prove is split, and the children climb for ``steps`` steps.
 
     Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains (some 70
     bytes of memory each for every unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU
@@ -231,7 +232,7 @@ def branch_and_bound(
     begin = time.process_time()
     if not all(np.isfinite(side).all() for r in relus for side in r):
         return Tree("timeout", None, np.nan, None, 0, time.process_time() - begin)
-    row = margin_rows([label], [rival], chain.classes)
+    row = np.asarray(row, np.float64)[None]
     exact = collapse(chain, low, high, relus, row[0])
     net, box = exact.single(), Box.between(low, high)
     limit = threshold + SLACK_64 * (1 + abs(threshold))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..bounds.crown import Box, Lines, inner, margin_rows
+from ..bounds.crown import Box, Lines, inner
 from ..chain import Chain
 from .bab import Proof, Tree
 from .collapsed import SLACK_64, Collapsed, Part, collapse, is_empty, restrict
@@ -245,20 +245,19 @@ class Bounded(NamedTuple):
     unit: int
 
 
-def search(
-    chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, cpu_limit: float = 60.0
-) -> Tree:
-    """Is logit[label] - logit[rival] > threshold for every image in [low, high], (1, H, W, C) float64?
+def search(chain: Chain, low, high, relus, row, *, threshold: float = 0.0, cpu_limit: float = 60.0) -> Tree:
+    """Is the margin row . logits > threshold for every image in [low, high], (1, H, W, C) float64?
 
     As :func:`~nanomr.verify.exact.bab.branch_and_bound`, whose trees have more and cheaper nodes: ``chain`` in float64,
-    relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. At each node the bounds are drawn in
-    to the images with margin <= threshold, as there, by the program's linear function; then the unit is split whose
-    upper side costs most. Gives up after ``cpu_limit`` seconds of CPU time, and where HiGHS fails. Needs highspy.
+    row (K,), relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. At each node the
+    bounds are drawn in to the images with margin <= threshold, as there, by the program's linear function; then the
+    unit is split whose upper side costs most. Gives up after ``cpu_limit`` seconds of CPU time, and where HiGHS fails.
+    Needs highspy.
     """
     begin, visited = time.process_time(), 0
     if not all(np.isfinite(side).all() for r in relus for side in r):
         return Tree("timeout", None, np.nan, None, 0, 0.0)
-    row, box = margin_rows([label], [rival], chain.classes), Box.between(low, high)
+    row, box = np.asarray(row, np.float64)[None], Box.between(low, high)
     net = collapse(chain, low, high, relus, row[0])
     problem, limit, proof = Problem.of(net, box.radius), threshold + SLACK_64 * (1 + abs(threshold)), Proof(net.units)
     d, pool = net.image.shape[1], Cuts(np.zeros(0, np.int64), np.zeros((0, low.size + len(net.units)), np.float32))

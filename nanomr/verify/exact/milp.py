@@ -4,8 +4,8 @@ The big-M model of Tjeng, Xiao and Tedrake (2019), collapsed: only the ReLUs tha
 variables, and everything between them is multiplied out (:mod:`~nanomr.verify.exact.collapsed`). The question is put as
 "margin <= threshold: infeasible?", not "how small is the margin?": that is the faster one by far.
 
-It begins where the root of a tree (:mod:`~nanomr.verify.exact.bab`) ends: with bounds of the ReLUs' inputs at the images with
-margin <= threshold alone.
+It begins where the root of a tree (:mod:`~nanomr.verify.exact.bab`) ends: with bounds of the ReLUs' inputs at the
+images with margin <= threshold alone.
 """
 
 import multiprocessing
@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UserError
-from ..bounds.crown import margin_rows
 from ..chain import Chain
 from .bab import branch_and_bound
 from .collapsed import Collapsed, collapse
@@ -71,20 +70,20 @@ class Program(NamedTuple):
 
 
 def decide(
-    chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0, cpu_limit: float = 120.0,
+    chain: Chain, low, high, relus, row, *, threshold: float = 0.0, cpu_limit: float = 120.0,
     options: dict | None = None,
 ) -> Answer:  # fmt: skip
-    """Is there an image in the box [low, high] with logit[label] - logit[rival] <= threshold?
+    """Is there an image in the box [low, high] with a margin row . logits <= threshold?
 
-    low, high (H, W, C), or with a leading 1; relus: the bounds [(low, high)] of every ReLU layer's input in this box,
-    as :func:`nanomr.verify.bounds.crown.crown` gives them; ``chain`` in float64. ``cpu_limit``: CPU seconds (of this
-    process). ``options``: of HiGHS, over those of ``OPTIONS``.
+    low, high (H, W, C), or with a leading 1; row (K,); relus: the bounds [(low, high)] of every ReLU layer's input in
+    this box, as :func:`nanomr.verify.bounds.crown.crown` gives them; ``chain`` in float64. ``cpu_limit``: CPU seconds
+    (of this process). ``options``: of HiGHS, over those of ``OPTIONS``.
 
-    "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a label or rival that is no class,
+    "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a row of another length,
     UserError if highspy is not installed.
     """
     begin = time.process_time()
-    task = _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit)
+    task = _prepare(chain, low, high, relus, row, threshold, cpu_limit)
     if isinstance(task, Answer):
         return task
     program, low, high = task
@@ -105,12 +104,12 @@ class Solver:
         self._process = self._connection = None
 
     def decide(
-        self, chain: Chain, low, high, relus, label: int, rival: int, *, threshold: float = 0.0,
+        self, chain: Chain, low, high, relus, row, *, threshold: float = 0.0,
         cpu_limit: float = 120.0, options: dict | None = None,
     ) -> Answer:  # fmt: skip
         """As the function :func:`decide`; a child that was killed is a "timeout", one that died an "error"."""
         begin, wall = time.process_time(), time.monotonic()
-        task = _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit)
+        task = _prepare(chain, low, high, relus, row, threshold, cpu_limit)
         if isinstance(task, Answer):
             return task
         program, low, high = task
@@ -178,13 +177,14 @@ def _serve(connection):
         connection.send(solve(*task))
 
 
-def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
+def _prepare(chain, low, high, relus, row, threshold, cpu_limit):
     """(program, low, high (H, W, C)), or the Answer where no solver is needed."""
     _highspy()
     if chain.dtype != np.float64:
         raise ValueError(f"a proof needs a chain in float64, not {chain.dtype}")
-    if not (0 <= label < chain.classes and 0 <= rival < chain.classes and label != rival):
-        raise ValueError(f"label {label} and rival {rival} must be two of the classes 0 ... {chain.classes - 1}")
+    row = np.asarray(row, np.float64)
+    if row.shape != (chain.classes,) or not np.isfinite(row).all():
+        raise ValueError(f"the margin's row must be {chain.classes} finite numbers, one for each logit")
     begin = time.process_time()
 
     def done(status, message):
@@ -204,7 +204,7 @@ def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
         if not ((z >= z_low - slack) & (z <= z_high + slack)).all():
             return done("error", "a ReLU's bounds are wrong: the middle of the box is outside of them")
     root = branch_and_bound(
-        chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=0.5 * cpu_limit, rounds=8, max_domains=1
+        chain, low, high, relus, row, threshold=threshold, cpu_limit=0.5 * cpu_limit, rounds=8, max_domains=1
     )
     if root.status == "proved":
         return done("infeasible", "the tree's root")
@@ -212,7 +212,7 @@ def _prepare(chain, low, high, relus, label, rival, threshold, cpu_limit):
         return done("candidate", "the tree's root")._replace(image=root.image)
     if root.root is None or not np.isfinite(root.root).all():
         return done("error", "bounds that are not finite")
-    net = collapse(chain, low, high, relus, margin_rows([label], [rival], chain.classes)[0])
+    net = collapse(chain, low, high, relus, row)
     program = build(net, *root.root, threshold)
     for values in (program.value, program.column_low, program.column_high, program.cost, program.row_high):
         if not (abs(values[values != np.inf]) < LARGE).all():

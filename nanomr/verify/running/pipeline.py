@@ -198,6 +198,7 @@ class Verifier:
     def _settle(self, tried, low, high, relus, record, rival, left, attempts) -> "_Answer":
         """One rival, by trees, linear programs and the MILP in turn."""
         label, error = record["label"], record["float32_error"][str(rival)]
+        row = margin_rows([label], [rival], self.chain.classes)[0]
         notes, solved, stage = [], 0.0, ""
         for stage, for_float32, share, options in attempts:
             threshold = error if for_float32 else 0.0
@@ -206,16 +207,14 @@ class Verifier:
                 continue
             begin = time.process_time()
             if stage == "milp":
-                answer = self.solver.decide(
-                    self.chain, low, high, relus, label, rival, threshold=threshold, cpu_limit=budget
-                )
+                answer = self.solver.decide(self.chain, low, high, relus, row, threshold=threshold, cpu_limit=budget)
                 solved += max(0.0, answer.seconds - (time.process_time() - begin))  # the rest is in its own process
                 proved, proof, bound = answer.status == "infeasible", {}, threshold
                 effort = f"{answer.message}, {answer.nodes} nodes"
             else:
                 search = branch_and_bound if stage == "bab" else hull.search
                 options = {"threshold": threshold, "cpu_limit": budget, **options}
-                answer = search(self.chain, low, high, relus, label, rival, **options)
+                answer = search(self.chain, low, high, relus, row, **options)
                 proved, proof, bound = answer.status == "proved", answer.proof, answer.bound
                 effort = f"{answer.status}, {answer.domains} domains"
             notes.append(f"{stage}, margin > {threshold:.2g}: {effort}, {answer.seconds:.2f} s")
