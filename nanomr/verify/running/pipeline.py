@@ -5,6 +5,7 @@
 """
 
 import time
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,35 +15,15 @@ from ...attacks.common import predictions
 from ..bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows, minimiser
 from ..bounds.rounding import float32_errors
 from ..chain import Chain
-from ..exact import hull
-from ..exact.bab import Proof, branch_and_bound
+from ..exact.bab import Proof
 from ..exact.milp import Solver, end_with_parent
 from .attack import counterexamples, inside, paper_pgd, strict_box, targeted_pgd
+from .schedule import settle
 
 FINISHED = ("misclassified", "attacked", "verified", "falsified")
 UNFINISHED = ("timeout", "unknown", "error")
 METHODS = ("crown", "alpha-crown", "bab", "hull", "milp")  # to exclude a rival, in their order
 PROVED = 1e-7  # a float64 bound of a margin above this is above 0 whatever its rounding, or a checker's, was
-
-
-class Attempt(NamedTuple):
-    """One way to settle a rival: the stage, for float32 as well or not, its share of the time that is left, options."""
-
-    stage: str
-    for_float32: bool
-    share: float
-    options: dict = {}  # noqa: RUF012
-
-
-# Small trees take a tenth of a second; where they do not, programs with cuts are faster than larger ones. Only the MILP
-# leaves no proof.
-ATTEMPTS = (
-    Attempt("bab", True, 0.1, {"max_domains": 100}),
-    Attempt("hull", True, 0.1),
-    Attempt("hull", False, 0.3),
-    Attempt("bab", False, 0.1),
-    Attempt("milp", False, 1.0),
-)
 
 
 class Settings(NamedTuple):
@@ -175,8 +156,12 @@ class Verifier:
         verdict, adversarial = "verified", None
         for bound, t in todo:
             proved = bound > PROVED  # already, but not for float32
-            attempts = [a for a in ATTEMPTS if a.for_float32] if proved else ATTEMPTS
-            answer = self._settle(tried, low, high, relus, record, int(t), left, attempts)
+            row = margin_rows([record["label"]], [int(t)], self.chain.classes)[0]
+            answer = settle(
+                self.chain, low, high, relus, row, error=record["float32_error"][t], proved=proved, left=left,
+                limit=self.settings.time_limit, solver=self.solver,
+                confirm=partial(self._confirm, tried, record["label"], int(t)),
+            )  # fmt: skip
             solved += answer.solver_seconds
             record["solver"][t] = answer.notes
             if answer.verdict == "proved":
@@ -195,39 +180,7 @@ class Verifier:
         _finish(record)
         return Outcome(record, proof if verdict == "verified" else {}, adversarial)
 
-    def _settle(self, tried, low, high, relus, record, rival, left, attempts) -> "_Answer":
-        """One rival, by trees, linear programs and the MILP in turn."""
-        label, error = record["label"], record["float32_error"][str(rival)]
-        row = margin_rows([label], [rival], self.chain.classes)[0]
-        notes, solved, stage = [], 0.0, ""
-        for stage, for_float32, share, options in attempts:
-            threshold = error if for_float32 else 0.0
-            budget = share * (left() - solved)
-            if not (np.isfinite(threshold) and budget > 0):
-                continue
-            begin = time.process_time()
-            if stage == "milp":
-                answer = self.solver.decide(self.chain, low, high, relus, row, threshold=threshold, cpu_limit=budget)
-                solved += max(0.0, answer.seconds - (time.process_time() - begin))  # the rest is in its own process
-                proved, proof, bound = answer.status == "infeasible", {}, threshold
-                effort = f"{answer.message}, {answer.nodes} nodes"
-            else:
-                search = branch_and_bound if stage == "bab" else hull.search
-                options = {"threshold": threshold, "cpu_limit": budget, **options}
-                answer = search(self.chain, low, high, relus, row, **options)
-                proved, proof, bound = answer.status == "proved", answer.proof, answer.bound
-                effort = f"{answer.status}, {answer.domains} domains"
-            notes.append(f"{stage}, margin > {threshold:.2g}: {effort}, {answer.seconds:.2f} s")
-            if proved:
-                return _Answer("proved", stage, bound, proof, None, notes, solved)
-            if answer.status == "candidate":
-                adversarial = self._confirm(tried, answer.image, label, rival)
-                if adversarial is not None:
-                    return _Answer("falsified", stage, np.nan, {}, adversarial, notes, solved)
-        verdict = "timeout" if left() - solved <= 0.02 * self.settings.time_limit else "unknown"
-        return _Answer(verdict, stage, np.nan, {}, None, notes, solved)
-
-    def _confirm(self, tried, candidate, label, rival):
+    def _confirm(self, tried, label, rival, candidate):
         """``candidate`` as a counterexample, if need be after a few steps of PGD; or None."""
         label, rival = np.array([label]), np.array([rival])
         found, real = counterexamples(self.model, self.chain, tried, candidate[None], label)
@@ -239,16 +192,6 @@ class Verifier:
         """How many ReLUs of each layer have both signs at ``corners`` (S, H, W, C), their opposites, and ``image``."""
         points = np.concatenate([image[None], corners, 2 * centre - corners])
         return [int(((z > 0).any(0) & (z <= 0).any(0)).sum()) for z in self.chain.forward(points)[1]]
-
-
-class _Answer(NamedTuple):
-    verdict: str
-    stage: str
-    bound: float
-    proof: dict
-    adversarial: np.ndarray | None
-    notes: list[str]
-    solver_seconds: float
 
 
 class _Screening:
