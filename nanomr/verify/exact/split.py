@@ -20,6 +20,7 @@ MOST_NUMBERS = 2**23  # in the maps' matrices; 64 MB
 MOST_RELUS = 4000  # a row for each may be needed: 128 MB
 BATCH = 512  # boxes at once, at most; fewer where they take longer than SECONDS
 SECONDS = 0.2
+GRID = 4096  # points at first, about
 STEPS, CLIMBERS = (0.1, 0.05, 0.025, 0.012, 0.006, 0.003), 16  # of the box's sides; points that take them
 TOPS, SWEEPS = 4, 2  # slopes that are improved in turn, and how often
 SLACK = 1e-12  # a bound must be above the threshold by this share of all that was added up: more than the checker's
@@ -325,18 +326,24 @@ class Dense(NamedTuple):
     biases: np.ndarray
     maps: list[tuple[np.ndarray, np.ndarray]]
 
+    def forward(self, x):
+        """The rows (N, M) at the points x (N, D)."""
+        return self._inputs(x)[-1]
+
     def gradient(self, x):
-        """(the rows (N, M) at the points x (N, D), the gradient (N, D) of the largest)."""
-        inputs, x = [], np.asarray(x)
+        """Of the largest row, (N, D)."""
+        *inputs, values = self._inputs(x)
+        a = np.eye(values.shape[1])[values.argmax(1)] @ self.maps[-1][0]
+        for (weight, _), z in zip(reversed(self.maps[:-1]), reversed(inputs), strict=True):
+            a = (a * (z > 0)) @ weight
+        return a
+
+    def _inputs(self, x):
+        inputs = []
         for k, (weight, bias) in enumerate(self.maps):
             x = (np.maximum(x, 0) if k else x) @ weight.T + bias
             inputs.append(x)
-        a = np.eye(x.shape[1])[x.argmax(1)]
-        for k in range(len(self.maps) - 1, -1, -1):
-            a = a @ self.maps[k][0]
-            if k:
-                a = a * (inputs[k - 1] > 0)
-        return x, a
+        return inputs
 
 
 def suits(chain: Chain, low, high) -> bool:
@@ -464,7 +471,10 @@ def search(
         visited += n
         found = _bounds(net, units, now.low, now.high)
         mean = found.bound / found.weights.sum(1)
-        image = _attack(chain, net, now, found.coefficients, low, high, free, rows, offsets - threshold)
+        points = np.concatenate([np.where(found.coefficients > 0, now.low, now.high), 0.5 * (now.low + now.high)])
+        if visited == n:
+            points = np.concatenate([points, _grid(now.low[0], now.high[0])])
+        image = _attack(chain, net, points, low, high, free, rows, offsets - threshold)
         if image is not None:
             return end("candidate", image)
         done = mean > slack
@@ -517,23 +527,25 @@ def _bounds(net: Dense, units: Units, low, high) -> Found:
     return found
 
 
-def _attack(chain: Chain, net: Dense, boxes: Open, coefficients, low, high, free, rows, offsets):
-    """An image at which no row is above 0: from the boxes' centres, and the minimisers of their linear functions, the
-    lowest of which go downhill."""
+def _grid(low, high):
+    """Points of the box (D,), its corners among them: networks are often lowest on its faces."""
+    each = max(2, int(GRID ** (1 / len(low))))
+    return np.stack(np.meshgrid(*np.linspace(low, high, each).T, indexing="ij"), -1).reshape(-1, len(low))
+
+
+def _attack(chain: Chain, net: Dense, points, low, high, free, rows, offsets):
+    """An image at which no row is above 0: one of ``points`` (S, D), or downhill from the lowest of them."""
     ends = low.ravel()[free], high.ravel()[free]
-    points = np.concatenate([np.where(coefficients > 0, boxes.low, boxes.high), 0.5 * (boxes.low + boxes.high)])
     for step in (*STEPS, 0.0):
         single = points.astype(np.float32).astype(np.float64)
         points = np.where((single >= ends[0]) & (single <= ends[1]), single, points)
-        values, slope = net.gradient(points)
-        most = np.nan_to_num(values.max(1), nan=np.inf)
-        at = int(most.argmin())
-        if most[at] <= 0:
-            image = low.copy()
-            image.reshape(-1)[free] = points[at]
-            return image[0] if (chain.forward(image)[0] @ rows.T + offsets <= 0).all() else None
+        most = np.nan_to_num(net.forward(points).max(1), nan=np.inf)
         best = np.argsort(most)[:CLIMBERS]
-        points = np.clip(points[best] - step * (ends[1] - ends[0]) * np.sign(slope[best]), *ends)
+        if most[best[0]] <= 0:
+            image = low.copy()
+            image.reshape(-1)[free] = points[best[0]]
+            return image[0] if (chain.forward(image)[0] @ rows.T + offsets <= 0).all() else None
+        points = np.clip(points[best] - step * (ends[1] - ends[0]) * np.sign(net.gradient(points[best])), *ends)
     return None
 
 
