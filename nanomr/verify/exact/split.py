@@ -259,7 +259,7 @@ def _bound_all(low, high, widths, numbers, biases, units, bound, rows, weights, 
                     off += 1
                     upper = most / (most - least)
                     units.low[count], units.high[count] = least, most
-                    units.lower[count] = 1.0 if most > -least else 0.0
+                    units.lower[count] = 1.0 if most > -least * (1 + 1e-6) else 0.0  # a tie rounds nowhere
                     units.upper[count], units.offset[count] = upper, -least * upper
                     units.constant[count], units.before[count] = z_constant[i], before
                     units.number[count], changed[count] = relu + i, False
