@@ -157,7 +157,7 @@ def check_image(network: Network, image, label: int, eps: float, proofs: Mapping
                 bound[rival] = max(bound[rival], _replay(network, reached, rows[[rivals.index(rival)]], proof))
             except CertificateError as error:
                 raise CertificateError(f"rival {rival}: {error}") from None
-        error = _float32_error(network, reached, rows)
+        error = float32_error(network, reached, rows)
     return Checked(bound, dict(zip(rivals, error.tolist(), strict=True)))
 
 
@@ -189,7 +189,7 @@ def check_case(network: Network, low, high, rows, offsets, proof: Mapping | None
     demand(row is None or (type(row) is int and 0 <= row < len(rows)), f"there is no row {row}")
     with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are refused, or prove nothing
         reached = reach(network, low.copy(), high.copy())
-        error = _float32_error(network, reached, rows)
+        error = float32_error(network, reached, rows)
         if proof and "cut" in proof:
             with_rows = _with_rows(network, rows, offsets)
             bound = bound_of_parts(with_rows, reach(with_rows, low.copy(), high.copy()), proof)
@@ -482,7 +482,7 @@ def _least_of_slice(network, box: Reach, w, v, m, c, gap, size):
 # --- float32 ----------------------------------------------------------------------------------------------------------
 
 
-def _float32_error(network: Network, reached: list[Reach], rows):
+def float32_error(network: Network, reached: list[Reach], rows):
     """A bound of |rows . (float32 logits - real logits)| in the box, whatever the order of the float32 sums."""
     error, steps = np.zeros(network.maps[0].weight.shape[1]), []
     for m, r in zip(network.maps, reached, strict=True):
