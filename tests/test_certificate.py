@@ -745,7 +745,7 @@ def shuffled(model, x, draw):
 
 @fewer(0.7)
 @given(seeds)
-def testfloat32_error(tmp_path_factory, seed):
+def test_float32_error(tmp_path_factory, seed):
     draw = np.random.default_rng(seed)
     model = tiny(draw)
     network, image = read(model, tmp_path_factory.mktemp("m")), picture(model, draw)
