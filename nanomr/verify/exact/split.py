@@ -533,12 +533,19 @@ def _grid(low, high):
     return np.stack(np.meshgrid(*np.linspace(low, high, each).T, indexing="ij"), -1).reshape(-1, len(low))
 
 
+def _single(points, low, high):
+    """The float32 numbers next to ``points``, where there are any in [low, high]."""
+    near = points.astype(np.float32)
+    near = np.where(near < low, np.nextafter(near, np.float32(np.inf)), near)
+    near = np.where(near > high, np.nextafter(near, np.float32(-np.inf)), near)
+    return np.where((near >= low) & (near <= high), near.astype(np.float64), points)
+
+
 def _attack(chain: Chain, net: Dense, points, low, high, free, rows, offsets):
     """An image at which no row is above 0: one of ``points`` (S, D), or downhill from the lowest of them."""
     ends = low.ravel()[free], high.ravel()[free]
     for step in (*STEPS, 0.0):
-        single = points.astype(np.float32).astype(np.float64)
-        points = np.where((single >= ends[0]) & (single <= ends[1]), single, points)
+        points = _single(points, *ends)
         most = np.nan_to_num(net.forward(points).max(1), nan=np.inf)
         best = np.argsort(most)[:CLIMBERS]
         if most[best[0]] <= 0:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .network import Network, demand
+from .network import U64, Network, demand, gamma
 
 TINY = 1e-200
 ARRAYS = {
@@ -138,7 +138,7 @@ def bound_of_parts(network: Network, reached, proof: Mapping) -> float:
         weights = parts.weights[some]
         bound = _lower(layers, network.slack, lines, np.arange(len(weights)), weights, *ends)
         bound = bound / weights.sum(1)
-        least = np.minimum(least, (bound - 1e-12 * abs(bound)).min())  # NaN stays
+        least = np.minimum(least, (bound - gamma(weights.shape[1] + 8, U64) * abs(bound)).min())  # NaN stays
     return float(least)
 
 
