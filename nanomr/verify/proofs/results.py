@@ -158,9 +158,9 @@ def check_instances(folder, progress: Callable | None = None) -> dict:
     for done, (i, record) in enumerate(records.items(), 1):
         try:
             if record.get("verdict") in ("unsat", *WITNESSED):
-                report.update(_check_instance(folder, base, record, networks))
                 if record["verdict"] == "unsat" and (folder / "counterexamples" / f"{i}.txt").exists():
                     contradictions.append({"id": i, "reason": "unsat, but a counterexample was saved"})
+                report.update(_check_instance(folder, base, record, networks))
             else:
                 demand(record.get("verdict") in UNFINISHED, f"unknown verdict {record.get('verdict')!r}")
         except (UserError, OSError) as error:
