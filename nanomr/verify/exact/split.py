@@ -17,7 +17,7 @@ from .bab import Tree
 
 MOST_INPUTS = 12  # that are free: more are not for this search
 MOST_NUMBERS = 2**23  # in the maps' matrices; 64 MB
-MOST_RELUS = 4000  # a row for each may be needed: 128 MB
+MOST_RELUS = 1500  # all of them unstable, a box takes seconds
 BATCH = 512  # boxes at once, at most; fewer where they take longer than SECONDS
 SECONDS = 0.2
 GRID = 4096  # points at first, about
@@ -452,7 +452,7 @@ def search(
     boxes = Open(np.zeros(1, int), np.array([-np.inf]), low.ravel()[None, free], high.ravel()[None, free])
     slack = SLACK * (1 + abs(threshold) + _size(net, boxes.low[0], boxes.high[0]))
     units, leaves = _room(int(net.widths[1:-1].sum()), len(free)), Leaves(free)
-    visited, least, batch = 0, np.inf, 8
+    visited, least, batch = 0, np.inf, 1
 
     def end(status, image=None):
         proof = leaves.arrays() if status == "proved" else None
@@ -489,7 +489,7 @@ def search(
             boxes = Open(*(np.concatenate([v, w[order]]) for v, w in zip(rest, children, strict=True)))
         else:
             boxes = rest
-        batch = max(8, min(BATCH, 2 * batch if time.perf_counter() - started < SECONDS else batch // 2))
+        batch = max(1, min(BATCH, 2 * batch if time.perf_counter() - started < SECONDS else batch // 2))
     return end("proved")
 
 
