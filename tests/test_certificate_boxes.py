@@ -4,15 +4,29 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from nanomr.layers import Flatten, Linear, ReLU
+from nanomr.models import Model
 from nanomr.testing.strategies import fewer, seeds
 
 pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
-from test_certificate import changed, corners_and_points, exact, forward, rational, read, replaced, tiny
+from test_certificate import (
+    NETWORKS,
+    changed,
+    corners_and_points,
+    exact,
+    forward,
+    randomise,
+    rational,
+    read,
+    replaced,
+    tiny,
+)
 from test_split import hard
 
 from nanomr.verify.bounds import crown
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact.bab import branch_and_bound
+from nanomr.verify.exact.split import search
 from nanomr.verify.proofs import boxes, checker
 from nanomr.verify.proofs.network import CertificateError, read_network
 
@@ -326,10 +340,21 @@ def test_a_case_that_is_none(proved):
             checker.check_case(network, **ask)
 
 
+def test_a_network_that_begins_with_a_relu(tmp_path, rng):
+    children = {"relu0": ReLU(), "flatten": Flatten(), "fc1": Linear(3, 8), "relu1": ReLU(), "fc2": Linear(8, 3)}
+    model = randomise(Model(children, "own", (1, 1, 3)), rng)
+    network, chain, (low, high) = read(model, tmp_path), Chain(model), box(rng, 3)
+    rows, offsets = case(rng)
+    values = (chain.forward(rng.uniform(low, high, (500, 1, 1, 3)))[0] @ rows.T + offsets).max(1)
+    tree = search(chain, low.reshape(1, 1, 1, 3), high.reshape(1, 1, 1, 3), rows, offsets, threshold=values.min() - 0.1)
+    assert tree.status == "proved"
+    for proof in (tree.proof, *(random_parts(rng, low, high, len(rows)) for _ in range(5))):
+        assert -1e6 < checker.check_case(network, low, high, rows, offsets, proof).bound <= values.min()
+    assert checker.check_case(network, low, high, rows, offsets - values.min() + 0.1, tree.proof).bound > 0
+
+
 def test_a_network_of_any_layers(tmp_path, rng):
     """What the verifier's chains may be: convolutions, pooling, batch norms, no normalisation, Flatten anywhere."""
-    from test_certificate import NETWORKS, randomise
-
     for name in ("own", "mlp", "mlp, batch norm", "linear"):
         model = randomise(NETWORKS[name](), rng)
         model.save(tmp_path / "model.safetensors")

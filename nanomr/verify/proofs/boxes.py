@@ -121,6 +121,9 @@ def bound_of_parts(network: Network, reached, proof: Mapping) -> float:
         for m, r in zip(network.maps, reached, strict=True)
     ]
     low, high = layers[0].low, layers[0].high
+    if layers[0].relu:  # an identity before it, which rounds nothing
+        n = len(low)
+        layers.insert(0, Layer(False, np.eye(n), np.zeros(n), np.maximum(abs(low), abs(high)), low, high))
     relus = sum(len(layer.low) for layer in layers if layer.relu)
     parts = read_parts(low, high, len(layers[-1].bias), relus, proof)
     step = max(1, CHUNK // max(layer.weight.size for layer in layers))
