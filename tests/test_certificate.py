@@ -1391,11 +1391,12 @@ def test_the_counterexample_may_touch_the_box(tmp_path):
 
 
 def test_the_checker_shares_nothing_with_the_verifier():
-    own = {"checker", "network", "results"}
-    for name in own:
+    own = {"boxes", "checker", "network", "results", "witness"}
+    for name in own & {file.stem for file in Path(certificate.__file__).parent.glob("*.py")}:
         tree = ast.parse((Path(certificate.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
         names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
-        assert names <= own | {"checkpoint", "errors"}
+        trusted = {"formats.vnnlib", "models"} if name == "results" else set()  # what is asked; the deployed network
+        assert names <= own | {"checkpoint", "errors"} | trusted
         plain = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
         plain |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
         assert not any(name.startswith("nanomr") for name in plain)

@@ -17,7 +17,7 @@ from nanomr.layers import PairBatch
 from nanomr.ops import reference as ops
 from nanomr.verify.bounds import crown as verifier
 from nanomr.verify.chain import Chain
-from nanomr.verify.exact import collapsed
+from nanomr.verify.exact import collapsed, split
 from nanomr.verify.exact import hull as hulls
 
 BOUNDS = {"complex": 1e-12, "central": 1e-6}
@@ -337,11 +337,26 @@ def hull():
     yield "central", _vjp(value, lambda dy: vjp(dy, *start), *start, method="central")
 
 
+def input_split():
+    rows, constants, radius = _normal(3, 5, seed=1), _normal(3, seed=2), np.abs(_normal(5, seed=3))
+
+    def value(weight):
+        row = np.zeros(5)
+        constant = split._mix(weight, rows, constants, row)
+        return np.array([split._least(row, constant, radius)])
+
+    def vjp(dy, weight):
+        return (dy[0] * (constants - rows @ (radius * np.sign(weight @ rows))),)
+
+    start = np.abs(_normal(3, seed=4)) + 0.1
+    yield "central", _vjp(value, lambda dy: vjp(dy, start), start, method="central")
+
+
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
         linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, sinkhorn, intrinsic, hamming, laplacian,
-        pair_batch, crown, beta_crown, hull,
+        pair_batch, crown, beta_crown, hull, input_split,
     )
 }  # fmt: skip
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array, issparse
 
-from .network import U32, U64, CertificateError, Network, demand, gamma
+from .boxes import bound_of_parts
+from .network import U32, U64, CertificateError, Map, Network, demand, gamma
 
 TINY = 1e-200  # far more than all underflow together, as no activation exceeds LARGEST
 LARGEST = 1e30  # of an activation
@@ -156,8 +157,58 @@ def check_image(network: Network, image, label: int, eps: float, proofs: Mapping
                 bound[rival] = max(bound[rival], _replay(network, reached, rows[[rivals.index(rival)]], proof))
             except CertificateError as error:
                 raise CertificateError(f"rival {rival}: {error}") from None
-        error = _float32_error(network, reached, rows)
+        error = float32_error(network, reached, rows)
     return Checked(bound, dict(zip(rivals, error.tolist(), strict=True)))
+
+
+class CheckedCase(NamedTuple):
+    """Everywhere in the box some row is >= bound in real arithmetic, and > bound - float32_error in float32's."""
+
+    bound: float
+    float32_error: float
+
+
+def check_case(network: Network, low, high, rows, offsets, proof: Mapping | None = None, row: int | None = None):
+    """CheckedCase: what is certain of rows . logits + offsets for all images in [low, high]; above 0, the case "every
+    row <= 0" is excluded.
+
+    low, high: float64, as many numbers as the network has inputs, in NHWC order; rows (M, classes), offsets (M,).
+    proof: none where CROWN is one; the arrays of a tree (:func:`check_image`) of the ``row`` that it is about, its
+    ``limit`` without the offset; or those of a tree of boxes, about any rows. Raises CertificateError for a box or
+    rows that are none, and for a proof that is not one. A NaN bound proves nothing: compare with ``bound > 0``.
+    """
+    low, high, rows, offsets = (np.array(v, np.float64) for v in (low, high, rows, offsets))
+    inputs, classes = math.prod(network.input_shape), len(network.maps[-1].bias)
+    demand(low.size == high.size == inputs, f"a box must have {inputs} inputs, not {low.size} and {high.size}")
+    low, high = low.ravel(), high.ravel()
+    fine = (low <= high).all() and np.isfinite(low).all() and np.isfinite(high).all()
+    demand(fine, "the box is empty or not finite")
+    fits = rows.ndim == 2 and rows.shape[1] == classes and offsets.shape == (len(rows),) and len(rows)
+    demand(fits, f"rows {rows.shape} and offsets {offsets.shape} do not fit {classes} outputs")
+    demand(np.isfinite(rows).all() and np.isfinite(offsets).all(), "a row or an offset is not finite")
+    demand(row is None or (type(row) is int and 0 <= row < len(rows)), f"there is no row {row}")
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are refused, or prove nothing
+        reached = reach(network, low.copy(), high.copy())
+        error = float32_error(network, reached, rows)
+        if proof and "cut" in proof:
+            with_rows = _with_rows(network, rows, offsets)
+            bound = bound_of_parts(with_rows, reach(with_rows, low.copy(), high.copy()), proof)
+            return CheckedCase(bound, float(error.max()))
+        bounds = lower(network, reached, rows)
+        if proof:
+            demand(row is not None, "a tree must say of which row it is")
+            bounds[row] = max(bounds[row], _replay(network, reached, rows[[row]], proof))
+        bounds = np.nextafter(bounds + offsets, -np.inf)
+        best = row if row is not None else int(np.nan_to_num(bounds - error, nan=-np.inf).argmax())
+    return CheckedCase(float(bounds[best]), float(error[best]))
+
+
+def _with_rows(network: Network, rows, offsets) -> Network:
+    """The network whose outputs are rows . logits + offsets."""
+    weight = csr_array(rows)
+    maps = [*network.maps, Map(False, weight, abs(weight), offsets, abs(offsets), 0)]
+    n = max(max(m.weight.shape) for m in maps) + 16 * len(maps)
+    return Network(maps, network.input_shape, 8 * gamma(n, U64))
 
 
 def margins(network: Network, image, label: int):
@@ -431,7 +482,7 @@ def _least_of_slice(network, box: Reach, w, v, m, c, gap, size):
 # --- float32 ----------------------------------------------------------------------------------------------------------
 
 
-def _float32_error(network: Network, reached: list[Reach], rows):
+def float32_error(network: Network, reached: list[Reach], rows):
     """A bound of |rows . (float32 logits - real logits)| in the box, whatever the order of the float32 sums."""
     error, steps = np.zeros(network.maps[0].weight.shape[1]), []
     for m, r in zip(network.maps, reached, strict=True):

@@ -1,6 +1,8 @@
 """What a run of ``verify_small.py`` claims, line by line, held to the proofs of ``checker.py``."""
 
+import gzip
 import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,12 +13,15 @@ import numpy as np
 
 from ...checkpoint import load_tensors, read_json, read_jsonl
 from ...errors import UserError
-from .checker import check_image, lower, margins, reach
-from .network import CertificateError, demand, read_network, weights_file
+from .checker import check_case, check_image, float32_error, lower, margins, reach
+from .network import CertificateError, Network, demand, read_network, weights_file
 
 BROKEN, UNFINISHED = ("attacked", "falsified", "misclassified"), ("timeout", "unknown", "error")
 FINISHED = ("verified", *BROKEN)
 UNCHECKABLE = ("milp",)  # ways to exclude a rival that leave no proof: HiGHS
+WITNESSED = ("sat", "sat-real", "sat-float32")  # verdicts on instances that a counterexample shows
+LONGEST = 2**26  # bytes of a counterexample
+POINTS, TOLERANCE = 16, 1e-5  # at which onnxruntime is asked; beyond its rounding, per unit of the largest logit
 
 
 def check_results(folder, weights, images, labels, predict: Callable | None = None, progress: Callable | None = None):
@@ -117,3 +122,164 @@ def _check_counterexample(network, adversarial, image, label, eps, predict=None)
     upper = -lower(network, reach(network, x, x.copy()), -rows)  # bounds of the margins at this very point
     demand((upper <= 0).any(), f"the counterexample is not misclassified: its margin may be {upper.min():.3g}")
     demand(predict is None or int(predict(adversarial[None])[0]) != label, "float32 classifies it as its label")
+
+
+# --- lists of instances -----------------------------------------------------------------------------------------------
+
+
+def check_instances(folder, progress: Callable | None = None) -> dict:
+    """A report on every claim in the folder of a run of ``verify_small.py --instances``.
+
+    Networks are read from the folder, as the importer understood them: where onnxruntime is installed, their logits
+    must be the file's. Properties are read again. ``progress(done, total)``.
+
+    Returns a dict: how many ``instances`` there are, and how many of each ``verdicts``; of the unsat ones, how many
+    are ``confirmed`` (all cases, rigorously in real arithmetic), confirmed for ``float32`` and ``solver_only``; how
+    many ``counterexamples`` are confirmed; how many networks were ``compared`` with onnxruntime; and the lists
+    ``refused`` and ``contradictions`` of {"id", "reason"}: neither may have an entry. Raises UserError when files are
+    missing.
+    """
+    folder = Path(folder)
+    config, files = read_json(folder / "config.json"), sorted(folder.glob("results*.jsonl"))
+    demand(files, f"{folder} holds no results.jsonl: give the --out folder of a run of verify_small.py --instances")
+    demand(
+        isinstance(config, dict) and isinstance(config.get("instances"), str), f"{folder} is of no list of instances"
+    )
+    base, records, refused, contradictions = Path(config["instances"]).parent, {}, [], []
+    for record in (record for file in files for record in read_jsonl(file)):
+        i, verdict = record.get("id"), record.get("verdict")
+        demand(type(i) is int, f"{folder}: a result is about line {i!r}, which is none")
+        before = records.get(i, {}).get("verdict")
+        if {before, verdict} == {"unsat", "sat"} or {before, verdict} == {"unsat", "sat-real"}:
+            contradictions.append({"id": i, "reason": f"{before} on one line, {verdict} on another"})
+        if before not in ("unsat", "sat") or verdict in ("unsat", "sat"):
+            records[i] = record
+    report, networks = Counter(confirmed=0, float32=0, solver_only=0, counterexamples=0, compared=0), {}
+    for done, (i, record) in enumerate(records.items(), 1):
+        try:
+            if record.get("verdict") in ("unsat", *WITNESSED):
+                if record["verdict"] == "unsat" and (folder / "counterexamples" / f"{i}.txt").exists():
+                    contradictions.append({"id": i, "reason": "unsat, but a counterexample was saved"})
+                report.update(_check_instance(folder, base, record, networks))
+            else:
+                demand(record.get("verdict") in UNFINISHED, f"unknown verdict {record.get('verdict')!r}")
+        except (UserError, OSError) as error:
+            refused.append({"id": i, "reason": str(error)})
+        if progress:
+            progress(done, len(records))
+    verdicts = dict(Counter(record.get("verdict") for record in records.values()))
+    return {"instances": len(records), "verdicts": verdicts, **report, "refused": refused,
+            "contradictions": contradictions}  # fmt: skip
+
+
+def _check_instance(folder: Path, base: Path, record: dict, networks: dict) -> list[str]:
+    """The counts of the report that a decided instance adds to. ``networks``: {SHA-256: what was read before}."""
+    from ..formats.vnnlib import read_vnnlib  # trusted: what the property says
+
+    counts, paths = [], []
+    for kind in ("network", "property"):
+        path, known = base / str(record.get(kind)), record.get(f"{kind}_sha256")
+        other = path.with_suffix("") if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+        paths.append(other if other.is_file() and not path.exists() else path)
+        same = hashlib.sha256(paths[-1].read_bytes()).hexdigest() == known
+        demand(same, f"{paths[-1]} is not the file that was verified")
+    known = record["network_sha256"]
+    kept = folder / "networks" / f"{known}.safetensors"
+    first = known not in networks
+    if first:
+        networks[known] = read_network(kept)
+    network = networks[known]
+    demand(isinstance(network, Network), str(network))
+    prop = read_vnnlib(paths[1], network.input_shape, len(network.maps[-1].bias))
+    if first:
+        try:
+            counts += _compare(network, paths[0], prop.cases[0])
+        except CertificateError as error:
+            networks[known] = error  # of every line that is about it
+            raise
+    if record["verdict"] == "unsat":
+        return counts + _check_unsat(network, folder, record, prop)
+    return counts + _check_sat(network, folder, kept, record, prop)
+
+
+def _compare(network: Network, path: Path, case) -> list[str]:
+    """Raise CertificateError unless onnxruntime, if it is installed, gives the network's logits in the case's box."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        (entry,) = session.get_inputs()
+    except (EOFError, zlib.error, RuntimeError, ValueError) as error:
+        raise CertificateError(f"onnxruntime cannot read {path} ({error})") from None
+    h, w, c = network.input_shape
+    shape = [n if isinstance(n, int) and n > 0 else 1 for n in entry.shape]
+    demand(int(np.prod(shape)) == h * w * c, f"onnxruntime reads an input {shape} in {path}")
+    random = np.random.default_rng(0)
+    for _ in range(POINTS):
+        x = random.uniform(np.clip(case.low, -1e9, 1e9), np.clip(case.high, -1e9, 1e9)).astype(np.float32)
+        theirs = session.run(None, {entry.name: x.transpose(2, 0, 1).reshape(shape)})[0].ravel()
+        ours = x.astype(np.float64).ravel()
+        reached = reach(network, ours, ours.copy())
+        for m in network.maps:
+            ours = m.weight @ (np.maximum(ours, 0) if m.relu else ours) + m.bias
+        demand(theirs.shape == ours.shape, f"{path} has {theirs.size} outputs, the imported network {ours.size}")
+        error = float32_error(network, reached, np.eye(len(ours))) + TOLERANCE * (1 + abs(ours).max())
+        demand((abs(theirs - ours) <= error).all(), f"the imported network is not {path}: onnxruntime's logits differ")
+    return ["compared"]
+
+
+def _check_unsat(network: Network, folder: Path, record: dict, prop) -> list[str]:
+    claims, tensors = record.get("cases"), {}
+    fine = isinstance(claims, list) and all(isinstance(claim, dict) for claim in claims)
+    demand(fine and len(claims) == len(prop.cases), f"the property has {len(prop.cases)} cases: all must be excluded")
+    if (file := folder / "proofs" / f"{record['id']}.safetensors").exists():
+        tensors, _ = load_tensors(file)
+    proofs: dict[int, dict] = {}
+    for name, value in tensors.items():
+        number, _, array = name.partition("/")
+        demand(number.isdecimal() and int(number) < len(claims), f"{file.name}: {name!r} belongs to no case")
+        proofs.setdefault(int(number), {})[array] = value
+    solver, float32 = False, True
+    for i, (case, claim) in enumerate(zip(prop.cases, claims, strict=True)):
+        row = claim.get("row")
+        demand(claim.get("split") is True or (type(row) is int and 0 <= row < len(case.rows)),
+                f"case {i}: neither a row of it nor its parts are said to exclude it")  # fmt: skip
+        if claim.get("how") in UNCHECKABLE:
+            solver = True
+        elif claim.get("how") == "point":
+            from .witness import excludes
+
+            fine = excludes(network, case.exact.low, case.exact.high, case.exact.rows[row], case.exact.offsets[row])
+            demand(fine, f"case {i}: it is not one point, or that is not excluded")
+            float32 = False
+        else:
+            box = case.low, case.high
+            try:
+                found = check_case(network, *box, case.rows, case.offsets, proofs.get(i), row)
+            except CertificateError as error:
+                raise CertificateError(f"case {i}: {error}") from None
+            demand(found.bound > 0, f"case {i}: some row is only proved to be above {found.bound:.3g}")
+            float32 = float32 and found.bound > found.float32_error
+    if solver:
+        return ["solver_only"]
+    return ["confirmed", "float32"] if float32 else ["confirmed"]
+
+
+def _check_sat(network: Network, folder: Path, kept: Path, record: dict, prop) -> list[str]:
+    from ...models import load
+    from .witness import check_witness
+
+    number = record.get("case")
+    demand(type(number) is int and 0 <= number < len(prop.cases), f"the property has no case {number!r}")
+    file = folder / "counterexamples" / f"{record['id']}.txt"
+    demand(file.is_file() and file.stat().st_size < LONGEST, f"{file.name}: there is no counterexample")
+    content, model = file.read_text(encoding="utf-8", errors="replace"), load(kept)
+    verdict = check_witness(network, *prop.cases[number].exact, content, lambda x: model.forward(x)[0])
+    demand(verdict == record["verdict"], f"the counterexample shows {verdict}, not {record['verdict']}")
+    return ["counterexamples"]
