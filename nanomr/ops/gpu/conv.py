@@ -27,19 +27,22 @@ class Tile:
     wm: int = 64
     wn: int = 32
     stages: int = 4
+    wgmma: bool = False  # by Hopper's instruction: wm = 16, wn = bn, bk = 64
 
     @property
     def threads(self) -> int:
         return 32 * (self.bm // self.wm) * (self.bn // self.wn)
 
     def defines(self, direction: int) -> tuple[str, ...]:
-        sizes = zip(("BM", "BN", "BK", "WM", "WN", "STAGES"), vars(self).values(), strict=True)
-        return f"DIRECTION={direction}", *(f"{name}={value}" for name, value in sizes)
+        names = ("BM", "BN", "BK", "WM", "WN", "STAGES", "WGMMA")
+        given = [f"{name}={int(value)}" for name, value in zip(names, vars(self).values(), strict=True)]
+        return f"DIRECTION={direction}", *given[: len(given) - (not self.wgmma)]
 
     def shared(self, direction: int) -> int:
         """Bytes of dynamic shared memory: the tiles on their way, or the result's in float32, whichever is more."""
-        a = self.bk * (self.bm + 8) if direction == WEIGHT else self.bm * (self.bk + 8)
-        b = self.bn * (self.bk + 8) if direction == INPUT else self.bk * (self.bn + 8)
+        skew = 0 if self.wgmma else 8
+        a = self.bk * (self.bm + skew) if direction == WEIGHT else self.bm * (self.bk + skew)
+        b = self.bn * (self.bk + skew) if direction == INPUT else self.bk * (self.bn + skew)
         return max(2 * self.stages * (a + b), 4 * self.bm * (self.bn + 8) if direction != WEIGHT else 0)
 
 
