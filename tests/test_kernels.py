@@ -152,17 +152,45 @@ def test_convolutions_of_any_shape(device, case, seed):
     check_convolutions(gpu, device, np.random.default_rng(seed), case.x_shape, case.w_shape, case.stride, case.padding)
 
 
+OTHER_TILES = [(kind, name) for kind, tiles in gpu_conv.TILES.items() for name in tiles if name != "usual"]
+
+
+@pytest.fixture
+def use_tiles():
+    yield gpu.use_tiles
+    gpu.use_tiles()
+
+
 @on_device
-@pytest.mark.parametrize("name", gpu_conv.CANDIDATES)
-def test_tiles_that_may_come(device, name, rng, monkeypatch):
-    """What bench/gpu.py times beside the usual ones is right."""
-    monkeypatch.setattr(gpu_conv, "WIDE", gpu_conv.CANDIDATES[name])
-    gpu.conv_plan.cache_clear()
-    try:
-        check_convolutions(gpu, device, rng, (2, 5, 6, 72), (3, 3, 72, 80), 2, ALL_ROUND)
-    finally:
-        gpu.conv_plan.cache_clear()
-    assert all(gpu_conv.CANDIDATES[name].shared(d) <= 113 << 10 for d in range(3)), "two blocks on a multiprocessor"
+@pytest.mark.parametrize(("kind", "name"), OTHER_TILES)
+def test_tiles_that_may_be_faster(device, kind, name, rng, use_tiles):
+    """They are right, and give the same bits; wgmma not necessarily, on a GPU: it has its own way to add 16 products."""
+    other, usual = gpu_conv.TILES[kind][name], gpu_conv.TILES[kind]["usual"]
+    if device is not np and other.wgmma and device.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is an instruction of compute capability 9.0")
+    assert (other.bm, other.bn) == (usual.bm, usual.bn) and gpu_conv.SPLIT % other.bk == 0
+    x_shape, w_shape, stride = {
+        "narrow": ((2, 5, 6, 40), (3, 3, 40, 56), 2),
+        "wide": ((2, 5, 6, 72), (3, 3, 72, 80), 2),
+        "tall": ((5, 9, 8, 24), (3, 3, 24, 16), 1),
+    }[kind]
+    x, w, dy = (rng.standard_normal(s).astype(BF16) for s in (x_shape, w_shape, _y_shape(x_shape, w_shape, stride)))
+    x, w, dy = device.asarray(x), device.asarray(w.astype(np.float32)), device.asarray(dy)
+    bits = []
+    for tile in ("usual", name):
+        use_tiles({product: tile for product, (_, of) in gpu_conv.PRODUCTS.items() if of == kind})
+        y = gpu.conv2d(x, w, None, stride, ALL_ROUND)
+        dx = gpu.conv2d_input_gradient(dy, w, stride, ALL_ROUND, x_shape)
+        bits.append([to_numpy(a).tobytes() for a in (y, dx, gpu.conv2d_dw(x, dy, w_shape, stride, ALL_ROUND))])
+    assert bits[0] == bits[1] or (other.wgmma and device is not np)
+    plans = [gpu.conv_plan(d, x_shape, w_shape, stride, ALL_ROUND) for d in range(3)]
+    assert other in [plan.tile for plan in plans]
+    check_convolutions(gpu, device, rng, x_shape, w_shape, stride, ALL_ROUND)
+    assert all(other.shared(d) <= 113 << 10 for d in range(3)), "two blocks on a multiprocessor"
+
+
+def _y_shape(x_shape, w_shape, stride):
+    return reference.conv2d_shape(x_shape, w_shape, stride, ALL_ROUND)
 
 
 @on_device
@@ -758,6 +786,17 @@ def draw_something(g):
     check_augmentation(np, 128, **REJECTED)
 
 
+def wgmma_something(g):
+    x, w = (rounded(g.standard_normal(shape)).astype(BF16) for shape in ((5, 8, 8, 24), (3, 3, 24, 72)))
+    gpu.use_tiles({"y wide": "wgmma"})
+    try:
+        y, (a, b) = gpu.conv2d(x, w.astype(np.float32), None, 1, ALL_ROUND), map(exact, (x, w))
+    finally:
+        gpu.use_tiles()
+    size = reference.conv2d(abs(a), abs(b), None, 1, ALL_ROUND)
+    check(y, reference.conv2d(a, b, None, 1, ALL_ROUND), 1e-5 * size, "y")
+
+
 FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must fail, words of the error or None)
     "no barrier in the pipeline": (
         "conv.cu",
@@ -916,6 +955,36 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
         multiply_something,
         None,
     ),
+    **{
+        f"wgmma: {name}": ("conv.cu", right, wrong, wgmma_something, words)
+        for name, right, wrong, words in (
+            ("copies that it does not see", "    wgmma_sees_writes();\n", "", None),
+            (
+                "... that others do not see",
+                "wgmma_sees_writes();\n    __syn",
+                "__syncthreads(), wgmma_sees_writes(), __syn",
+                None,
+            ),
+            ("waits for too few copies", "copy_wait<STAGES - 3>", "copy_wait<STAGES - 2>", None),
+            ("no fence", "  wgmma_fence();\n", "", "without a fence"),
+            ("sums that are not there yet", "  wgmma_wait<0>();\n", "", None),
+            ("a stage that is filled too early", "wgmma_wait<1>", "wgmma_wait<2>", None),
+            ("a stage ahead", "load((step + STAGES - 2) % STAGES)", "load((step + STAGES - 1) % STAGES)", None),
+            ("no swizzle", "(column % 64 ^ row % 8 * CHUNK)", "column % 64", None),
+            ("strips that overlap", "rows * ROW_BYTES / 16", "ROW_BYTES / 16", None),
+            ("rows that overlap", "8 * ROW_BYTES / 16", "4 * ROW_BYTES / 16", None),
+            ("another address than 16 bytes'", "0x3ffff) / 16", "0x3ffff) / 8", "wgmma"),
+            ("terms twice, across", "k * 2 / 16", "k / 16", None),
+            ("terms twice, down", "k * ROW_BYTES / 16", "k * ROW_BYTES / 32", None),
+            ("the same rows for all warps", "threadIdx.x / 128 * (64 * 64)", "0", None),
+            (
+                "two of four warps",
+                "    start_product(a + step",
+                "    if (threadIdx.x & 64) start_product(a + step",
+                "four warps",
+            ),
+        )
+    },
 }
 
 
@@ -923,7 +992,7 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_are_caught(device, fault, rng, monkeypatch):
     if fault is None:
-        for run in (convolve_something, add_something, normalize_something, multiply_something, draw_something):
+        for run in dict.fromkeys(run for _, _, _, run, _ in FAULTS.values()):
             run(rng)
         return
     file, right, wrong, run, words = FAULTS[fault]
@@ -968,13 +1037,11 @@ def test_the_emulation_tries_other_orders():
 # --- compiled for real ------------------------------------------------------------------------------------------------
 
 REALS = {"float": 4, "bf16": 2}
-TILES = {"narrow": gpu_conv.NARROW, "wide": gpu_conv.WIDE, "tall": gpu_conv.TALL, **gpu_conv.CANDIDATES}
 INSTANTIATIONS = {
     **{
-        f"{name} {('y', 'dx', 'dw')[direction]}": ("conv.cu", tile.defines(direction))
-        for name, tile in TILES.items()
-        for direction in (gpu_conv.FORWARD, gpu_conv.INPUT, gpu_conv.WEIGHT)
-        if name != "tall" or direction == gpu_conv.WEIGHT
+        f"{product} {name}": ("conv.cu", tile.defines(direction))
+        for product, (direction, kind) in {**gpu_conv.PRODUCTS, "dw narrow": (gpu_conv.WEIGHT, "narrow")}.items()
+        for name, tile in gpu_conv.TILES[kind].items()
     },
     **{
         f"normalize {real} {width} {activation}": (
@@ -995,8 +1062,9 @@ INSTANTIATIONS = {
 
 
 def tile_of(defines):
-    sizes = dict(d.split("=") for d in defines)
-    return gpu_conv.Tile(*[int(sizes[name]) for name in ("BM", "BN", "BK", "WM", "WN", "STAGES")])
+    return next(
+        t for tiles in gpu_conv.TILES.values() for t in tiles.values() if t.defines(int(defines[0][-1])) == defines
+    )
 
 
 @needs_nvrtc
@@ -1005,6 +1073,10 @@ def tile_of(defines):
 def test_machine_code(instantiation, arch):
     """It compiles; no register is spilled; two blocks of 256 threads fit; tensor cores and wide loads are used."""
     file, defines = INSTANTIATIONS[instantiation]
+    wgmma = "WGMMA=1" in defines
+    if wgmma and arch == "sm_80":
+        return
+    arch += "a" * wgmma
     kernels = nvrtc.inspect(nvrtc.compile_cubin(cuda.source("device.cuh") + cuda.source(file), arch, defines))
     assert kernels
     for name, code in kernels.items():
@@ -1012,8 +1084,10 @@ def test_machine_code(instantiation, arch):
         threads = tile_of(defines).threads if name in ("convolve", "weight_gradient") else 256
         assert 2 * code.registers * threads <= 1 << 16, f"{name}: {code.registers} registers: two blocks do not fit"
         if name in ("convolve", "weight_gradient"):
-            assert "HMMA.16816.F32.BF16" in code.instructions, f"{name} does not use tensor cores"
-            assert {i.split(".")[0] for i in code.instructions} >= {"LDGSTS", "LDSM"}, name
+            product = f"HGMMA.64x{tile_of(defines).bn}x16.F32.BF16" if wgmma else "HMMA.16816.F32.BF16"
+            assert product in code.instructions, f"{name} does not use tensor cores"
+            loads = {"LDGSTS", "FENCE", "WARPGROUP"} if wgmma else {"LDGSTS", "LDSM"}
+            assert {i.split(".")[0] for i in code.instructions} >= loads, name
         wide = any(d in defines for d in ("WIDTH=8", "WIDTH=4")) and name in ("activate", "normalize_backward", "add")
         if wide or name == "convolve":  # there: what is added to the result, and the result
             assert {"LDG.E.128.CONSTANT", "STG.E.128"} <= code.instructions, f"{name} does not move 16 bytes at a time"
@@ -1028,6 +1102,10 @@ def test_the_checks_of_machine_code_can_fail():
     assert found.stack >= 256 and "STL" in {i.split(".")[0] for i in found.instructions}
     with pytest.raises(nvrtc.CompileError, match="nothing_"):
         nvrtc.compile_cubin('extern "C" __global__ void f(float* x) { x[0] = nothing_; }', "sm_90")
+    file, defines = INSTANTIATIONS["y wide wgmma"]
+    code = cuda.source("device.cuh") + cuda.source(file).replace("  if (steps == 0) clear", "  clear")
+    with pytest.raises(nvrtc.CompileError, match="serialized"):
+        nvrtc.compile_cubin(code, "sm_90a", defines)
 
 
 # --- launch geometry --------------------------------------------------------------------------------------------------
