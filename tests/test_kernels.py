@@ -164,7 +164,7 @@ def use_tiles():
 @on_device
 @pytest.mark.parametrize(("kind", "name"), OTHER_TILES)
 def test_tiles_that_may_be_faster(device, kind, name, rng, use_tiles):
-    """They are right, and give the same bits; wgmma not necessarily, on a GPU: it has its own way to add 16 products."""
+    """They are right, and give the same bits; on a GPU, wgmma may have its own way to add 16 products."""
     other, usual = gpu_conv.TILES[kind][name], gpu_conv.TILES[kind]["usual"]
     if device is not np and other.wgmma and device.cuda.Device().compute_capability != "90":
         pytest.skip("wgmma is an instruction of compute capability 9.0")
@@ -338,6 +338,14 @@ def test_corners_are_drawn_as_by_numpy(device, shape, seed, step, eps):
     found = gpu.draw_corners(shape, eps, seed, device.asarray(np.array([step], np.uint64)))
     np.testing.assert_array_equal(to_numpy(found), expected)
     np.testing.assert_array_equal(to_numpy(gpu.corners(device.asarray(words), shape, eps)), expected)
+
+
+def test_corners_of_a_batch_fill_a_gpu(monkeypatch):
+    """A warp for 256 of them: the paper's batch takes more blocks than an H100 has multiprocessors, 132."""
+    grids = []
+    monkeypatch.setattr(cuda, "launcher", lambda source, defines, name, grid, *_: grids.append(grid))
+    gpu.draw_corners((128, 32, 32, 3), 0.5, 1, np.zeros(1, np.uint64))
+    assert grids == [(192, 1, 1)]
 
 
 # --- a whole network --------------------------------------------------------------------------------------------------
@@ -961,8 +969,8 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
             ("copies that it does not see", "    wgmma_sees_writes();\n", "", None),
             (
                 "... that others do not see",
-                "wgmma_sees_writes();\n    __syn",
-                "__syncthreads(), wgmma_sees_writes(), __syn",
+                "wgmma_sees_writes();\n    __syncthreads();",
+                "__syncthreads();\n    wgmma_sees_writes();",
                 None,
             ),
             ("waits for too few copies", "copy_wait<STAGES - 3>", "copy_wait<STAGES - 2>", None),
@@ -1103,7 +1111,7 @@ def test_the_checks_of_machine_code_can_fail():
     with pytest.raises(nvrtc.CompileError, match="nothing_"):
         nvrtc.compile_cubin('extern "C" __global__ void f(float* x) { x[0] = nothing_; }', "sm_90")
     file, defines = INSTANTIATIONS["y wide wgmma"]
-    code = cuda.source("device.cuh") + cuda.source(file).replace("  if (steps == 0) clear", "  clear")
+    code = cuda.source("device.cuh") + cuda.source(file).replace("  wgmma_fence();", "  clear(sums), wgmma_fence();")
     with pytest.raises(nvrtc.CompileError, match="serialized"):
         nvrtc.compile_cubin(code, "sm_90a", defines)
 
