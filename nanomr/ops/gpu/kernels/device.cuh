@@ -83,30 +83,30 @@ __device__ __forceinline__ void wgmma_done(float (&d)[columns][4]) {
     asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) :: "memory");
 }
 
-// d (64 x 8 columns, float) += a (64 x 16) b (16 x 8 columns), or = unless `add`, bf16, by the descriptors of a and b. A warp has 16 rows of
-// d, distributed over its lanes as multiply_add's. `a_by_k`: neighbours in memory are neighbours of a's rows, not of the
-// sum's terms; b_by_k likewise.
+// d (64 x 8 columns, float) += a (64 x 16) b (16 x 8 columns), bf16, or = unless `add`; a and b by their descriptors. A
+// warp has 16 rows of d, distributed over its lanes as multiply_add's. `a_by_k`: neighbours in memory are neighbours of
+// a's rows, not of the sum's terms; b_by_k likewise.
 #define WGMMA_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define WGMMA_EIGHT(j) WGMMA_FOUR(j), WGMMA_FOUR(j + 1), WGMMA_FOUR(j + 2), WGMMA_FOUR(j + 3), \
     WGMMA_FOUR(j + 4), WGMMA_FOUR(j + 5), WGMMA_FOUR(j + 6), WGMMA_FOUR(j + 7)
 
 template <bool a_by_k, bool b_by_k>
 __device__ __forceinline__ void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{.reg .pred add; setp.ne.s32 add, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+  asm volatile("{.reg .pred more; setp.ne.s32 more, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-               "%32, %33, add, 1, 1, %35, %36;}"
+               "%32, %33, more, 1, 1, %35, %36;}"
                : WGMMA_EIGHT(0) : "l"(a), "l"(b), "r"((int)add), "n"(a_by_k), "n"(b_by_k));
 }
 
 template <bool a_by_k, bool b_by_k>
 __device__ __forceinline__ void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{.reg .pred add; setp.ne.s32 add, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+  asm volatile("{.reg .pred more; setp.ne.s32 more, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-               "%64, %65, add, 1, 1, %67, %68;}"
+               "%64, %65, more, 1, 1, %67, %68;}"
                : WGMMA_EIGHT(0), WGMMA_EIGHT(8) : "l"(a), "l"(b), "r"((int)add), "n"(a_by_k), "n"(b_by_k));
 }
 
