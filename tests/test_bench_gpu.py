@@ -122,7 +122,7 @@ def test_steps_take_the_tiles_that_the_self_test_chose(bench, fake, tmp_path, mo
     monkeypatch.setattr(bench.Bench, "step", lambda self, name: None)
     found = bench.measure(args, work)
     assert found["tiles"] == {"y narrow": ["wgmma", 40.0, 50.0], "dx wide": ["usual", 90.0, 90.0]}
-    assert bench.conv.in_use == {"y narrow": "wgmma"}
+    assert bench.conv.tiles_in_use == {"y narrow": "wgmma"}
     row = found["convolutions"][0]
     assert row["direction"] == "forward" and row["usual_us"] > 0 and "wgmma_us" not in row
     out = "\n".join(gpu_report.figures(found))

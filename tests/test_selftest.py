@@ -107,7 +107,7 @@ def test_one_wrong_number_is_seen_and_the_run_is_right(fake, kernel, tmp_path):
     assert failed and set(failed) <= using
     gpu.replace(failed)
     there = a_right_run(fake, tmp_path)
-    assert there._kernels() == {"plain_kernels": list(gpu.replaced), "graph": False}
+    assert there._kernels() == {"plain_kernels": list(gpu.replaced), "graph": False, "tiles": {}}
 
 
 @pytest.mark.parametrize("fault", ["nan", "compile", "launch"])
@@ -261,7 +261,7 @@ def test_the_fastest_tile_is_taken_and_remembered(fake, monkeypatch, capsys):
     for _ in range(2):
         gpu.use_tiles()
         backend.use_device("gpu")
-        assert conv.in_use == expected and len(times) == 1
+        assert conv.tiles_in_use == expected and len(times) == 1
     assert gpu.replaced == ()
     line = (
         "GPU self-test: y wide, wgmma: y is wrong; another tile is taken (python -m nanomr.backend --test tests again)"
@@ -274,16 +274,16 @@ def test_the_fastest_tile_is_taken_and_remembered(fake, monkeypatch, capsys):
 
     monkeypatch.setenv("NANOMR_TILES", "usual")
     backend.use_device("gpu")
-    assert not conv.in_use and len(times) == 1
+    assert not conv.tiles_in_use and len(times) == 1
     assert gpu.conv_plan(conv.FORWARD, x, w, 1, (1,) * 4).tile == conv.TILES["wide"]["usual"]
     monkeypatch.setenv("NANOMR_TILES", "fast")
     with pytest.raises(UserError, match="NANOMR_TILES must be auto or usual, not 'fast'"):
         backend.use_device("gpu")
     monkeypatch.delenv("NANOMR_TILES")
     backend.use_device("gpu")
-    assert conv.in_use == expected
+    assert conv.tiles_in_use == expected
     backend.use_device("gpu", "own")
-    assert not conv.in_use
+    assert not conv.tiles_in_use
 
     good = json.loads(selftest.memory().read_text())
     for name, damage in (("y wide, deep", -1.0), ("y wide, deep", True), ("relu", 3.0), ("relu", ["no"])):
@@ -291,7 +291,7 @@ def test_the_fastest_tile_is_taken_and_remembered(fake, monkeypatch, capsys):
         selftest.memory().write_text(json.dumps(known))
         count = len(times)
         backend.use_device("gpu")
-        assert len(times) == count + 1 and conv.in_use == expected
+        assert len(times) == count + 1 and conv.tiles_in_use == expected
 
 
 def test_noise_does_not_choose(fake):
@@ -312,7 +312,7 @@ def test_a_tile_that_does_not_compile_launch_or_agree_is_dropped(fake):
                 found = probes.check(f"{product}, square")
             except RuntimeError as error:
                 found = str(error)
-            assert isinstance(found, str) and words in found and not conv.in_use
+            assert isinstance(found, str) and words in found and not conv.tiles_in_use
 
 
 def test_wgmma_is_for_hopper(fake, monkeypatch):
@@ -348,7 +348,7 @@ def test_a_run_in_plain_cupy_is_right(fake, precision, method, tmp_path):
         assert max(off) <= (1e-3 if precision == "fp32" else 0.05) * here.log[0][name], name
     record = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
     assert record["graph"] is False and record["plain_kernels"] == list(gpu.OWN)
-    assert not {"graph", "plain_kernels"} & here.log[0].keys()
+    assert not {"graph", "plain_kernels", "tiles"} & here.log[0].keys()
 
 
 def test_every_instantiation_of_a_run_is_checked(fake, tmp_path):

@@ -68,13 +68,13 @@ PRODUCTS = {  # name of a direction and a kind of product: (direction, kind)
     "dw tall": (WEIGHT, "tall"),
 }
 SPLIT = 64  # terms of dw come in multiples of it: of every tile's bk
-in_use: dict[str, str] = {}  # product: the name of its tile, where that is not the usual one
+tiles_in_use: dict[str, str] = {}  # product: the name of its tile, where that is not the usual one
 
 
 def use_tiles(names=()) -> None:
     """Let these products {name: tile's name} be cut so from now on, and all others as usual."""
-    in_use.clear()
-    in_use.update(names)
+    tiles_in_use.clear()
+    tiles_in_use.update(names)
     conv_plan.cache_clear()
 
 
@@ -82,7 +82,7 @@ def _tile(direction: int, terms: int, channels: int, name: str | None) -> Tile:
     """For a result of so many channels. ``name``: as of ``conv_plan``."""
     kind = "wide" if channels > 64 else "tall" if direction == WEIGHT and terms > 128 else "narrow"
     if name is None:
-        name = in_use.get(f"{('y', 'dx', 'dw')[direction]} {kind}")
+        name = tiles_in_use.get(f"{('y', 'dx', 'dw')[direction]} {kind}")
     return TILES[kind].get(name, TILES[kind]["usual"])
 
 

@@ -426,7 +426,7 @@ def check_tile(product: str, name: str) -> str | float | None:
     function = ("conv2d", "conv2d_input_gradient", "conv2d_dw")[direction]
     cases = PROBES[function](np.random.default_rng(7), RIGHT[kind])
     ours = (case for case in cases if case.arguments[0].dtype.name == "bfloat16")
-    before = dict(conv.in_use)
+    before = dict(conv.tiles_in_use)
     conv.use_tiles({product: name})
     try:
         return check_cases(gpu.OWN[function], ours) or time_tile(direction, TIMED[kind])

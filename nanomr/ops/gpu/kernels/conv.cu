@@ -46,9 +46,9 @@ __device__ __forceinline__ void clear(Sums& sums) {
       for (int e = 0; e < 4; e++) sums[i][j][e] = 0.f;
 }
 
-// Where the chunk at `column` of a tile's row lies. For wgmma a tile of `rows` rows is cut into strips of 64 columns, 128
-// bytes, one behind the other; in row r of a strip, chunk c lies in the place of chunk c ^ r % 8, so that the same chunk
-// of 8 rows is in different banks ("128-byte swizzle": bits 4 to 6 of an address, exclusive-or bits 7 to 9).
+// Where the chunk at `column` of a tile's row lies. For wgmma a tile of `rows` rows is cut into strips of 64 columns,
+// 128 bytes, one behind the other; in row r of a strip, chunk c lies in the place of chunk c ^ r % 8, so that one chunk
+// of 8 rows is in 8 banks ("128-byte swizzle": bits 4 to 6 of an address, exclusive-or bits 7 to 9).
 template <int rows, int pitch>
 __device__ __forceinline__ int place(int row, int column) {
   if (SWIZZLED) return column / 64 * (rows * 64) + row * 64 + (column % 64 ^ row % 8 * CHUNK);
@@ -60,8 +60,8 @@ __device__ __forceinline__ int place(int row, int column) {
 constexpr int ROW_BYTES = 128;  // of a strip
 static_assert(BK == 64 && WM == 16 && WN == BN && BM % 64 == 0 && STAGES >= 3, "wgmma's shape");
 
-// What wgmma is told of 16 terms of a tile of `rows` rows: its address, and the distances of its strips (where rows are
-// terms) and of its groups of 8 rows, all in units of 16 bytes; 1 << 62: 128-byte swizzle. (PTX ISA, "Matrix Descriptor".)
+// What wgmma is told of 16 terms of a tile of `rows` rows: its address, and the distances of its strips (where rows
+// are terms) and of its groups of 8 rows, all in units of 16 bytes; 1 << 62: 128-byte swizzle. PTX ISA has the format.
 __device__ __forceinline__ uint64_t descriptor(const bf16* tile, int rows) {
   return (shared_address(tile) & 0x3ffff) / 16 | (uint64_t)(rows * ROW_BYTES / 16) << 16 |
          (uint64_t)(8 * ROW_BYTES / 16) << 32 | 1ull << 62;

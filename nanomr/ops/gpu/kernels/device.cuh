@@ -57,7 +57,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// --- Hopper's matrix product (sm_90a): four warps multiply what lies in shared memory, while they do something else ----
+// --- Hopper's matrix product (sm_90a): four warps multiply what lies in shared memory, while they do something else --
 
 #ifdef WGMMA
 
