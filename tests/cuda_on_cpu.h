@@ -8,8 +8,8 @@
 // - a target of an asynchronous copy holds NaN until the copy is waited for; so does dynamic shared memory at the start
 //   of a block, and what lies behind it is checked at the end;
 // - a barrier that only some threads reach ends the launch with an error that names both places;
-// - wgmma reads its descriptors as PTX ISA documents them, either when it is started or when it is waited for, at random,
-//   and only what a proxy fence has shown it; its sums are NaN until they are waited for.
+// - wgmma reads its descriptors as PTX ISA documents them, when it is started or when it is waited for, at random, and
+//   only what a proxy fence has shown it; its sums are NaN until they are waited for.
 //
 // Not seen: bank conflicts, speed, the memory model between blocks, mistakes in device.cuh's inline PTX.
 #pragma once
@@ -196,7 +196,9 @@ static std::string launch(Dim3 grid, Dim3 block, size_t shared_bytes) {
   for (int b : blocks) {
     blockIdx.x = b % grid.x, blockIdx.y = b / grid.x % grid.y, blockIdx.z = b / grid.x / grid.y;
     memset(shared, 0xff, shared_bytes + GUARD);
+#ifdef WGMMA
     seen_by_wgmma.assign(shared_bytes, 0xff);
+#endif
     for (int i = 0; i < count; i++) {
       Thread& t = threads[i];
       t.index.x = i % block.x, t.index.y = i / block.x % block.y, t.index.z = i / block.x / block.y;
@@ -279,7 +281,9 @@ inline void copy16_async(void* to, const void* from, bool inside) {
   if ((uint8_t*)to < emu::shared || (uint8_t*)to + 16 > emu::shared + emu::shared_size)
     emu::fail("an asynchronous copy that does not go to shared memory");
   memset(to, 0xff, 16);
+#ifdef WGMMA
   memset(&emu::seen_by_wgmma[(uint8_t*)to - emu::shared], 0xff, 16);
+#endif
   emu::self->open.push_back({to, from, inside});
 }
 
@@ -295,7 +299,9 @@ inline void copy_wait() {
   while ((int)groups.size() > pending) {
     for (const emu::Copy& c : groups.front()) {
       c.inside ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+#ifdef WGMMA
       emu::self->unseen.push_back((unsigned char*)c.to);
+#endif
     }
     groups.erase(groups.begin());
   }
@@ -343,7 +349,7 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   });
 }
 
-// --- wgmma: four warps, matrices in shared memory by their descriptors --------------------------------------------------
+// --- wgmma: four warps, matrices in shared memory by their descriptors ------------------------------------------------
 
 inline uint32_t shared_address(const void* p) { return (uint32_t)((unsigned char*)p - emu::shared) + 1024; }
 

@@ -1042,6 +1042,60 @@ def test_the_emulation_tries_other_orders():
     assert 5 < (y == np.arange(50)).sum() < 45
 
 
+ONE_PRODUCT = """
+extern "C" __global__ void one_product(const bf16* image, int chunks, uint64_t a, uint64_t b, float* d) {
+  DYNAMIC_SHARED(memory);
+  for (int i = threadIdx.x; i < chunks; i += 128) copy16_async(memory + 16 * i, image + 8 * i, true);
+  copy_commit(), copy_wait<0>(), wgmma_sees_writes();
+  __syncthreads();
+  const uint64_t start = shared_address(memory) / 16;
+  float sums[N / 8][4];
+  wgmma_fence(), wgmma<A_BY_K, B_BY_K>(sums, start + a, start + b, false), wgmma_commit(), wgmma_wait<0>();
+  wgmma_done(sums);
+  for (int j = 0; j < N / 8; j++)
+    for (int e = 0; e < 4; e++) d[(threadIdx.x * (N / 8) + j) * 4 + e] = sums[j][e];
+}"""
+
+
+@on_device
+@pytest.mark.parametrize("a_by_k", [False, True])
+@pytest.mark.parametrize("b_by_k", [False, True])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_one_wgmma(device, a_by_k, b_by_k, columns, rng):
+    """Shared memory as PTX ISA and CUTLASS draw it, in NumPy: patterns of 8 rows of 8 chunks of 8 numbers, chunk c of
+    row r in place c ^ r. A row is 64 numbers of one term (by k), or the terms of one row of the result. Where patterns
+    lie is free: here some of them are left out. On a GPU this is the first thing to look at."""
+    if device is not np and device.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is an instruction of compute capability 9.0")
+    a, b = rng.integers(-8, 9, (64, 16)), rng.integers(-8, 9, (columns, 16))
+    image, descriptors, patterns = np.full((64, 8, 8, 8), np.nan, np.float32), [], 0
+    for matrix, by_k in ((a, a_by_k), (b, b_by_k)):
+        i, k = np.indices(matrix.shape)
+        leading, stride, shift = 3, (7 if by_k else 2), (0 if by_k else 4)  # patterns; chunks: terms 32 ... 47 of 64
+        if by_k:
+            pattern, row, chunk, within = i // 64 * leading + k // 8 * stride, k % 8, i % 64 // 8, i % 8
+        else:
+            pattern, row, chunk, within = i // 8 * stride, i % 8, k // 8 + shift, k % 8
+        image[patterns + pattern, row, chunk ^ row, within] = matrix
+        descriptors.append(np.uint64(64 * patterns + shift | leading * 64 << 16 | stride * 64 << 32 | 1 << 62))
+        patterns += pattern.max() + 1
+    image = image[:patterns].astype(BF16)
+    defines = "WGMMA=1", f"N={columns}", f"A_BY_K={int(a_by_k)}", f"B_BY_K={int(b_by_k)}"
+    d = np.zeros((4, 8, 4, columns // 8, 2, 2), np.float32)  # warp, row, pair of columns; of a thread: block, half, one
+    arguments = [device.asarray(image), np.int32(image.size // 8), *descriptors, device.asarray(d)]
+    if device is np:
+        cuda.launcher(ONE_PRODUCT, defines, "one_product", (1, 1, 1), (128, 1, 1), image.nbytes, arguments)
+    else:
+        options = ("-std=c++17", *(f"-D{define}" for define in defines), "-arch=sm_90a")
+        kernel = device.RawModule(code=cuda.source("device.cuh") + ONE_PRODUCT, options=options).get_function(
+            "one_product"
+        )
+        kernel.max_dynamic_shared_size_bytes = image.nbytes
+        kernel((1, 1, 1), (128, 1, 1), tuple(arguments), shared_mem=image.nbytes)
+    found = to_numpy(arguments[-1]).transpose(0, 4, 1, 3, 2, 5).reshape(64, columns)
+    np.testing.assert_array_equal(found, a @ b.T)
+
+
 # --- compiled for real ------------------------------------------------------------------------------------------------
 
 REALS = {"float": 4, "bf16": 2}

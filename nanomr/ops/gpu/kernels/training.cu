@@ -24,8 +24,8 @@ __device__ __forceinline__ Block philox(uint64_t seed, uint64_t stream, uint64_t
   return b;
 }
 
-// rho = +eps or -eps for each bit, the least significant first; a set bit is -eps. As manifold.corner_pairs. The lanes of
-// a warp draw the same 256 bits, which costs less than to wait for a lane that does, and store neighbours.
+// rho = +eps or -eps for each bit, the least significant first; a set bit is -eps. As manifold.corner_pairs. The lanes
+// of a warp draw the same 256 bits, which costs less than to wait for one that does, and store neighbours.
 extern "C" __global__ void __launch_bounds__(256) draw_corners(float* __restrict__ rho, int count, uint64_t seed,
     uint64_t stream, const uint64_t* __restrict__ step, const float* __restrict__ eps) {
   FOR_EACH(t, 32 * ((count + 255) / 256)) {
