@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fake_cupy
@@ -1183,8 +1184,12 @@ NETWORK = [  # PreActResNet18's convolutions, 3 x 128 images
 @pytest.mark.parametrize("direction", [gpu_conv.FORWARD, gpu_conv.INPUT, gpu_conv.WEIGHT])
 @pytest.mark.parametrize(("x_shape", "w_shape", "stride"), NETWORK)
 def test_plans_of_the_network(direction, x_shape, w_shape, stride):
-    """The whole result is covered, no block is idle from the start, and what a block needs is there."""
+    """The whole result is covered, no block is idle from the start, and what a block needs is there. Another tile
+    changes neither the blocks nor how sums are split."""
     plan = gpu.conv_plan(direction, x_shape, w_shape, stride, (w_shape[0] // 2,) * 4)
+    for name in ("square", "deep", "wgmma"):
+        other = gpu.conv_plan(direction, x_shape, w_shape, stride, (w_shape[0] // 2,) * 4, name)
+        assert replace(other, tile=plan.tile) == plan
     tile, (n, ho, wo, co) = plan.tile, reference.conv2d_shape(x_shape, w_shape, stride, (w_shape[0] // 2,) * 4)
     rows, columns = {
         gpu_conv.FORWARD: (n * ho * wo, co),
