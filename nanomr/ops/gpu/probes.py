@@ -249,6 +249,7 @@ def linear_weight_gradient(g):
 def cast(g):
     x = (g.standard_normal(1000) * 10.0 ** g.integers(-30, 30, 1000)).astype(np.float32)
     x[:8] = 0, -0.0, np.nan, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 3e38  # ties to even; up to infinity
+    x[8:12] = 1e-39, -1e-39, 1e-40, 1e-45  # subnormal, before and behind; the last becomes 0
     with np.errstate(all="ignore"):
         narrow = x.astype(gpu.bfloat16())
     yield Case((x, gpu.bfloat16()), (exact(narrow),), slack=0)
