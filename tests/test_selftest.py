@@ -315,6 +315,24 @@ def test_a_tile_that_does_not_compile_launch_or_agree_is_dropped(fake):
             assert isinstance(found, str) and words in found and not conv.tiles_in_use
 
 
+@pytest.mark.parametrize("value", [7.0, np.nan])
+@pytest.mark.parametrize("product", ["y narrow", "dx wide", "dw tall"])
+def test_a_tile_that_is_wrong_only_where_it_is_timed_is_dropped(fake, product, value, monkeypatch):
+    """Small products may be right where a full device's are not. Of one number, it is said."""
+    launch = conv.ConvPlan.launch
+
+    def broken(self, *arrays):
+        launch(self, *arrays)
+        if self.tile.wgmma:
+            arrays[-1].a.reshape(-1)[3] += value
+
+    monkeypatch.setattr(probes, "check_cases", lambda *_: None)
+    assert isinstance(probes.check(f"{product}, wgmma"), float)
+    monkeypatch.setattr(conv.ConvPlan, "launch", broken)
+    assert probes.check(f"{product}, wgmma").startswith("1 of ")
+    assert isinstance(probes.check(f"{product}, usual"), float)
+
+
 def test_wgmma_is_for_hopper(fake, monkeypatch):
     """Nothing of it is compiled elsewhere, and nothing is said."""
     module = sys.modules["cupy"]

@@ -3,6 +3,7 @@ a run takes. ``PROBES`` maps each function of ``gpu.OWN`` to its cases; ``check`
 fast is each tile that a convolution may take (``TILES``)?
 """
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -430,32 +431,48 @@ def check_tile(product: str, name: str) -> str | float | None:
     before = dict(conv.tiles_in_use)
     conv.use_tiles({product: name})
     try:
-        return check_cases(gpu.OWN[function], ours) or time_tile(direction, TIMED[kind])
+        return check_cases(gpu.OWN[function], ours) or time_tile(direction, TIMED[kind], name)
     finally:
         conv.use_tiles(before)
 
 
-def time_tile(direction: int, shapes) -> float:
-    """us of one round through these products, in the tile in use: the median."""
+def time_tile(direction: int, shapes, name: str) -> str | float:
+    """us of one round through these products, the median; or what is not as in the usual tile: what two warps or two
+    blocks do to each other may show on a full device alone."""
     xp, g, launches = find_cupy(), np.random.default_rng(7), []
     for x_shape, w_shape, stride in shapes:
         window = stride, (w_shape[0] // 2,) * 4
-        plan = conv.conv_plan(direction, x_shape, w_shape, *window)
+        plan, usual = (conv.conv_plan(direction, x_shape, w_shape, *window, which) for which in (name, "usual"))
         y_shape = reference.conv2d_shape(x_shape, w_shape, *window)
-        x, w, y = (noise(xp, g, shape) for shape in (x_shape, w_shape, y_shape))
         if direction == conv.WEIGHT:
-            launches.append((plan, (x, y, xp.empty((plan.splits, *w_shape), np.float32))))
+            given, shape, dtype = (noise(xp, g, x_shape), noise(xp, g, y_shape)), (plan.splits, *w_shape), np.float32
         else:
-            launches.append((plan, (x, w, None, None, y) if direction == conv.FORWARD else (y, w, None, None, x)))
+            source, shape = (x_shape, y_shape) if direction == conv.FORWARD else (y_shape, x_shape)
+            given, dtype = (noise(xp, g, source), noise(xp, g, w_shape), None, None), gpu.bfloat16()
+        launches.append((plan, usual, given, *(unknown(xp, shape, dtype) for _ in range(2))))
     marks = []
     for _ in range(ROUNDS + 5):
         mark = xp.cuda.Event()
         mark.record()
         marks.append(mark)
-        for plan, arrays in launches:
-            plan.launch(*arrays)
+        for plan, _, given, result, _ in launches:
+            plan.launch(*given, result)
     marks[-1].synchronize()
+    for _, usual, given, result, expected in launches:
+        usual.launch(*given, expected)
+        found, expected = (gpu.OWN["cast"](r, np.float32) for r in (result, expected))
+        size = abs(expected)
+        wrong = int((~(abs(found - expected) <= 2.0**-7 * size + 1e-3 * size.max())).sum())
+        if wrong:
+            return f"{wrong} of {found.size} numbers are not as in the usual tile, of {result.shape}"
     return 1e3 * statistics.median(xp.cuda.get_elapsed_time(*pair) for pair in pairwise(marks[5:]))
+
+
+def unknown(xp, shape, dtype):
+    """NaN, in either dtype."""
+    x = xp.empty(math.prod(shape) * np.dtype(dtype).itemsize, np.uint8)
+    x[...] = 255
+    return x.view(dtype).reshape(shape)
 
 
 def noise(xp, g, shape):
