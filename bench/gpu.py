@@ -30,7 +30,7 @@ from gpu_plan import BYTES, DIRECTIONS, EPOCHS, FULL, STEPS, TRAINING_IMAGES, Cl
 
 from nanomr import checkpoint
 from nanomr.ops import gpu
-from nanomr.ops.gpu import conv
+from nanomr.ops.gpu import conv, selftest
 
 
 class OutOfTime(BaseException):
@@ -166,13 +166,16 @@ class Bench:
             print(f"{row['name']:22} {row['direction']:15} {beside}", flush=True)
 
     def tiles(self):
-        """The convolutions in tiles that no run takes yet."""
-        for name, tile in conv.CANDIDATES.items():
-            found = gpu_ours.our_convolutions(self.clock, self.work, tile)
+        """The convolutions in the other tiles that the self-test chooses from."""
+        for name in dict.fromkeys(name for tiles in conv.TILES.values() for name in tiles):
+            if name == "wgmma" and gpu_ours.compute_capability() != "90":
+                continue
+            found = gpu_ours.our_convolutions(self.clock, self.work, name)
             for row in self.result.get("convolutions", []):
-                row[f"{name}_us"] = us = found[row["name"]][row["direction"]]
-                beside = f"{row['us'] / us:5.2f} times as fast"
-                print(f"{row['name']:22} {row['direction']:15} {name} {us:7.1f} us, {beside}", flush=True)
+                if us := found[row["name"]].get(row["direction"]):
+                    row[f"{name}_us"] = us
+                    beside = f"{row['us'] / us:5.2f} times as fast"
+                    print(f"{row['name']:22} {row['direction']:15} {name} {us:7.1f} us, {beside}", flush=True)
 
     def passes(self):
         timed, rows = gpu_ours.our_passes(self.clock, self.work), []
@@ -203,6 +206,12 @@ def measure(args, work: Work = FULL, torch_device: str = "cuda") -> dict:
     gpu.set_tf32(False)  # whatever CUPY_TF32 says
     bench = Bench(args, work, device, torch_device)
     bench.result["cupy"] = cp.__version__
+    results = selftest.remembered()
+    if results is None:
+        bench.report("tiles: the usual ones; python -m nanomr.backend --test chooses them")
+    else:
+        selftest.use_tiles(results)
+        bench.result["tiles"] = {of: list(tile) for of, tile in selftest.tiles(results).items()}
     return bench.run()
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that only a GPU can show. Parts, in order of importance, each with a time limit and useful by itself:
-#   check      the self-test: which kernels compile, launch, end and are right here            60 s
+#   check      the self-test: which kernels compile, launch, end and are right here; tiles     75 s
 #   figures    whole steps, kernels and attacks, beside PyTorch                               230 s
 #   tests      every test that is marked gpu                                                  300 s
 #   sanitize   memcheck and racecheck on some of them, where compute-sanitizer is allowed     2 x 55 s
@@ -64,7 +64,7 @@ part() {
 }
 
 # -W default, below: CuPy warns of what it does not find at import; that shall not fail a test.
-if wanted check; then part 60 45 "$python" -u -m nanomr.backend --test; fi
+if wanted check; then part 75 70 "$python" -u -m nanomr.backend --test; fi
 if wanted figures; then part 230 0 "$python" -u bench/gpu.py --budget 215 --out "$results"; fi
 if wanted tests; then
   workers=

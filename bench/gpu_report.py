@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+TILES = ("usual", "square", "deep", "wgmma")  # of nanomr.ops.gpu.conv
+
 
 def table(head: str, rows: list[list[str]]) -> list[str]:
     columns = head.split(" | ")
@@ -35,17 +37,20 @@ def figures(found: dict) -> list[str]:
         missing.append("PyTorch")
     if "training_minutes" in found:
         lines += [f"100 epochs at this pace: {found['training_minutes']:.0f} minutes.", ""]
+    if found.get("tiles"):
+        rows = [
+            [of, name, f"{us:.0f}", f"{usual:.0f}" if usual else ""] for of, (name, us, usual) in found["tiles"].items()
+        ]
+        lines += table("product | its tile, by the self-test | us | us, the usual one", rows)
     if rows := found.get("convolutions"):
         cells = []
         for r in rows:
             ratio = f"{r['us'] / r['cudnn_bfloat16_us']:.2f}" if "cudnn_bfloat16_us" in r else ""
             speed = f"{r['us']:.0f}", f"{r['tflops']:.0f}", f"{r['share_of_floor']:.0%}"
-            tiles = [f"{r[key]:.0f}" if key in r else "" for key in ("square_us", "deep_us")]
+            tiles = [f"{r[f'{name}_us']:.0f}" if f"{name}_us" in r else "" for name in TILES]
             cells.append([r["name"], r["direction"], *speed, ratio, *tiles])
-        lines += table(
-            "convolution | direction | us | TFLOP/s | of the floor | times cuDNN's | us, square tiles | us, deep tiles",
-            cells,
-        )
+        head = "convolution | direction | us | TFLOP/s | of the floor | times cuDNN's"
+        lines += table(" | ".join([head, *(f"us, {name}" for name in TILES)]), cells)
     if rows := found.get("passes"):
         cells = [[r["name"], f"{r['us']:.0f}", f"{r['gb_per_s']:.0f}", f"{r['share_of_floor']:.0%}"] for r in rows]
         lines += table("pass | us | GB/s | of the floor", cells)

@@ -172,9 +172,17 @@ def _test() -> int:
     from .ops.gpu import selftest
 
     print(selftest.identity(), flush=True)
-    results = selftest.test(report=lambda name, problem: print(f"{name:28} {problem or 'ok'}", flush=True))
+
+    def report(name, found):
+        well = "not for this card" if name in selftest.probes.TILES else "ok"
+        print(f"{name:28} {f'{found:.1f} us' if isinstance(found, float) else found or well}", flush=True)
+
+    results = selftest.test(report=report)
     selftest.remember(results)
-    failed = sum(problem is not None for problem in results.values())
+    for product, (tile, us, usual) in selftest.tiles(results).items():
+        beside = f", the usual one {usual:.1f} us" if usual and tile != "usual" else ""
+        print(f"{'tile of ' + product:28} {tile}: {us:.1f} us{beside}")
+    failed = sum(isinstance(found, str) for found in results.values())
     print(f"{failed} of {len(results)} failed" if failed else f"all {len(results)} passed")
     return 1 if failed else 0
 

@@ -327,9 +327,11 @@ class Trainer:
         }
 
     def _kernels(self) -> dict:
-        """How steps are taken on this GPU: which functions are not our own kernels, and is a step one CUDA graph?"""
+        """How steps are taken on this GPU: which functions are not our own kernels, is a step one CUDA graph, and which
+        products take other tiles than the usual ones?"""
         graph = getattr(self._on_device, "graph", None) is not None
-        return {"plain_kernels": [name for name in gpu.replaced if name != "graph"], "graph": graph}
+        plain = [name for name in gpu.replaced if name != "graph"]
+        return {"plain_kernels": plain, "graph": graph, "tiles": dict(gpu.tiles_in_use)}
 
     def _stop_on_nan(self, seen: str = ""):
         """Raises UserError where a total or a weight is not finite, or what was ``seen`` not to be."""

@@ -7,13 +7,16 @@
 //   instructions: results that need a missing barrier are wrong;
 // - a target of an asynchronous copy holds NaN until the copy is waited for; so does dynamic shared memory at the start
 //   of a block, and what lies behind it is checked at the end;
-// - a barrier that only some threads reach ends the launch with an error that names both places.
+// - a barrier that only some threads reach ends the launch with an error that names both places;
+// - wgmma reads its descriptors as PTX ISA documents them, when it is started or when it is waited for, at random, and
+//   only what a proxy fence has shown it; its sums are NaN until they are waited for.
 //
 // Not seen: bank conflicts, speed, the memory model between blocks, mistakes in device.cuh's inline PTX.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -47,6 +50,14 @@ using Action = void (*)(int first);  // does a warp-wide instruction for the thr
 
 struct Copy { void* to; const void* from; bool inside; };
 
+// A matrix product of four warps, as one of them sees it: its 16 rows.
+struct Product {
+  bool a_by_k, b_by_k, add;
+  uint64_t a, b;
+  int columns;
+  std::vector<float> from_a, from_b;  // 16 x 16, 16 x columns: empty until they are read
+};
+
 struct Thread {
   ucontext_t start;
   jmp_buf at;
@@ -61,6 +72,13 @@ struct Thread {
   void* out;
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;                 // copies not committed yet
+  std::vector<unsigned char*> unseen;     // 16 bytes each, copied and not shown to wgmma yet
+  float* sums;                            // of the products under way
+  std::vector<float> hidden;              // what they will be
+  std::vector<std::vector<Product>> products;  // committed, oldest first: lane 0 has its warp's
+  std::vector<Product> begun_products;
+  bool fenced;
+  uint64_t issued;  // what four warps do together must be the same
   static constexpr size_t STACK = 1 << 16;
 };
 
@@ -73,6 +91,7 @@ static Kernel kernel;
 static void** arguments;
 static unsigned char* shared;
 static size_t shared_size;
+static std::vector<unsigned char> seen_by_wgmma;  // of the shared memory
 static std::string failure;  // of a thread; ends the launch
 
 // ucontext only makes the fibers; setjmp and longjmp switch between them, without its system calls.
@@ -150,11 +169,14 @@ static std::string run_block(int count) {
         if (threads[first].state == AT_COLLECTIVE && threads[first].action) {
           if (lanes < 32) return "a warp-wide instruction in a warp of " + std::to_string(lanes) + " threads";
           threads[first].action(first);
+          if (!failure.empty()) return failure;
         }
       } while (threads[first].state == AT_COLLECTIVE);
     }
     for (int i = 0; i < count; i++)
       if (!together(0, i)) return "divergent barrier: " + place(0) + ", " + place(i);
+    for (int i = 0; i < count; i++)
+      if (threads[i].issued != threads[i / 128 * 128].issued) return "four warps that do not start the same products";
     if (threads[0].state == RETURNED) return "";
   }
 }
@@ -174,10 +196,14 @@ static std::string launch(Dim3 grid, Dim3 block, size_t shared_bytes) {
   for (int b : blocks) {
     blockIdx.x = b % grid.x, blockIdx.y = b / grid.x % grid.y, blockIdx.z = b / grid.x / grid.y;
     memset(shared, 0xff, shared_bytes + GUARD);
+#ifdef WGMMA
+    seen_by_wgmma.assign(shared_bytes, 0xff);
+#endif
     for (int i = 0; i < count; i++) {
       Thread& t = threads[i];
       t.index.x = i % block.x, t.index.y = i / block.x % block.y, t.index.z = i / block.x / block.y;
       t.begun = false, t.state = RUNNING, t.groups.clear(), t.open.clear();
+      t.unseen.clear(), t.hidden.clear(), t.products.clear(), t.begun_products.clear(), t.fenced = false, t.issued = 0;
       getcontext(&t.start);
       t.start.uc_stack.ss_sp = t.stack.get(), t.start.uc_stack.ss_size = Thread::STACK, t.start.uc_link = nullptr;
       makecontext(&t.start, run_fiber, 0);
@@ -255,6 +281,9 @@ inline void copy16_async(void* to, const void* from, bool inside) {
   if ((uint8_t*)to < emu::shared || (uint8_t*)to + 16 > emu::shared + emu::shared_size)
     emu::fail("an asynchronous copy that does not go to shared memory");
   memset(to, 0xff, 16);
+#ifdef WGMMA
+  memset(&emu::seen_by_wgmma[(uint8_t*)to - emu::shared], 0xff, 16);
+#endif
   emu::self->open.push_back({to, from, inside});
 }
 
@@ -268,7 +297,12 @@ template <int pending>
 inline void copy_wait() {
   auto& groups = emu::self->groups;
   while ((int)groups.size() > pending) {
-    for (const emu::Copy& c : groups.front()) c.inside ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+    for (const emu::Copy& c : groups.front()) {
+      c.inside ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+#ifdef WGMMA
+      emu::self->unseen.push_back((unsigned char*)c.to);
+#endif
+    }
     groups.erase(groups.begin());
   }
 }
@@ -314,3 +348,112 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
         ((float*)emu::threads[first + lane].out)[e] += d[lane / 4 + 8 * (e / 2)][2 * (lane % 4) + e % 2];
   });
 }
+
+// --- wgmma: four warps, matrices in shared memory by their descriptors ------------------------------------------------
+
+inline uint32_t shared_address(const void* p) { return (uint32_t)((unsigned char*)p - emu::shared) + 1024; }
+
+inline void wgmma_sees_writes() {
+  for (unsigned char* p : emu::self->unseen) memcpy(&emu::seen_by_wgmma[p - emu::shared], p, 16);
+  emu::self->unseen.clear();
+}
+
+inline void wgmma_fence() { emu::self->fenced = true; }
+
+namespace emu {
+
+// Element (i, k) of a matrix whose rows i belong to the result and whose columns k are summed over, 128-byte swizzle.
+// PTX ISA, canonical layouts, in units of 16 bytes: K-major ((8, n), 2) : ((8, stride), 1), MN-major ((8, n), (8, k)) :
+// ((1, leading), (8, stride)). Bits of a descriptor: 0-13 address, 16-29 leading, 32-45 stride (all / 16), 49-51 base
+// offset, 62-63 swizzle.
+inline float element(uint64_t descriptor, bool by_k, int i, int k) {
+  const uint32_t start = (descriptor & 0x3fff) * 16, leading = (descriptor >> 16 & 0x3fff) * 16,
+                 stride = (descriptor >> 32 & 0x3fff) * 16;
+  if (descriptor >> 62 != 1 || descriptor >> 46 & 0xffff) failure = "wgmma: not a descriptor of 128-byte swizzle";
+  if (start / 128 % 8) failure = "wgmma: a matrix that does not begin with a row of the swizzle's pattern";
+  uint32_t at = by_k ? start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128
+                     : start + i / 8 * stride + i % 8 * 128 + k * 2;
+  at ^= at / 128 % 8 * 16;
+  if (at < 1024 || at - 1024 + 2 > shared_size) {
+    failure = "wgmma reads outside of shared memory";
+    return 0.f;
+  }
+  bf16 x;
+  memcpy(&x, &seen_by_wgmma[at - 1024], 2);
+  return to_float(x);
+}
+
+inline void read(Product& p, int first) {
+  if (!p.from_a.empty()) return;
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 16; k++) p.from_a.push_back(element(p.a, p.a_by_k, first / 32 % 4 * 16 + i, k));
+  for (int k = 0; k < 16; k++)
+    for (int j = 0; j < p.columns; j++) p.from_b.push_back(element(p.b, p.b_by_k, j, k));
+}
+
+// Thread t of a warp holds of its 16 rows: row t / 4 + 8 (e / 2), column 8 j + 2 (t % 4) + e % 2 in d[4 j + e].
+inline void finish(Product& p, int first) {
+  read(p, first);
+  for (int lane = 0; lane < 32; lane++)
+    for (int e = 0; e < p.columns / 2; e++) {
+      const int row = lane / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + 2 * (lane % 4) + e % 2;
+      float sum = 0.f;
+      for (int k = 0; k < 16; k++) sum += p.from_a[16 * row + k] * p.from_b[k * p.columns + column];
+      float& to = threads[first + lane].hidden[e];
+      to = p.add ? to + sum : sum;
+    }
+}
+
+inline void start(Product p, float* sums) {
+  self->in[0] = &p, self->sums = sums;
+  if (!self->fenced) fail("wgmma without a fence before it");
+  for (uint64_t x : {p.a, p.b, (uint64_t)p.add}) self->issued = self->issued * 31 + x;
+  collective("wgmma", 0, [](int first) {
+    Product p = *(const Product*)threads[first].in[0];
+    for (int i = first; i < first + 32; i++) {
+      Thread& t = threads[i];
+      const Product& q = *(const Product*)t.in[0];
+      if (q.a != p.a || q.b != p.b || q.add != p.add) failure = "wgmma: lanes with different descriptors";
+      if (t.hidden.empty()) t.hidden.assign(t.sums, t.sums + p.columns / 2);
+      for (int e = 0; e < p.columns / 2; e++) t.sums[e] = NAN;
+    }
+    if (random_below(2)) read(p, first);
+    threads[first].begun_products.push_back(p);
+  });
+}
+
+}  // namespace emu
+
+template <bool a_by_k, bool b_by_k, int columns>
+inline void wgmma(float (&d)[columns][4], uint64_t a, uint64_t b, bool add) {
+  emu::start({a_by_k, b_by_k, add, a, b, 8 * columns}, d[0]);
+}
+
+inline void wgmma_commit() {
+  emu::self->fenced = false;
+  emu::collective("wgmma_commit", 0, [](int first) {
+    emu::Thread& t = emu::threads[first];
+    t.products.push_back(std::move(t.begun_products));
+    t.begun_products.clear();
+  });
+}
+
+template <int pending>
+inline void wgmma_wait() {
+  emu::collective("wgmma_wait", 0, [](int first) {
+    emu::Thread& leader = emu::threads[first];
+    while ((int)leader.products.size() > pending) {
+      for (emu::Product& p : leader.products.front()) emu::finish(p, first);
+      leader.products.erase(leader.products.begin());
+    }
+    if (!leader.products.empty() || !leader.begun_products.empty()) return;
+    for (int i = first; i < first + 32; i++) {
+      emu::Thread& t = emu::threads[i];
+      std::copy(t.hidden.begin(), t.hidden.end(), t.sums);
+      t.hidden.clear();
+    }
+  });
+}
+
+template <int columns>
+inline void wgmma_done(float (&)[columns][4]) {}

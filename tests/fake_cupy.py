@@ -17,7 +17,7 @@ import numpy as np
 import shim
 
 from nanomr.ops import gpu
-from nanomr.ops.gpu import cuda, selftest
+from nanomr.ops.gpu import cuda, probes, selftest
 
 counts: Counter = Counter()
 _capture: list | None = None  # the launches of the capture under way
@@ -43,6 +43,8 @@ launched: set = set()  # (kernel, defines) of all launches
 faults: dict[str, str] = {}  # kernel: how it is broken, one of FAULTS
 FAULTS = ("wrong", "nan", "compile", "launch", "hang", "crash")
 largest = 1 << 40  # bytes that empty() can give
+costs = None  # (kernel, defines) -> ms: what a launch takes by the device's clock; None: that is the host's
+spent = 0.0  # ms, by such a clock
 DEFAULT_SHARED = 48 << 10  # bytes of dynamic shared memory that a kernel may have without being allowed more
 
 
@@ -205,7 +207,8 @@ class RawModule:
         device = cuda.source("device.cuh")
         assert code.startswith(device) and options[0] == "-std=c++17"
         assert isinstance(options, tuple) and all(isinstance(o, str) for o in options)
-        self.code, self.defines = code.removeprefix(device), tuple(o.removeprefix("-D") for o in options[1:])
+        self.code, self.defines = code.removeprefix(device), tuple(o[2:] for o in options[1:] if o[:2] == "-D")
+        assert ("WGMMA=1" in self.defines) == ("-arch=sm_90a" in options)
         self.launcher = shim.Launcher()
         for name, fault in faults.items():
             if fault == "compile" and f" {name}(" in code:
@@ -221,6 +224,8 @@ class RawModule:
             geometry = grid, block, shared_mem
 
             def launch():
+                global spent
+                spent += costs(name, self.defines) if costs else 0
                 launched.add((name, self.defines))
                 if name in faults:
                     return misbehave(faults[name], self.launcher, self.code, self.defines, name, arguments, *geometry)
@@ -278,7 +283,7 @@ class Event:
 
     def record(self, stream=None):
         refuse_in_capture("event")
-        self.time = time.perf_counter()
+        self.time = spent / 1e3 if costs else time.perf_counter()
 
     def synchronize(self):
         refuse_in_capture("wait")
@@ -304,7 +309,8 @@ class Module(types.ModuleType):
     get_default_memory_pool = MemoryPool
     cuda = types.SimpleNamespace(
         Stream=Stream, MemoryPool=MemoryPool, using_allocator=using_allocator, Event=Event,
-        Device=lambda: types.SimpleNamespace(synchronize=lambda: refuse_in_capture("wait")), is_available=lambda: True,
+        Device=lambda: types.SimpleNamespace(synchronize=lambda: refuse_in_capture("wait"), compute_capability="90"),
+        is_available=lambda: True,
         get_elapsed_time=lambda first, last: 1e3 * (last.time - first.time),
         runtime=types.SimpleNamespace(
             getDeviceProperties=lambda _: {"name": b"Stand-in (CPU)"}, driverGetVersion=lambda: 0,
@@ -325,12 +331,13 @@ class Module(types.ModuleType):
 
 def forget():
     """Leave no kernel behind for those who want the real CuPy's, and no capture of a test that failed in the middle."""
-    global _capture
-    _capture = None
+    global _capture, costs
+    _capture = costs = None
     counts.clear()
     launched.clear()
     faults.clear()
     gpu.replace()
+    gpu.use_tiles()
     cuda._function.cache_clear()
 
 
@@ -339,4 +346,8 @@ def install(monkeypatch):
     forget()
     monkeypatch.setitem(sys.modules, "cupy", Module("cupy"))
     monkeypatch.setattr(gpu, "set_tf32", lambda on: None)
+    little = {"narrow": ((1, 4, 4, 8), (1, 1, 8, 8), 1), "tall": ((1, 4, 4, 16), (3, 3, 16, 8), 1)}
+    little["wide"] = ((1, 4, 4, 72), (1, 1, 72, 72), 1)
+    monkeypatch.setattr(probes, "TIMED", {kind: [shape] for kind, shape in little.items()})
+    monkeypatch.setattr(probes, "ROUNDS", 2)
     monkeypatch.setattr(selftest, "remembered", lambda: dict.fromkeys(selftest.NAMES))  # test_selftest.py has it

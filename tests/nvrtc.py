@@ -46,7 +46,8 @@ class CompileError(Exception):
 
 
 def compile_cubin(source: str, arch: str, defines=()) -> bytes:
-    """The machine code of ``source`` for ``arch`` ("sm_90"). Raises CompileError with the compiler's messages."""
+    """The machine code of ``source`` for ``arch`` ("sm_90"). Raises CompileError with the compiler's messages, also
+    where it makes each wgmma wait for the one before."""
     lib, program = _library(), ctypes.c_void_p()
     lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{d}" for d in defines), *CUPYS_OPTIONS]
@@ -59,8 +60,9 @@ def compile_cubin(source: str, arch: str, defines=()) -> bytes:
         getattr(lib, f"nvrtcGet{what}")(program, content)
         return content.raw
 
-    if failed:
-        raise CompileError(fetch("ProgramLog").rstrip(b"\0").decode())
+    log = fetch("ProgramLog").rstrip(b"\0").decode()
+    if failed or "instructions are serialized" in log:
+        raise CompileError(log)
     return fetch("CUBIN")
 
 

@@ -89,6 +89,10 @@ def test_our_side_runs_from_end_to_end(bench, fake, tmp_path, monkeypatch):
     )
     for row in found["convolutions"]:
         assert all(row[key] > 0 for key in ("us", "tflops", "gb_per_s", "share_of_floor"))
+    for row in found["convolutions"]:  # of a network of 8 channels, most of whose products are narrow
+        names = {key for key in row if key in ("usual_us", "square_us", "deep_us", "wgmma_us")}
+        assert names in ({"wgmma_us"}, set()) and all(row[key] > 0 for key in names)
+    assert any("wgmma_us" in row for row in found["convolutions"]) and found["tiles"] == {}
     assert len(found["passes"]) == 12 and all(r["us"] > 0 and r["gb_per_s"] > 0 for r in found["passes"])
     assert tuple(found["steps_us"]) == OURS and min(found["steps_us"].values()) > 0
     assert found["epoch_s"] > 0 and found["training_minutes"] == pytest.approx(found["epoch_s"] * 100 / 60)
@@ -105,6 +109,27 @@ def test_our_side_runs_from_end_to_end(bench, fake, tmp_path, monkeypatch):
         bench.gpu_ours.REST,
     }
     assert expected <= kernels.keys() and all(us > 0 for us in kernels.values())
+
+
+def test_steps_take_the_tiles_that_the_self_test_chose(bench, fake, tmp_path, monkeypatch):
+    """... they are named in the file and the report, and all other tiles are timed beside them."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    gpu_report, selftest = importlib.import_module("gpu_report"), bench.selftest
+    timed = {"y narrow, usual": 50.0, "y narrow, wgmma": 40.0, "dx wide, usual": 90.0, "dx wide, deep": 95.0}
+    monkeypatch.setattr(selftest, "remembered", lambda: dict.fromkeys(selftest.NAMES) | timed)
+    work = little(bench)
+    args = arguments(bench, tmp_path, "--no-torch", "--no-attacks")
+    monkeypatch.setattr(bench.Bench, "step", lambda self, name: None)
+    found = bench.measure(args, work)
+    assert found["tiles"] == {"y narrow": ["wgmma", 40.0, 50.0], "dx wide": ["usual", 90.0, 90.0]}
+    assert bench.conv.tiles_in_use == {"y narrow": "wgmma"}
+    row = found["convolutions"][0]
+    assert row["direction"] == "forward" and row["usual_us"] > 0 and "wgmma_us" not in row
+    out = "\n".join(gpu_report.figures(found))
+    assert "| y narrow | wgmma | 40 | 50 |" in out and "us, usual | us, square | us, deep | us, wgmma |" in out
+    monkeypatch.setattr(selftest, "remembered", lambda: None)
+    found = bench.measure(arguments(bench, tmp_path / "new", "--only", "nothing"), work)
+    assert found["notes"] == ["tiles: the usual ones; python -m nanomr.backend --test chooses them"]
 
 
 def test_what_fails_is_noted_and_costs_nothing_else(bench, fake, tmp_path, monkeypatch, capsys):

@@ -151,7 +151,8 @@ def test_cupy_compiles_the_kernels(real, file, monkeypatch):
     monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
     for name, defines in INSTANTIATIONS.values():
         if name == file:
-            given = (*options, *(f"-D{define}" for define in defines), "-ftz=true")
+            given = (*options, *(f"-D{define}" for define in defines))
+            given += ("-arch=sm_90a",) * ("WGMMA=1" in defines) + ("-ftz=true",)
             code = cuda.source("device.cuh") + cuda.source(file)
             cubin, _ = compiler._compile_using_nvrtc_no_warning(code, given, "90", "kernel.cu")
             assert cubin[:4] == b"\x7fELF"

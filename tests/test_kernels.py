@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fake_cupy
@@ -152,17 +153,45 @@ def test_convolutions_of_any_shape(device, case, seed):
     check_convolutions(gpu, device, np.random.default_rng(seed), case.x_shape, case.w_shape, case.stride, case.padding)
 
 
+OTHER_TILES = [(kind, name) for kind, tiles in gpu_conv.TILES.items() for name in tiles if name != "usual"]
+
+
+@pytest.fixture
+def use_tiles():
+    yield gpu.use_tiles
+    gpu.use_tiles()
+
+
 @on_device
-@pytest.mark.parametrize("name", gpu_conv.CANDIDATES)
-def test_tiles_that_may_come(device, name, rng, monkeypatch):
-    """What bench/gpu.py times beside the usual ones is right."""
-    monkeypatch.setattr(gpu_conv, "WIDE", gpu_conv.CANDIDATES[name])
-    gpu.conv_plan.cache_clear()
-    try:
-        check_convolutions(gpu, device, rng, (2, 5, 6, 72), (3, 3, 72, 80), 2, ALL_ROUND)
-    finally:
-        gpu.conv_plan.cache_clear()
-    assert all(gpu_conv.CANDIDATES[name].shared(d) <= 113 << 10 for d in range(3)), "two blocks on a multiprocessor"
+@pytest.mark.parametrize(("kind", "name"), OTHER_TILES)
+def test_tiles_that_may_be_faster(device, kind, name, rng, use_tiles):
+    """They are right, and give the same bits; on a GPU, wgmma may have its own way to add 16 products."""
+    other, usual = gpu_conv.TILES[kind][name], gpu_conv.TILES[kind]["usual"]
+    if device is not np and other.wgmma and device.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is an instruction of compute capability 9.0")
+    assert (other.bm, other.bn) == (usual.bm, usual.bn) and gpu_conv.SPLIT % other.bk == 0
+    x_shape, w_shape, stride = {
+        "narrow": ((2, 5, 6, 40), (3, 3, 40, 56), 2),
+        "wide": ((2, 5, 6, 72), (3, 3, 72, 80), 2),
+        "tall": ((5, 9, 8, 24), (3, 3, 24, 16), 1),
+    }[kind]
+    x, w, dy = (rng.standard_normal(s).astype(BF16) for s in (x_shape, w_shape, _y_shape(x_shape, w_shape, stride)))
+    x, w, dy = device.asarray(x), device.asarray(w.astype(np.float32)), device.asarray(dy)
+    bits = []
+    for tile in ("usual", name):
+        use_tiles({product: tile for product, (_, of) in gpu_conv.PRODUCTS.items() if of == kind})
+        y = gpu.conv2d(x, w, None, stride, ALL_ROUND)
+        dx = gpu.conv2d_input_gradient(dy, w, stride, ALL_ROUND, x_shape)
+        bits.append([to_numpy(a).tobytes() for a in (y, dx, gpu.conv2d_dw(x, dy, w_shape, stride, ALL_ROUND))])
+    assert bits[0] == bits[1] or (other.wgmma and device is not np)
+    plans = [gpu.conv_plan(d, x_shape, w_shape, stride, ALL_ROUND) for d in range(3)]
+    assert other in [plan.tile for plan in plans]
+    check_convolutions(gpu, device, rng, x_shape, w_shape, stride, ALL_ROUND)
+    assert all(other.shared(d) <= 113 << 10 for d in range(3)), "two blocks on a multiprocessor"
+
+
+def _y_shape(x_shape, w_shape, stride):
+    return reference.conv2d_shape(x_shape, w_shape, stride, ALL_ROUND)
 
 
 @on_device
@@ -310,6 +339,14 @@ def test_corners_are_drawn_as_by_numpy(device, shape, seed, step, eps):
     found = gpu.draw_corners(shape, eps, seed, device.asarray(np.array([step], np.uint64)))
     np.testing.assert_array_equal(to_numpy(found), expected)
     np.testing.assert_array_equal(to_numpy(gpu.corners(device.asarray(words), shape, eps)), expected)
+
+
+def test_corners_of_a_batch_fill_a_gpu(monkeypatch):
+    """A warp for 256 of them: the paper's batch takes more blocks than an H100 has multiprocessors, 132."""
+    grids = []
+    monkeypatch.setattr(cuda, "launcher", lambda source, defines, name, grid, *_: grids.append(grid))
+    gpu.draw_corners((128, 32, 32, 3), 0.5, 1, np.zeros(1, np.uint64))
+    assert grids == [(192, 1, 1)]
 
 
 # --- a whole network --------------------------------------------------------------------------------------------------
@@ -758,6 +795,17 @@ def draw_something(g):
     check_augmentation(np, 128, **REJECTED)
 
 
+def wgmma_something(g):
+    x, w = (rounded(g.standard_normal(shape)).astype(BF16) for shape in ((5, 8, 8, 24), (3, 3, 24, 72)))
+    gpu.use_tiles({"y wide": "wgmma"})
+    try:
+        y, (a, b) = gpu.conv2d(x, w.astype(np.float32), None, 1, ALL_ROUND), map(exact, (x, w))
+    finally:
+        gpu.use_tiles()
+    size = reference.conv2d(abs(a), abs(b), None, 1, ALL_ROUND)
+    check(y, reference.conv2d(a, b, None, 1, ALL_ROUND), 1e-5 * size, "y")
+
+
 FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must fail, words of the error or None)
     "no barrier in the pipeline": (
         "conv.cu",
@@ -916,6 +964,36 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
         multiply_something,
         None,
     ),
+    **{
+        f"wgmma: {name}": ("conv.cu", right, wrong, wgmma_something, words)
+        for name, right, wrong, words in (
+            ("copies that it does not see", "    wgmma_sees_writes();\n", "", None),
+            (
+                "... that others do not see",
+                "wgmma_sees_writes();\n    __syncthreads();",
+                "__syncthreads();\n    wgmma_sees_writes();",
+                None,
+            ),
+            ("waits for too few copies", "copy_wait<STAGES - 3>", "copy_wait<STAGES - 2>", None),
+            ("no fence", "  wgmma_fence();\n", "", "without a fence"),
+            ("sums that are not there yet", "  wgmma_wait<0>();\n", "", None),
+            ("a stage that is filled too early", "wgmma_wait<1>", "wgmma_wait<2>", None),
+            ("a stage ahead", "load((step + STAGES - 2) % STAGES)", "load((step + STAGES - 1) % STAGES)", None),
+            ("no swizzle", "(column % 64 ^ row % 8 * CHUNK)", "column % 64", None),
+            ("strips that overlap", "rows * ROW_BYTES / 16", "ROW_BYTES / 16", None),
+            ("rows that overlap", "8 * ROW_BYTES / 16", "4 * ROW_BYTES / 16", None),
+            ("another address than 16 bytes'", "0x3ffff) / 16", "0x3ffff) / 8", "wgmma"),
+            ("terms twice, across", "k * 2 / 16", "k / 16", None),
+            ("terms twice, down", "k * ROW_BYTES / 16", "k * ROW_BYTES / 32", None),
+            ("the same rows for all warps", "threadIdx.x / 128 * (64 * 64)", "0", None),
+            (
+                "two of four warps",
+                "    start_product(a + step",
+                "    if (threadIdx.x & 64) start_product(a + step",
+                "four warps",
+            ),
+        )
+    },
 }
 
 
@@ -923,7 +1001,7 @@ FAULTS = {  # name: (file, what is replaced (the n-th), by what, a run that must
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_are_caught(device, fault, rng, monkeypatch):
     if fault is None:
-        for run in (convolve_something, add_something, normalize_something, multiply_something, draw_something):
+        for run in dict.fromkeys(run for _, _, _, run, _ in FAULTS.values()):
             run(rng)
         return
     file, right, wrong, run, words = FAULTS[fault]
@@ -965,16 +1043,68 @@ def test_the_emulation_tries_other_orders():
     assert 5 < (y == np.arange(50)).sum() < 45
 
 
+ONE_PRODUCT = """
+extern "C" __global__ void one_product(const bf16* image, int chunks, uint64_t a, uint64_t b, float* d) {
+  DYNAMIC_SHARED(memory);
+  for (int i = threadIdx.x; i < chunks; i += 128) copy16_async(memory + 16 * i, image + 8 * i, true);
+  copy_commit(), copy_wait<0>(), wgmma_sees_writes();
+  __syncthreads();
+  const uint64_t start = shared_address(memory) / 16;
+  float sums[N / 8][4];
+  wgmma_fence(), wgmma<A_BY_K, B_BY_K>(sums, start + a, start + b, false), wgmma_commit(), wgmma_wait<0>();
+  wgmma_done(sums);
+  for (int j = 0; j < N / 8; j++)
+    for (int e = 0; e < 4; e++) d[(threadIdx.x * (N / 8) + j) * 4 + e] = sums[j][e];
+}"""
+
+
+@on_device
+@pytest.mark.parametrize("a_by_k", [False, True])
+@pytest.mark.parametrize("b_by_k", [False, True])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_one_wgmma(device, a_by_k, b_by_k, columns, rng):
+    """Shared memory as PTX ISA and CUTLASS draw it, in NumPy: patterns of 8 rows of 8 chunks of 8 numbers, chunk c of
+    row r in place c ^ r. A row is 64 numbers of one term (by k), or the terms of one row of the result. Where patterns
+    lie is free: here some of them are left out. On a GPU this is the first thing to look at."""
+    if device is not np and device.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is an instruction of compute capability 9.0")
+    a, b = rng.integers(-8, 9, (64, 16)), rng.integers(-8, 9, (columns, 16))
+    image, descriptors, patterns = np.full((64, 8, 8, 8), np.nan, np.float32), [], 0
+    for matrix, by_k in ((a, a_by_k), (b, b_by_k)):
+        i, k = np.indices(matrix.shape)
+        leading, stride, shift = 3, (7 if by_k else 2), (0 if by_k else 4)  # patterns; chunks: terms 32 ... 47 of 64
+        if by_k:
+            pattern, row, chunk, within = i // 64 * leading + k // 8 * stride, k % 8, i % 64 // 8, i % 8
+        else:
+            pattern, row, chunk, within = i // 8 * stride, i % 8, k // 8 + shift, k % 8
+        image[patterns + pattern, row, chunk ^ row, within] = matrix
+        descriptors.append(np.uint64(64 * patterns + shift | leading * 64 << 16 | stride * 64 << 32 | 1 << 62))
+        patterns += pattern.max() + 1
+    image = image[:patterns].astype(BF16)
+    defines = "WGMMA=1", f"N={columns}", f"A_BY_K={int(a_by_k)}", f"B_BY_K={int(b_by_k)}"
+    d = np.zeros((4, 8, 4, columns // 8, 2, 2), np.float32)  # warp, row, pair of columns; of a thread: block, half, one
+    arguments = [device.asarray(image), np.int32(image.size // 8), *descriptors, device.asarray(d)]
+    if device is np:
+        cuda.launcher(ONE_PRODUCT, defines, "one_product", (1, 1, 1), (128, 1, 1), image.nbytes, arguments)
+    else:
+        options = ("-std=c++17", *(f"-D{define}" for define in defines), "-arch=sm_90a")
+        kernel = device.RawModule(code=cuda.source("device.cuh") + ONE_PRODUCT, options=options).get_function(
+            "one_product"
+        )
+        kernel.max_dynamic_shared_size_bytes = image.nbytes
+        kernel((1, 1, 1), (128, 1, 1), tuple(arguments), shared_mem=image.nbytes)
+    found = to_numpy(arguments[-1]).transpose(0, 4, 1, 3, 2, 5).reshape(64, columns)
+    np.testing.assert_array_equal(found, a @ b.T)
+
+
 # --- compiled for real ------------------------------------------------------------------------------------------------
 
 REALS = {"float": 4, "bf16": 2}
-TILES = {"narrow": gpu_conv.NARROW, "wide": gpu_conv.WIDE, "tall": gpu_conv.TALL, **gpu_conv.CANDIDATES}
 INSTANTIATIONS = {
     **{
-        f"{name} {('y', 'dx', 'dw')[direction]}": ("conv.cu", tile.defines(direction))
-        for name, tile in TILES.items()
-        for direction in (gpu_conv.FORWARD, gpu_conv.INPUT, gpu_conv.WEIGHT)
-        if name != "tall" or direction == gpu_conv.WEIGHT
+        f"{product} {name}": ("conv.cu", tile.defines(direction))
+        for product, (direction, kind) in {**gpu_conv.PRODUCTS, "dw narrow": (gpu_conv.WEIGHT, "narrow")}.items()
+        for name, tile in gpu_conv.TILES[kind].items()
     },
     **{
         f"normalize {real} {width} {activation}": (
@@ -995,8 +1125,9 @@ INSTANTIATIONS = {
 
 
 def tile_of(defines):
-    sizes = dict(d.split("=") for d in defines)
-    return gpu_conv.Tile(*[int(sizes[name]) for name in ("BM", "BN", "BK", "WM", "WN", "STAGES")])
+    return next(
+        t for tiles in gpu_conv.TILES.values() for t in tiles.values() if t.defines(int(defines[0][-1])) == defines
+    )
 
 
 @needs_nvrtc
@@ -1005,6 +1136,10 @@ def tile_of(defines):
 def test_machine_code(instantiation, arch):
     """It compiles; no register is spilled; two blocks of 256 threads fit; tensor cores and wide loads are used."""
     file, defines = INSTANTIATIONS[instantiation]
+    wgmma = "WGMMA=1" in defines
+    if wgmma and arch == "sm_80":
+        return
+    arch += "a" * wgmma
     kernels = nvrtc.inspect(nvrtc.compile_cubin(cuda.source("device.cuh") + cuda.source(file), arch, defines))
     assert kernels
     for name, code in kernels.items():
@@ -1012,8 +1147,10 @@ def test_machine_code(instantiation, arch):
         threads = tile_of(defines).threads if name in ("convolve", "weight_gradient") else 256
         assert 2 * code.registers * threads <= 1 << 16, f"{name}: {code.registers} registers: two blocks do not fit"
         if name in ("convolve", "weight_gradient"):
-            assert "HMMA.16816.F32.BF16" in code.instructions, f"{name} does not use tensor cores"
-            assert {i.split(".")[0] for i in code.instructions} >= {"LDGSTS", "LDSM"}, name
+            product = f"HGMMA.64x{tile_of(defines).bn}x16.F32.BF16" if wgmma else "HMMA.16816.F32.BF16"
+            assert product in code.instructions, f"{name} does not use tensor cores"
+            loads = {"LDGSTS", "FENCE", "WARPGROUP"} if wgmma else {"LDGSTS", "LDSM"}
+            assert {i.split(".")[0] for i in code.instructions} >= loads, name
         wide = any(d in defines for d in ("WIDTH=8", "WIDTH=4")) and name in ("activate", "normalize_backward", "add")
         if wide or name == "convolve":  # there: what is added to the result, and the result
             assert {"LDG.E.128.CONSTANT", "STG.E.128"} <= code.instructions, f"{name} does not move 16 bytes at a time"
@@ -1028,6 +1165,10 @@ def test_the_checks_of_machine_code_can_fail():
     assert found.stack >= 256 and "STL" in {i.split(".")[0] for i in found.instructions}
     with pytest.raises(nvrtc.CompileError, match="nothing_"):
         nvrtc.compile_cubin('extern "C" __global__ void f(float* x) { x[0] = nothing_; }', "sm_90")
+    file, defines = INSTANTIATIONS["y wide wgmma"]
+    code = cuda.source(file).replace("add || k)", "true)").replace("  for (int step", "  clear(sums);\n  for (int step")
+    with pytest.raises(nvrtc.CompileError, match="serialized"):
+        nvrtc.compile_cubin(cuda.source("device.cuh") + code, "sm_90a", defines)
 
 
 # --- launch geometry --------------------------------------------------------------------------------------------------
@@ -1043,8 +1184,12 @@ NETWORK = [  # PreActResNet18's convolutions, 3 x 128 images
 @pytest.mark.parametrize("direction", [gpu_conv.FORWARD, gpu_conv.INPUT, gpu_conv.WEIGHT])
 @pytest.mark.parametrize(("x_shape", "w_shape", "stride"), NETWORK)
 def test_plans_of_the_network(direction, x_shape, w_shape, stride):
-    """The whole result is covered, no block is idle from the start, and what a block needs is there."""
+    """The whole result is covered, no block is idle from the start, and what a block needs is there. Another tile
+    changes neither the blocks nor how sums are split."""
     plan = gpu.conv_plan(direction, x_shape, w_shape, stride, (w_shape[0] // 2,) * 4)
+    for name in ("square", "deep", "wgmma"):
+        other = gpu.conv_plan(direction, x_shape, w_shape, stride, (w_shape[0] // 2,) * 4, name)
+        assert replace(other, tile=plan.tile) == plan
     tile, (n, ho, wo, co) = plan.tile, reference.conv2d_shape(x_shape, w_shape, stride, (w_shape[0] // 2,) * 4)
     rows, columns = {
         gpu_conv.FORWARD: (n * ho * wo, co),

@@ -6,6 +6,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_cupy
 import numpy as np
@@ -15,7 +16,7 @@ import shim
 from nanomr import backend, models
 from nanomr.errors import UserError
 from nanomr.ops import gpu
-from nanomr.ops.gpu import normalization, plain, probes, selftest
+from nanomr.ops.gpu import conv, normalization, plain, probes, selftest
 
 kernels = pytest.importorskip("test_kernels", reason="bfloat16 arrays need pip install ml_dtypes")
 CHILD = [sys.executable, str(Path(__file__).with_name("stand_in_child.py"))]
@@ -72,8 +73,9 @@ def kernels_of(file):
 
 @pytest.mark.parametrize("name", selftest.NAMES)
 def test_a_check_passes(cupy, name):
-    """On the stand-in here, and on a GPU there."""
-    assert probes.check(name) is None
+    """On the stand-in here, and on a GPU there; a tile's has a time, if the card is not another."""
+    found = probes.check(name)
+    assert found is None or (name in probes.TILES and isinstance(found, float) and found > 0)
 
 
 # --- each kernel broken in turn ---------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def test_one_wrong_number_is_seen_and_the_run_is_right(fake, kernel, tmp_path):
     assert failed and set(failed) <= using
     gpu.replace(failed)
     there = a_right_run(fake, tmp_path)
-    assert there._kernels() == {"plain_kernels": list(gpu.replaced), "graph": False}
+    assert there._kernels() == {"plain_kernels": list(gpu.replaced), "graph": False, "tiles": {}}
 
 
 @pytest.mark.parametrize("fault", ["nan", "compile", "launch"])
@@ -199,7 +201,7 @@ def test_a_folder_that_cannot_be_written_costs_the_memory_alone(fake, tested, tm
 
 def test_kernels_of_ones_choice(fake, tested):
     backend.use_device("gpu", "plain")
-    assert gpu.replaced == selftest.NAMES and gpu.relu is plain.relu and not hasattr(gpu, "losses")
+    assert gpu.replaced == selftest.FUNCTIONS and gpu.relu is plain.relu and not hasattr(gpu, "losses")
     backend.use_device("gpu", "own")
     assert gpu.replaced == () and all(getattr(gpu, name) is own for name, own in gpu.OWN.items()) and tested.times == 0
     with pytest.raises(UserError, match="--kernels must be"):
@@ -209,10 +211,12 @@ def test_kernels_of_ones_choice(fake, tested):
 
 @pytest.mark.parametrize("problems", [{}, {"relu": "y is wrong"}])
 def test_the_command_says_what_it_finds(fake, monkeypatch, capsys, problems):
+    timed = {"y wide, usual": 123.0, "y wide, deep": 99.0, "dx wide, usual": 120.0}
+
     def test(report):
         for name in selftest.NAMES:
-            report(name, problems.get(name))
-        return dict.fromkeys(selftest.NAMES) | problems
+            report(name, (problems | timed).get(name))
+        return dict.fromkeys(selftest.NAMES) | problems | timed
 
     monkeypatch.setattr(selftest, "test", test)
     monkeypatch.setattr(sys, "argv", ["backend", "--test"])
@@ -220,8 +224,129 @@ def test_the_command_says_what_it_finds(fake, monkeypatch, capsys, problems):
         backend.main()
     out, count = capsys.readouterr().out, len(selftest.NAMES)
     assert ("relu                         y is wrong\n" in out) == bool(problems)
+    assert (
+        "y wide, usual                123.0 us\n" in out and "y wide, wgmma                not for this card\n" in out
+    )
+    assert "tile of y wide               deep: 99.0 us, the usual one 123.0 us\n" in out
+    assert "tile of dx wide              usual: 120.0 us\n" in out and "graph                        ok\n" in out
     assert out.splitlines()[-1] == (f"1 of {count} failed" if problems else f"all {count} passed")
     assert selftest.remembered()["relu"] == problems.get("relu")
+
+
+# --- which tiles ------------------------------------------------------------------------------------------------------
+
+
+def costs_of(**ms):
+    """A device's clock: what a launch takes by its tile's name."""
+    names = {}
+    for direction, kind in conv.PRODUCTS.values():
+        for name, tile in conv.TILES[kind].items():
+            names[tile.defines(direction)] = name
+    return lambda kernel, defines: ms.get(names.get(defines), 1.0)
+
+
+def test_the_fastest_tile_is_taken_and_remembered(fake, monkeypatch, capsys):
+    """By a clock that says which one it is; a tile that fails is dropped with a line. The next run does not ask again,
+    unless what it remembers is damaged; NANOMR_TILES=usual and --kernels own take the usual ones."""
+    fake.costs, times = costs_of(usual=5, deep=2, square=4.9, wgmma=1), []
+    monkeypatch.setattr(probes, "check_cases", lambda *_: None)  # test_a_check_passes has it
+
+    def test(**_):
+        times.append(1)
+        found = {name: probes.check(name) for name in probes.TILES}
+        return dict.fromkeys(selftest.NAMES) | found | {"y wide, wgmma": "y is wrong"}
+
+    monkeypatch.setattr(selftest, "test", test)
+    expected = dict.fromkeys(conv.PRODUCTS, "wgmma") | {"y wide": "deep"}
+    for _ in range(2):
+        gpu.use_tiles()
+        backend.use_device("gpu")
+        assert conv.tiles_in_use == expected and len(times) == 1
+    assert gpu.replaced == ()
+    line = (
+        "GPU self-test: y wide, wgmma: y is wrong; another tile is taken (python -m nanomr.backend --test tests again)"
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    x, w = (2, 8, 8, 128), (3, 3, 128, 128)
+    assert gpu.conv_plan(conv.FORWARD, x, w, 1, (1,) * 4).tile == conv.TILES["wide"]["deep"]
+    assert gpu.conv_plan(conv.INPUT, x, w, 1, (1,) * 4).tile.wgmma
+    assert gpu.conv_plan(conv.WEIGHT, x, (3, 3, 128, 64), 1, (1,) * 4).tile == conv.TILES["tall"]["wgmma"]
+
+    monkeypatch.setenv("NANOMR_TILES", "usual")
+    backend.use_device("gpu")
+    assert not conv.tiles_in_use and len(times) == 1
+    assert gpu.conv_plan(conv.FORWARD, x, w, 1, (1,) * 4).tile == conv.TILES["wide"]["usual"]
+    monkeypatch.setenv("NANOMR_TILES", "fast")
+    with pytest.raises(UserError, match="NANOMR_TILES must be auto or usual, not 'fast'"):
+        backend.use_device("gpu")
+    monkeypatch.delenv("NANOMR_TILES")
+    backend.use_device("gpu")
+    assert conv.tiles_in_use == expected
+    backend.use_device("gpu", "own")
+    assert not conv.tiles_in_use
+
+    good = json.loads(selftest.memory().read_text())
+    for name, damage in (("y wide, deep", -1.0), ("y wide, deep", True), ("relu", 3.0), ("relu", ["no"])):
+        known = {key: results | {name: damage} for key, results in good.items()}
+        selftest.memory().write_text(json.dumps(known))
+        count = len(times)
+        backend.use_device("gpu")
+        assert len(times) == count + 1 and conv.tiles_in_use == expected
+
+
+def test_noise_does_not_choose(fake):
+    """Another tile must be faster by more than 3 %."""
+    found = dict.fromkeys(selftest.NAMES)
+    for us, taken in ((98.0, "usual"), (96.0, "square")):
+        found |= {"dx wide, usual": 100.0, "dx wide, square": us, "dx wide, deep": "no", "dx wide, wgmma": None}
+        assert selftest.tiles(found) == {"dx wide": (taken, us if taken == "square" else 100.0, 100.0)}
+
+
+def test_a_tile_that_does_not_compile_launch_or_agree_is_dropped(fake):
+    for product in ("y wide", "dw wide"):
+        kernel = "weight_gradient" if product == "dw wide" else "convolve"
+        for fault, words in (("compile", "undefined"), ("launch", "invalid argument"), ("wrong", "numbers are wrong")):
+            gpu.cuda._function.cache_clear()
+            fake.faults = {kernel: fault}
+            try:
+                found = probes.check(f"{product}, square")
+            except RuntimeError as error:
+                found = str(error)
+            assert isinstance(found, str) and words in found and not conv.tiles_in_use
+
+
+@pytest.mark.parametrize("value", [7.0, np.nan])
+@pytest.mark.parametrize("product", ["y narrow", "dx wide", "dw tall"])
+def test_a_tile_that_is_wrong_only_where_it_is_timed_is_dropped(fake, product, value, monkeypatch):
+    """Small products may be right where a full device's are not. Of one number, it is said."""
+    launch = conv.ConvPlan.launch
+
+    def broken(self, *arrays):
+        launch(self, *arrays)
+        if self.tile.wgmma:
+            arrays[-1].a.reshape(-1)[3] += value
+
+    monkeypatch.setattr(probes, "check_cases", lambda *_: None)
+    assert isinstance(probes.check(f"{product}, wgmma"), float)
+    monkeypatch.setattr(conv.ConvPlan, "launch", broken)
+    assert probes.check(f"{product}, wgmma").startswith("1 of ")
+    assert isinstance(probes.check(f"{product}, usual"), float)
+
+
+def test_wgmma_is_for_hopper(fake, monkeypatch):
+    """Nothing of it is compiled elsewhere, and nothing is said."""
+    module = sys.modules["cupy"]
+    monkeypatch.setattr(module.cuda, "Device", lambda: SimpleNamespace(compute_capability="100"))
+    assert probes.check("y narrow, wgmma") is None and not fake.launched
+    assert isinstance(probes.check("y narrow, usual"), float)
+
+
+def test_tiles_are_checked_and_timed_in_the_child(fake, monkeypatch):
+    """A hang costs this tile alone."""
+    monkeypatch.setattr(selftest, "COMMAND", [*CHILD, "weight_gradient=hang"])
+    monkeypatch.setattr(selftest, "NAMES", ("dw tall, usual", "y narrow, usual"))
+    found = selftest.test(limit=6)
+    assert found["dw tall, usual"] == "not done after 6 s" and found["y narrow, usual"] > 0
 
 
 # --- plain CuPy, and what the checks cover ----------------------------------------------------------------------------
@@ -231,7 +356,7 @@ def test_the_command_says_what_it_finds(fake, monkeypatch, capsys, problems):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_in_plain_cupy_is_right(fake, precision, method, tmp_path):
     """From end to end, without one launch of ours; the log says so."""
-    gpu.replace(selftest.NAMES)
+    gpu.replace(selftest.FUNCTIONS)
     here = kernels.trainer_of(tmp_path / "a", "cpu", precision="fp32", method=method)
     there = kernels.trainer_of(tmp_path / "b", precision=precision, method=method)
     here.run(), there.run()
@@ -241,7 +366,7 @@ def test_a_run_in_plain_cupy_is_right(fake, precision, method, tmp_path):
         assert max(off) <= (1e-3 if precision == "fp32" else 0.05) * here.log[0][name], name
     record = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
     assert record["graph"] is False and record["plain_kernels"] == list(gpu.OWN)
-    assert not {"graph", "plain_kernels"} & here.log[0].keys()
+    assert not {"graph", "plain_kernels", "tiles"} & here.log[0].keys()
 
 
 def test_every_instantiation_of_a_run_is_checked(fake, tmp_path):

@@ -23,6 +23,8 @@ from .conv import (  # noqa: F401
     conv2d_input_gradient,
     conv2d_weight_gradient,
     conv_plan,
+    tiles_in_use,
+    use_tiles,
 )
 from .elementwise import (  # noqa: F401
     add,

@@ -27,26 +27,63 @@ class Tile:
     wm: int = 64
     wn: int = 32
     stages: int = 4
+    wgmma: bool = False  # by Hopper's instruction: wm = 16, wn = bn, bk = 64
 
     @property
     def threads(self) -> int:
         return 32 * (self.bm // self.wm) * (self.bn // self.wn)
 
     def defines(self, direction: int) -> tuple[str, ...]:
-        sizes = zip(("BM", "BN", "BK", "WM", "WN", "STAGES"), vars(self).values(), strict=True)
-        return f"DIRECTION={direction}", *(f"{name}={value}" for name, value in sizes)
+        names = ("BM", "BN", "BK", "WM", "WN", "STAGES", "WGMMA")
+        given = [f"{name}={int(value)}" for name, value in zip(names, vars(self).values(), strict=True)]
+        return f"DIRECTION={direction}", *given[: len(given) - (not self.wgmma)]
 
     def shared(self, direction: int) -> int:
         """Bytes of dynamic shared memory: the tiles on their way, or the result's in float32, whichever is more."""
-        a = self.bk * (self.bm + 8) if direction == WEIGHT else self.bm * (self.bk + 8)
-        b = self.bn * (self.bk + 8) if direction == INPUT else self.bk * (self.bn + 8)
+        skew = 0 if self.wgmma else 8
+        a = self.bk * (self.bm + skew) if direction == WEIGHT else self.bm * (self.bk + skew)
+        b = self.bn * (self.bk + skew) if direction == INPUT else self.bk * (self.bn + skew)
         return max(2 * self.stages * (a + b), 4 * self.bm * (self.bn + 8) if direction != WEIGHT else 0)
 
 
-NARROW, WIDE, TALL = Tile(128, 64), Tile(128, 128), Tile(192, 64)
-# In WIDE's place, perhaps: a third fewer loads from shared memory for each product, at half the warps. bench/gpu.py
-# times them; no run takes them.
-CANDIDATES = {"square": Tile(128, 128, 32, 64, 64), "deep": Tile(128, 128, 64, 64, 64, 3)}
+# What a product may be cut into, by its kind. The usual tile was chosen from registers and shared memory; which one is
+# the fastest on a device, selftest.py finds out. Tiles of a kind are of one size, and dw's terms are split alike for
+# all of them, so that each number is the same sum in the same order.
+TILES = {
+    "narrow": {"usual": Tile(128, 64), "wgmma": Tile(128, 64, 64, 16, 64, 4, True)},
+    "wide": {
+        "usual": Tile(128, 128),
+        "square": Tile(128, 128, 32, 64, 64),  # a third fewer loads from shared memory, at half the warps
+        "deep": Tile(128, 128, 64, 64, 64, 3),
+        "wgmma": Tile(128, 128, 64, 16, 128, 3, True),
+    },
+    "tall": {"usual": Tile(192, 64), "wgmma": Tile(192, 64, 64, 16, 64, 3, True)},
+}
+PRODUCTS = {  # name of a direction and a kind of product: (direction, kind)
+    "y narrow": (FORWARD, "narrow"),
+    "y wide": (FORWARD, "wide"),
+    "dx narrow": (INPUT, "narrow"),
+    "dx wide": (INPUT, "wide"),
+    "dw wide": (WEIGHT, "wide"),
+    "dw tall": (WEIGHT, "tall"),
+}
+SPLIT = 64  # terms of dw come in multiples of it: of every tile's bk
+tiles_in_use: dict[str, str] = {}  # product: the name of its tile, where that is not the usual one
+
+
+def use_tiles(names=()) -> None:
+    """Let these products {name: tile's name} be cut so from now on, and all others as usual."""
+    tiles_in_use.clear()
+    tiles_in_use.update(names)
+    conv_plan.cache_clear()
+
+
+def _tile(direction: int, terms: int, channels: int, name: str | None) -> Tile:
+    """For a result of so many channels. ``name``: as of ``conv_plan``."""
+    kind = "wide" if channels > 64 else "tall" if direction == WEIGHT and terms > 128 else "narrow"
+    if name is None:
+        name = tiles_in_use.get(f"{('y', 'dx', 'dw')[direction]} {kind}")
+    return TILES[kind].get(name, TILES[kind]["usual"])
 
 
 @dataclass(frozen=True)
@@ -71,8 +108,9 @@ class ConvPlan:
 
 
 @cache
-def conv_plan(direction: int, x_shape, w_shape, stride: int, padding, tile: Tile | None = None) -> ConvPlan:
-    """The plan for x (N, H, W, C) and w (kh, kw, C, Cout), all channels multiples of 8. ``tile``: not the usual one."""
+def conv_plan(direction: int, x_shape, w_shape, stride: int, padding, name: str | None = None) -> ConvPlan:
+    """The plan for x (N, H, W, C) and w (kh, kw, C, Cout), all channels multiples of 8. ``name``: a tile's of
+    ``TILES``, the usual one where its kind has none of that name; by default what is in use."""
     n, h, w, c = x_shape
     _, ho, wo, co = conv2d_shape(x_shape, w_shape, stride, padding)
     kh, kw, top, left = *w_shape[:2], padding[0], padding[2]
@@ -80,22 +118,22 @@ def conv_plan(direction: int, x_shape, w_shape, stride: int, padding, tile: Tile
         raise ValueError(f"a convolution of {x_shape} counts beyond 2^31: use a smaller batch")
     window = (kh, kw, stride, top, left)
     if direction == FORWARD:
-        tile = tile or (NARROW if co <= 64 else WIDE)
+        tile = _tile(direction, kh * kw * c, co, name)
         grid = (ceil(n * ho * wo, tile.bm), ceil(co, tile.bn), 1)
         return ConvPlan(direction, tile, grid, (n, h, w, c, ho, wo, co, *window))
     if direction == INPUT:
-        tile = tile or (NARROW if c <= 64 else WIDE)
+        tile = _tile(direction, kh * kw * co, c, name)
         largest = n * ceil(h, stride) * ceil(w, stride)  # of the stride^2 phases
         grid = (ceil(largest, tile.bm), ceil(c, tile.bn), stride * stride)
         return ConvPlan(direction, tile, grid, (n, ho, wo, co, h, w, c, *window))
     terms, pixels = kh * kw * c, n * ho * wo
-    tile = tile or (WIDE if co > 64 else TALL if terms > 128 else NARROW)
+    tile = _tile(direction, terms, co, name)
     tiles = ceil(terms, tile.bm) * ceil(co, tile.bn)
     # More splits fill the multiprocessors, in whole waves at best, but each is written and read once. Seconds, roughly:
     multiply, move = 2 * pixels * terms * co / 400e12, 8 * terms * co / 3e12
-    most = max(1, min(4 * BLOCKS // tiles, ceil(pixels, 8 * tile.bk)))  # each split fills the pipeline
+    most = max(1, min(4 * BLOCKS // tiles, ceil(pixels, 4 * SPLIT)))  # each split fills the pipeline
     best = min(range(1, most + 1), key=lambda s: multiply * ceil(tiles * s, BLOCKS) * BLOCKS / (tiles * s) + move * s)
-    per_split = ceil(ceil(pixels, best), tile.bk) * tile.bk
+    per_split = ceil(ceil(pixels, best), SPLIT) * SPLIT
     splits = ceil(pixels, per_split)
     grid = (ceil(terms, tile.bm), ceil(co, tile.bn), splits)
     return ConvPlan(direction, tile, grid, (n, h, w, c, ho, wo, co, *window, per_split), splits)

@@ -29,6 +29,8 @@ def source(file: str) -> str:
 @cache
 def _function(file, defines, name, shared):
     options = ("-std=c++17", *(f"-D{define}" for define in defines))
+    if "WGMMA=1" in defines:  # an instruction of sm_90a alone; NVRTC takes this one and CuPy's -arch=sm_90 behind it
+        options += ("-arch=sm_90a",)
     module = find_cupy().RawModule(code=source("device.cuh") + source(file), options=options)
     function = module.get_function(name)
     if shared > 48 << 10:

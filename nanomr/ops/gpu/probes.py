@@ -1,16 +1,20 @@
 """What the self-test calls on a device, and what it should give: small odd shapes, every instantiation of a kernel that
-a run takes. ``PROBES`` maps each function of ``gpu.OWN`` to its cases; ``check`` holds the function to them.
+a run takes. ``PROBES`` maps each function of ``gpu.OWN`` to its cases; ``check`` holds the function to them. And how
+fast is each tile that a convolution may take (``TILES``)?
 """
 
+import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ... import graph, losses, rng
 from ...backend import find_cupy, to_numpy
 from .. import gpu, reference
-from . import cuda, plain
+from . import conv, cuda, plain
 
 
 @dataclass
@@ -199,32 +203,32 @@ CONVOLUTIONS = [
 ]
 
 
-def _convolutions(g):
-    for x, w, stride in CONVOLUTIONS:
+def _convolutions(g, shapes):
+    for x, w, stride in shapes:
         window = stride, (w[0] // 2,) * 4
         y = reference.conv2d_shape(x, w, *window)
         yield eighths(g, *x), eighths(g, *w), eighths(g, w[3]), eighths(g, *y), window
 
 
-def conv2d(g):
-    for x, w, b, dy, window in _convolutions(g):
+def conv2d(g, shapes=CONVOLUTIONS):
+    for x, w, b, dy, window in _convolutions(g, shapes):
         yield from call_of(reference.conv2d, x, w, b, *window, dy, pictures=(0, 5))
     yield from call_of(reference.conv2d, x, w, None, *window, pictures=(0,))
 
 
-def conv2d_input_gradient(g):
-    for x, w, _, dy, window in _convolutions(g):
+def conv2d_input_gradient(g, shapes=CONVOLUTIONS):
+    for x, w, _, dy, window in _convolutions(g, shapes):
         yield from call_of(reference.conv2d_input_gradient, dy, w, *window, x.shape, x, pictures=(0, 5))
     yield from call_of(reference.conv2d_input_gradient, dy, w, *window, x.shape, pictures=(0,))
 
 
-def conv2d_weight_gradient(g):
-    for x, w, _, dy, window in _convolutions(g):
+def conv2d_weight_gradient(g, shapes=CONVOLUTIONS):
+    for x, w, _, dy, window in _convolutions(g, shapes):
         yield from call_of(reference.conv2d_weight_gradient, x, dy, w.shape, *window, pictures=(0, 1))
 
 
-def conv2d_dw(g):
-    for x, w, _, dy, window in _convolutions(g):
+def conv2d_dw(g, shapes=CONVOLUTIONS):
+    for x, w, _, dy, window in _convolutions(g, shapes):
         dw = lambda *a: reference.conv2d_weight_gradient(*a)[0]  # noqa: E731
         for case in call_of(dw, x, dy, w.shape, *window, pictures=(0, 1)):
             yield case
@@ -246,6 +250,7 @@ def linear_weight_gradient(g):
 def cast(g):
     x = (g.standard_normal(1000) * 10.0 ** g.integers(-30, 30, 1000)).astype(np.float32)
     x[:8] = 0, -0.0, np.nan, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 3e38  # ties to even; up to infinity
+    x[8:12] = 1e-39, -1e-39, 1e-40, 1e-45  # subnormal, before and behind; the last becomes 0
     with np.errstate(all="ignore"):
         narrow = x.astype(gpu.bfloat16())
     yield Case((x, gpu.bfloat16()), (exact(narrow),), slack=0)
@@ -365,12 +370,19 @@ def difference(found, expected, slack) -> str | None:
     return f"{wrong.sum()} of {wrong.size} numbers are wrong: {where} is {found[at]:.7g}, expected {expected[at]:.7g}"
 
 
-def check(name: str) -> str | None:
-    """What is wrong with a function on this device, in one line; None if nothing is."""
+def check(name: str) -> str | float | None:
+    """What is wrong with a function on this device, in one line; None if nothing is. Of a tile (``TILES``) whose sums
+    are right, the time that it takes."""
     if name == "graph":
         return check_graph()
-    xp, function = find_cupy(), gpu.OWN[name]
-    for case in PROBES[name](np.random.default_rng(7)):
+    if name in TILES:
+        return check_tile(*TILES[name])
+    return check_cases(gpu.OWN[name], PROBES[name](np.random.default_rng(7)))
+
+
+def check_cases(function, cases) -> str | None:
+    xp = find_cupy()
+    for case in cases:
         first = None
         for offset in (0, 1):  # a view anywhere; the same bits
             arguments = [moved(a, xp, offset) for a in case.arguments]
@@ -386,6 +398,92 @@ def check(name: str) -> str | None:
                 return "the same call gives other bits"
             first = bits
     return None
+
+
+# --- which tile a convolution takes ----------------------------------------------------------------------------------
+
+TILES = {  # name of a check: (product, the tile's name)
+    f"{product}, {name}": (product, name) for product, (_, kind) in conv.PRODUCTS.items() for name in conv.TILES[kind]
+}
+# x, w, stride: products of each kind, more terms than the stages of a pipeline take, several blocks.
+RIGHT = {
+    "narrow": [((2, 9, 8, 40), (3, 3, 40, 56), 1), ((3, 9, 8, 24), (1, 1, 24, 16), 2)],
+    "wide": [((2, 9, 8, 72), (3, 3, 72, 136), 1), ((1, 7, 6, 72), (3, 3, 72, 80), 2)],
+    "tall": [((5, 9, 8, 24), (3, 3, 24, 16), 1)],
+}
+# ... of PreActResNet18 at the paper's batch, one for each stage, that a tile is timed on.
+TIMED = {
+    "narrow": [((384, 32, 32, 64), (3, 3, 64, 64), 1)],
+    "wide": [((384, s, s, c), (3, 3, c, c), 1) for s, c in ((16, 128), (8, 256), (4, 512))],
+    "tall": [((384, 32, 32, 64), (3, 3, 64, 64), 1)],
+}
+ROUNDS = 20  # through these, each timed; some milliseconds on an H100
+
+
+def check_tile(product: str, name: str) -> str | float | None:
+    """us of the products in ``TIMED``; or what is wrong with this tile; None: it is for another card."""
+    xp, (direction, kind) = find_cupy(), conv.PRODUCTS[product]
+    if conv.TILES[kind][name].wgmma and str(xp.cuda.Device().compute_capability) != "90":
+        return None
+    function = ("conv2d", "conv2d_input_gradient", "conv2d_dw")[direction]
+    cases = PROBES[function](np.random.default_rng(7), RIGHT[kind])
+    ours = (case for case in cases if case.arguments[0].dtype.name == "bfloat16")
+    before = dict(conv.tiles_in_use)
+    conv.use_tiles({product: name})
+    try:
+        return check_cases(gpu.OWN[function], ours) or time_tile(direction, TIMED[kind], name)
+    finally:
+        conv.use_tiles(before)
+
+
+def time_tile(direction: int, shapes, name: str) -> str | float:
+    """us of one round through these products, the median; or what is not as in the usual tile: what two warps or two
+    blocks do to each other may show on a full device alone."""
+    xp, g, launches = find_cupy(), np.random.default_rng(7), []
+    for x_shape, w_shape, stride in shapes:
+        window = stride, (w_shape[0] // 2,) * 4
+        plan, usual = (conv.conv_plan(direction, x_shape, w_shape, *window, which) for which in (name, "usual"))
+        y_shape = reference.conv2d_shape(x_shape, w_shape, *window)
+        if direction == conv.WEIGHT:
+            given, shape, dtype = (noise(xp, g, x_shape), noise(xp, g, y_shape)), (plan.splits, *w_shape), np.float32
+        else:
+            source, shape = (x_shape, y_shape) if direction == conv.FORWARD else (y_shape, x_shape)
+            given, dtype = (noise(xp, g, source), noise(xp, g, w_shape), None, None), gpu.bfloat16()
+        launches.append((plan, usual, given, *(unknown(xp, shape, dtype) for _ in range(2))))
+    marks = []
+    for _ in range(ROUNDS + 5):
+        mark = xp.cuda.Event()
+        mark.record()
+        marks.append(mark)
+        for plan, _, given, result, _ in launches:
+            plan.launch(*given, result)
+    marks[-1].synchronize()
+    for _, usual, given, result, expected in launches:
+        usual.launch(*given, expected)
+        found, expected = (gpu.OWN["cast"](r, np.float32) for r in (result, expected))
+        size = abs(expected)
+        wrong = int((~(abs(found - expected) <= 2.0**-7 * size + 1e-3 * size.max())).sum())
+        if wrong:
+            return f"{wrong} of {found.size} numbers are not as in the usual tile, of {result.shape}"
+    return 1e3 * statistics.median(xp.cuda.get_elapsed_time(*pair) for pair in pairwise(marks[5:]))
+
+
+def unknown(xp, shape, dtype):
+    """NaN, in either dtype."""
+    x = xp.empty(math.prod(shape) * np.dtype(dtype).itemsize, np.uint8)
+    x[...] = 255
+    return x.view(dtype).reshape(shape)
+
+
+def noise(xp, g, shape):
+    """bfloat16 numbers, the same in every row of pixels: what is multiplied decides how fast a GPU's clock runs."""
+    row = g.standard_normal(shape[-2:], np.float32).view(np.uint32) >> 16  # cut off
+    x = xp.empty(shape, np.uint16)
+    x[...] = xp.asarray(row.astype(np.uint16))
+    return x.view(gpu.bfloat16())
+
+
+# --- a CUDA graph -----------------------------------------------------------------------------------------------------
 
 
 def check_graph() -> str | None:

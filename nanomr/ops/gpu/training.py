@@ -167,7 +167,7 @@ def draw_corners(shape, eps, seed: int, step):
     xp, count = array_module(step), math.prod(shape)
     rho = xp.empty(shape, np.float32)
     arguments = (rho, count, np.uint64(seed), np.uint64(rng.CORNERS), step, _scalar(xp, eps))
-    _launch_over("draw_corners", ceil(count, 256), arguments)
+    _launch_over("draw_corners", 32 * ceil(count, 256), arguments)  # a warp for 256 bits
     return rho
 
 

@@ -6,19 +6,26 @@
 //   BM, BN, BK          a block computes a BM x BN tile of the result, BK terms of the sums at a time
 //   WM, WN              ... of which each warp has WM x WN
 //   STAGES              tiles on their way from global memory while one is multiplied
+//   WGMMA               if there: by Hopper's instruction (sm_90a), four warps at a time; WM is 16, WN is BN, BK is 64
 //
 // Weights are (kh, kw, C, Cout), as everywhere. All numbers of channels are multiples of 8: a chunk of 8 channels,
 // 16 bytes, is what is copied at once, and it lies in one pixel.
 
 constexpr int THREADS = 32 * (BM / WM) * (BN / WN);
 constexpr int CHUNK = 8;
+#ifdef WGMMA
+constexpr bool SWIZZLED = true;
+#else
+constexpr bool SWIZZLED = false;
+#endif
 // Rows of a tile lie 16 bytes further apart than they are long: the 8 rows that load_matrices reads at once then start
-// in different banks.
+// in different banks. wgmma wants another order, `place`.
 constexpr int SKEW = 8;
 constexpr bool A_BY_K = DIRECTION == 2;  // is a row of the tile one term of the sums (else one row of the result)?
 constexpr bool B_BY_K = DIRECTION != 1;
-constexpr int A_ROWS = A_BY_K ? BK : BM, A_LENGTH = A_BY_K ? BM : BK, A_PITCH = A_LENGTH + SKEW;
-constexpr int B_ROWS = B_BY_K ? BK : BN, B_LENGTH = B_BY_K ? BN : BK, B_PITCH = B_LENGTH + SKEW;
+constexpr int A_ROWS = A_BY_K ? BK : BM, A_LENGTH = A_BY_K ? BM : BK;
+constexpr int B_ROWS = B_BY_K ? BK : BN, B_LENGTH = B_BY_K ? BN : BK;
+constexpr int A_PITCH = A_LENGTH + (SWIZZLED ? 0 : SKEW), B_PITCH = B_LENGTH + (SWIZZLED ? 0 : SKEW);
 constexpr int A_SIZE = A_ROWS * A_PITCH, B_SIZE = B_ROWS * B_PITCH;
 constexpr int A_CHUNKS = A_LENGTH / CHUNK, B_CHUNKS = B_LENGTH / CHUNK;  // of a row
 constexpr int A_TURN = THREADS / A_CHUNKS, B_TURN = THREADS / B_CHUNKS;  // rows that the block copies at once
@@ -29,6 +36,75 @@ static_assert(BK % 16 == 0 && WM % 16 == 0 && WN % 16 == 0 && STAGES >= 2, "the 
 struct __align__(16) Chunk { bf16 at[CHUNK]; };
 
 using Sums = float[WM / 16][WN / 8][4];
+
+__device__ __forceinline__ void clear(Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < WM / 16; i++)
+#pragma unroll
+    for (int j = 0; j < WN / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[i][j][e] = 0.f;
+}
+
+// Where the chunk at `column` of a tile's row lies. For wgmma a tile of `rows` rows is cut into strips of 64 columns,
+// 128 bytes, one behind the other; in row r of a strip, chunk c lies in the place of chunk c ^ r % 8, so that one chunk
+// of 8 rows is in 8 banks ("128-byte swizzle": bits 4 to 6 of an address, exclusive-or bits 7 to 9).
+template <int rows, int pitch>
+__device__ __forceinline__ int place(int row, int column) {
+  if (SWIZZLED) return column / 64 * (rows * 64) + row * 64 + (column % 64 ^ row % 8 * CHUNK);
+  return row * pitch + column;
+}
+
+#ifdef WGMMA
+
+constexpr int ROW_BYTES = 128;  // of a strip
+static_assert(BK == 64 && WM == 16 && WN == BN && BM % 64 == 0 && STAGES >= 3, "wgmma's shape");
+
+// What wgmma is told of 16 terms of a tile of `rows` rows: its address, and the distances of its strips (where rows
+// are terms) and of its groups of 8 rows, all in units of 16 bytes; 1 << 62: 128-byte swizzle. PTX ISA has the format.
+__device__ __forceinline__ uint64_t descriptor(const bf16* tile, int rows) {
+  return (shared_address(tile) & 0x3ffff) / 16 | (uint64_t)(rows * ROW_BYTES / 16) << 16 |
+         (uint64_t)(8 * ROW_BYTES / 16) << 32 | 1ull << 62;
+}
+
+// sums += A B (or = unless `add`), for the 64 rows of the result that this warp and the three beside it have: started,
+// not waited for.
+__device__ __forceinline__ void start_product(const bf16* a, const bf16* b, Sums& sums, bool add) {
+  // 64 rows of 64 columns lie before the next four warps' part of A, whichever of the two are terms.
+  const uint64_t from_a = descriptor(a + threadIdx.x / 128 * (64 * 64), A_ROWS), from_b = descriptor(b, B_ROWS);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < BK; k += 16) {
+    const int down = k * ROW_BYTES / 16, across = k * 2 / 16;  // 16 terms on: as many rows, or columns of the same rows
+    wgmma<A_BY_K, B_BY_K>(sums[0], from_a + (A_BY_K ? down : across), from_b + (B_BY_K ? down : across), add || k);
+  }
+  wgmma_commit();
+}
+
+// The pipeline: load(stage) starts the copies of the next BK terms. While the tensor cores have tile `step`, the warps
+// wait for tile `step - 1`, and fill the stage of tile `step - 2`, which everybody has left behind at the barrier.
+template <class Load>
+__device__ __forceinline__ void sum_products(int steps, bf16* a, bf16* b, int, int, Sums& sums, Load load) {
+#pragma unroll
+  for (int s = 0; s < STAGES - 2; s++) {
+    if (s < steps) load(s);
+    copy_commit();  // an empty group too: what is waited for is counted in groups
+  }
+  for (int step = 0; step < steps; step++) {
+    copy_wait<STAGES - 3>();
+    wgmma_sees_writes();
+    __syncthreads();
+    start_product(a + step % STAGES * A_SIZE, b + step % STAGES * B_SIZE, sums, step);
+    if (step + STAGES - 2 < steps) load((step + STAGES - 2) % STAGES);
+    copy_commit();
+    wgmma_wait<1>();
+  }
+  wgmma_wait<0>();
+  wgmma_done(sums[0]);
+  if (steps == 0) clear(sums);
+}
+
+#else
 
 // sums += A B, for this warp's rows and columns of two tiles in shared memory.
 __device__ __forceinline__ void multiply_tiles(const bf16* a, const bf16* b, int warp_m, int warp_n, Sums& sums) {
@@ -61,6 +137,7 @@ __device__ __forceinline__ void multiply_tiles(const bf16* a, const bf16* b, int
 template <class Load>
 __device__ __forceinline__ void sum_products(int steps, bf16* a, bf16* b, int warp_m, int warp_n, Sums& sums,
                                              Load load) {
+  clear(sums);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
     if (s < steps) load(s);
@@ -74,6 +151,8 @@ __device__ __forceinline__ void sum_products(int steps, bf16* a, bf16* b, int wa
     multiply_tiles(a + step % STAGES * A_SIZE, b + step % STAGES * B_SIZE, warp_m, warp_n, sums);
   }
 }
+
+#endif
 
 #if DIRECTION != 2
 
@@ -147,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) convolve(
 #pragma unroll
     for (int i = 0; i < A_ROWS / A_TURN; i++) {
       const bool inside = more && (unsigned)(row[i] + r) < source_rows && (unsigned)(column[i] + s) < source_columns;
-      copy16_async(a + stage * A_SIZE + (a_row + i * A_TURN) * A_PITCH + a_column,
+      copy16_async(a + stage * A_SIZE + place<A_ROWS, A_PITCH>(a_row + i * A_TURN, a_column),
                    inside ? source + at[i] + step + channel : source, inside);
     }
     const int tap = (down.tap + down.next * j_down) * kernel_columns + across.tap + across.next * j_across;
@@ -164,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) convolve(
         inside = more && n0 + line < channels;
         from = w + ((long long)tap * channels + n0 + line) * source_channels + channel;
       }
-      copy16_async(b + stage * B_SIZE + line * B_PITCH + b_column, inside ? from : w, inside);
+      copy16_async(b + stage * B_SIZE + place<B_ROWS, B_PITCH>(line, b_column), inside ? from : w, inside);
     }
     channel += BK, k += BK;
     wrap();
@@ -172,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) convolve(
 
   const int warp = threadIdx.x / 32, warp_m = warp % (BM / WM) * WM, warp_n = warp / (BM / WM) * WN;
   const int steps = (down.taps * across.taps * source_channels + BK - 1) / BK;
-  Sums sums = {};
+  Sums sums;
   sum_products(steps, a, b, warp_m, warp_n, sums, load);
 
   // Through shared memory, so that whole chunks are stored, a row's chunks by neighbouring threads. As float, in the
@@ -262,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight_gradient(
       const bool inside = used && pixel0 + a_row + i * A_TURN < last && (unsigned)x_row < x_rows &&
                           (unsigned)x_column < x_columns;
       const bf16* from = x + ((image[i] * x_rows + x_row) * x_columns + x_column) * x_channels + channel;
-      copy16_async(a + stage * A_SIZE + (a_row + i * A_TURN) * A_PITCH + a_column, inside ? from : x, inside);
+      copy16_async(a + stage * A_SIZE + place<A_ROWS, A_PITCH>(a_row + i * A_TURN, a_column), inside ? from : x, inside);
       q[i] += columns_on;
       if (q[i] >= columns) q[i] -= columns, p[i]++;
       p[i] += rows_on;
@@ -275,13 +354,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight_gradient(
       if (B_ROWS % B_TURN && line >= B_ROWS) break;
       const bool inside = pixel0 + line < last && n0 + b_column < channels;
       const bf16* from = dy + (long long)(pixel0 + line) * channels + n0 + b_column;
-      copy16_async(b + stage * B_SIZE + line * B_PITCH + b_column, inside ? from : dy, inside);
+      copy16_async(b + stage * B_SIZE + place<B_ROWS, B_PITCH>(line, b_column), inside ? from : dy, inside);
     }
     pixel0 += BK;
   };
 
   const int warp = threadIdx.x / 32, warp_m = warp % (BM / WM) * WM, warp_n = warp / (BM / WM) * WN;
-  Sums sums = {};
+  Sums sums;
   sum_products((last - first + BK - 1) / BK, a, b, warp_m, warp_n, sums, load);
 
   const int lane = threadIdx.x % 32;

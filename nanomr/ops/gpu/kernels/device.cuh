@@ -5,7 +5,7 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]  // a pattern of wgmma's swizzle
 
 struct bf16 { uint16_t bits; };
 
@@ -56,3 +56,58 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// --- Hopper's matrix product (sm_90a): four warps multiply what lies in shared memory, while they do something else --
+
+#ifdef WGMMA
+
+// Writes of this thread to shared memory, copies that it has waited for among them, are seen by wgmma from then on.
+__device__ __forceinline__ void wgmma_sees_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first product that takes registers which something else wrote.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Wait until at most `pending` of these four warps' groups are under way.
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Whoever reads d behind wgmma_wait<0> does not do so before it.
+template <int columns>
+__device__ __forceinline__ void wgmma_done(float (&d)[columns][4]) {
+#pragma unroll
+  for (int j = 0; j < columns; j++)
+    asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3]) :: "memory");
+}
+
+// d (64 x 8 columns, float) += a (64 x 16) b (16 x 8 columns), bf16, or = unless `add`; a and b by their descriptors. A
+// warp has 16 rows of d, distributed over its lanes as multiply_add's. `a_by_k`: neighbours in memory are neighbours of
+// a's rows, not of the sum's terms; b_by_k likewise.
+#define WGMMA_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define WGMMA_EIGHT(j) WGMMA_FOUR(j), WGMMA_FOUR(j + 1), WGMMA_FOUR(j + 2), WGMMA_FOUR(j + 3), \
+    WGMMA_FOUR(j + 4), WGMMA_FOUR(j + 5), WGMMA_FOUR(j + 6), WGMMA_FOUR(j + 7)
+
+template <bool a_by_k, bool b_by_k>
+__device__ __forceinline__ void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile("{.reg .pred more; setp.ne.s32 more, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+               "%32, %33, more, 1, 1, %35, %36;}"
+               : WGMMA_EIGHT(0) : "l"(a), "l"(b), "r"((int)add), "n"(a_by_k), "n"(b_by_k));
+}
+
+template <bool a_by_k, bool b_by_k>
+__device__ __forceinline__ void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile("{.reg .pred more; setp.ne.s32 more, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+               "%64, %65, more, 1, 1, %67, %68;}"
+               : WGMMA_EIGHT(0), WGMMA_EIGHT(8) : "l"(a), "l"(b), "r"((int)add), "n"(a_by_k), "n"(b_by_k));
+}
+
+#endif

@@ -24,15 +24,16 @@ __device__ __forceinline__ Block philox(uint64_t seed, uint64_t stream, uint64_t
   return b;
 }
 
-// rho = +eps or -eps for each bit, the least significant first; a set bit is -eps. As manifold.corner_pairs.
+// rho = +eps or -eps for each bit, the least significant first; a set bit is -eps. As manifold.corner_pairs. The lanes
+// of a warp draw the same 256 bits, which costs less than to wait for one that does, and store neighbours.
 extern "C" __global__ void __launch_bounds__(256) draw_corners(float* __restrict__ rho, int count, uint64_t seed,
     uint64_t stream, const uint64_t* __restrict__ step, const float* __restrict__ eps) {
-  FOR_EACH(b, (count + 255) / 256) {
-    const Block block = philox(seed, stream, *step, b);
+  FOR_EACH(t, 32 * ((count + 255) / 256)) {
+    const Block block = philox(seed, stream, *step, t / 32);
+    const int lane = t % 32, first = t / 32 * 256 + lane;
 #pragma unroll
-    for (int w = 0; w < 4; w++)
-      for (int i = 0; i < 64 && 256 * b + 64 * w + i < count; i++)
-        rho[256 * b + 64 * w + i] = block.word[w] >> i & 1 ? -*eps : *eps;
+    for (int i = 0; i < 256; i += 32)
+      if (first + i < count) rho[first + i] = block.word[i / 64] >> (i % 64 + lane) & 1 ? -*eps : *eps;
   }
 }
 
