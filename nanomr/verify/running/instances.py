@@ -25,6 +25,7 @@ from ..bounds.crown import Box, Lines, alpha_crown, crown, lower, minimiser
 from ..bounds.rounding import float32_errors
 from ..chain import Chain
 from ..exact.bab import Proof
+from ..exact.milp import Solver, end_with_parent
 from ..formats.onnx_io import import_onnx
 from ..formats.vnnlib import Case, Property, read_vnnlib
 from ..proofs import witness
@@ -35,7 +36,7 @@ from .schedule import settle
 
 FEW = 12  # inputs: with so few, splitting the box is faster than splitting ReLUs
 VERDICTS = ("unsat", "sat", "sat-real", "sat-float32", "timeout", "unknown")
-ANSWERED = VERDICTS[:2]
+ANSWERED, UNANSWERED = VERDICTS[:2], (*VERDICTS[2:], "error")
 
 
 class Decision(NamedTuple):
@@ -564,3 +565,26 @@ def _subject(path: Path, sha256: str, out: str | None) -> Subject:
         except CertificateError:  # its witnesses are not checked exactly, and its proofs not at all
             checked = None
     return Subject(model, checked)
+
+
+# --- in a worker process ----------------------------------------------------------------------------------------------
+
+_solver: Solver | None = None
+
+
+def start_worker():
+    """Initialise a worker: one thread, a solver of its own."""
+    import signal
+
+    import numba
+
+    global _solver
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    end_with_parent()
+    numba.set_num_threads(1)
+    _solver = Solver()
+
+
+def in_worker(line: Line, options: Options):
+    """:func:`run_line`, with the worker's solver."""
+    return run_line(line, options, _solver)
