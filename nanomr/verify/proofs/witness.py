@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 
 from .checker import lower, reach
-from .network import Network, demand
+from .network import CertificateError, Network, demand
 
 MOST = 4_000_000  # nonzero weights that are multiplied exactly: a few seconds
 FORMS = ("sat", "sat-real", "sat-float32")  # violated in both arithmetics, in real arithmetic only, in float32 only
@@ -83,13 +83,16 @@ def violates(network: Network, x, rows, offsets) -> bool | None:
         for j, value in row.items():
             demand(Fraction(float(value)) == value and j < matrix.shape[1], f"no row of this network: {row}")
             matrix[i, j] = float(value)
-    reached = reach(network, low, high)
-    least = [Fraction(v) + o for v, o in zip(lower(network, reached, matrix).tolist(), offsets, strict=True)]
-    most = [o - Fraction(v) for v, o in zip(lower(network, reached, -matrix).tolist(), offsets, strict=True)]
-    if max(most) <= 0:
-        return True
-    if max(least) > 0:
-        return False
+    try:
+        reached = reach(network, low, high)
+        least = [Fraction(v) + o for v, o in zip(lower(network, reached, matrix).tolist(), offsets, strict=True)]
+        most = [o - Fraction(v) for v, o in zip(lower(network, reached, -matrix).tolist(), offsets, strict=True)]
+        if max(most) <= 0:
+            return True
+        if max(least) > 0:
+            return False
+    except (CertificateError, OverflowError, ValueError):
+        pass  # numbers too large for float64 are not for whole numbers
     y = outputs(network, x)
     return None if y is None else all(
         sum((value * y[j] for j, value in row.items()), offset) <= 0 for row, offset in zip(rows, offsets, strict=True)

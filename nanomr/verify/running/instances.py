@@ -29,6 +29,8 @@ from ..exact.milp import Solver, end_with_parent
 from ..formats.onnx_io import import_onnx
 from ..formats.vnnlib import Case, Property, read_vnnlib
 from ..proofs import witness
+from ..proofs.checker import lower as rigorous
+from ..proofs.checker import reach
 from ..proofs.network import CertificateError, Network, read_network
 from .attack import inside
 from .pipeline import PROVED
@@ -109,27 +111,24 @@ class Subject:
 
     def deployed(self, image):
         """The float32 network's logits (K,) as Fractions, or None if they are not finite; ``image`` (H, W, C)."""
-        with np.errstate(all="ignore"):
-            logits = self.model.forward(image[None].astype(np.float32))[0][0]
+        logits = self.model.forward(image[None].astype(np.float32))[0][0]
         return [Fraction(v) for v in logits.astype(np.float64).tolist()] if np.isfinite(logits).all() else None
 
     def violates(self, case: Case, point: list[Fraction]) -> bool | None:
         """Does the exact point violate the property in real arithmetic? None where that is not known."""
         h, w, c = self.chain.input_shape
         x = np.array([float(v) for v in point]).reshape(1, c, h, w).transpose(0, 2, 3, 1)
-        with np.errstate(all="ignore"):
-            logits, inputs = self.chain.forward(x)
-            margins = (case.rows @ logits[0] + case.offsets).max()
-            slack = self.rounding(x, x, [(z, z) for z in inputs], case.rows).max()
-            slack += 1e-12 * abs(case.offsets).max()
+        logits, inputs = self.chain.forward(x)
+        margins = (case.rows @ logits[0] + case.offsets).max()
+        slack = self.rounding(x, x, [(z, z) for z in inputs], case.rows).max() + 1e-12 * abs(case.offsets).max()
         if margins > slack:
             return False
-        if self.checked is None:
-            return True if margins < -slack else None
-        try:
-            found = witness.violates(self.checked, point, case.exact.rows, case.exact.offsets)
-        except CertificateError:
-            return None
+        found = True if margins < -slack else None
+        if self.checked is not None:
+            try:
+                found = witness.violates(self.checked, point, case.exact.rows, case.exact.offsets)
+            except CertificateError:  # numbers so large that the checker takes none of them
+                pass
         return found if margins <= slack else None  # two computations must agree; NaN agrees with nothing
 
 
@@ -159,9 +158,10 @@ class Run:
             boxes.setdefault(id(case.low), []).append(i)
         self.groups = [(Region(prop.cases[members[0]]), members) for members in boxes.values()]
 
+    @np.errstate(all="ignore")  # numbers that are not finite prove nothing
     def decide(self) -> Decision:
         try:
-            for stage in (self._points, self._attack, self._bounds, self._exact):
+            for stage in (self._points, self._attack, self._bounds, self._search, self._exact):
                 self.stage = stage.__name__[1:]
                 stage()
                 if not self._open() or "sat-real" in self.seen:
@@ -199,6 +199,8 @@ class Run:
             for row, offset in zip(case.exact.rows, case.exact.offsets, strict=True)
         )
         verdict = {(True, True): "sat", (True, False): "sat-real", (False, True): "sat-float32"}.get((real, deployed))
+        if verdict == "sat-float32" and not region.fed.all():
+            verdict = None  # what float32 was fed is not in the box
         if verdict and verdict not in self.seen:
             if logits is None:
                 logits = [Fraction(0)] * self.subject.chain.classes
@@ -234,12 +236,7 @@ class Run:
                 continue
             starts, owner = [], []
             for i in members:
-                if corners is not None:
-                    mine = corners[i]
-                elif few:
-                    mine = self._evolve(region, i)
-                else:
-                    mine = self._starts(region, 2)
+                mine = self._starts(region, 20 if few else 2) if corners is None else corners[i]
                 starts.append(np.clip(mine.astype(np.float32), region.low32, region.high32))
                 owner += [i] * len(mine)
             owner, starts = np.array(owner), np.concatenate(starts)
@@ -257,7 +254,15 @@ class Run:
             corner = self.random.integers(0, 2, (max(1, count // 4), *shape)).astype(float)
         return region.low + (region.high - region.low) * np.concatenate([np.full((1, *shape), 0.5), corner, share])
 
-    @np.errstate(all="ignore")
+    def _search(self):
+        """Another attack, without gradients, where inputs are few."""
+        if self.cases[0].low.size <= FEW:
+            for region, members in self.groups:
+                found = {i: self._evolve(region, i) for i in members if i in set(self._open())}
+                for i, images in found.items():
+                    owner = np.full(len(images), i)
+                    self._try(region, owner, *self._descend(region, owner, images))
+
     def _evolve(self, region: Region, i: int, keep: int = 200):
         """The best images (keep, ...) float32 for case ``i`` of 20,000 random ones and what came of these: a property
         with several rows has corners that gradients do not lead into, and few inputs can be searched without."""
@@ -279,7 +284,6 @@ class Run:
             x, values, size = np.concatenate([x, tried]), np.append(values, worst(tried)), size * np.float32(0.85)
         return x[np.argsort(values, kind="stable")[:keep]]
 
-    @np.errstate(all="ignore")  # what overflows is not taken
     def _descend(self, region: Region, owner, x, steps: int = 50):
         """(images (S, H, W, C), values (S,)): the best of each row of ``x`` on its way. A value <= 0 is a hit."""
         model, cases, deadline = self.subject.model, self.cases, 0.8 * self.remaining()
@@ -314,7 +318,6 @@ class Run:
             if values[at] <= 1e-5 * (1 + abs(self.cases[i].offsets).max()):
                 self.judge(region, i, images[at])
 
-    @np.errstate(all="ignore")  # numbers that are not finite prove nothing
     def _bounds(self):
         """CROWN and alpha-CROWN of every row of the open cases, then another attack, from the corners they point to."""
         self.relus, self.best, corners = {}, {}, {}
@@ -337,6 +340,12 @@ class Run:
                 i, m = at[n]
                 if value[n] > target[n] and "how" not in self.records[i]:
                     self._close(i, "crown", m, value[n])
+            close = [n for n, (i, m) in enumerate(at) if value[n] > -self.cases[i].offsets[m]]
+            close = [n for n in close if "how" not in self.records[at[n][0]]]
+            for n, bound in zip(close, self._rigorous(region, rows[close]), strict=True):
+                i, m = at[n]
+                if "how" not in self.records[i] and bound > -self.cases[i].offsets[m]:
+                    self._close(i, "crown", m, bound)
             left = np.array([n for n, (i, _) in enumerate(at) if "how" not in self.records[i]], int)
             if len(left) and self.remaining() > 0:
                 found = alpha_crown(chain, box, lines, rows[left], owner[left], steps=10, target=target[left])
@@ -358,6 +367,16 @@ class Run:
                     self.best.setdefault(i, []).append((float(value[n] - target[n]), m, float(target[n])))
                     corners.setdefault(i, []).append(corner[n])
         self._attack({i: np.array(points) for i, points in corners.items()})
+
+    def _rigorous(self, region: Region, rows):
+        """The checker's bounds (S,) of rows . logits, for what float64 shows with its rounding alone in doubt."""
+        if not len(rows) or self.subject.checked is None:
+            return np.full(len(rows), -np.inf)
+        try:
+            ends = (x[0].ravel() for x in (region.low, region.high))
+            return rigorous(self.subject.checked, reach(self.subject.checked, *ends), rows)
+        except CertificateError:
+            return np.full(len(rows), -np.inf)
 
     def _exact(self):
         """The solvers, the hardest case first: the box in parts where inputs are few, else ReLUs, row by row."""
@@ -490,7 +509,9 @@ def read_list(file: Path) -> list[Line]:
 def _line(number, text) -> Line:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 3 or not all(parts):
-        return Line(number, text[:60], "", 0.0, f"{text[:60]!r} is not network.onnx,property.vnnlib,seconds")
+        return Line(
+            number, text[:60].replace(",", " "), "", 0.0, f"{text[:60]!r} is not network.onnx,property.vnnlib,seconds"
+        )
     try:
         seconds = float(parts[2])
     except ValueError:
