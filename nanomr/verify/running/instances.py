@@ -24,6 +24,7 @@ from ...errors import UserError
 from ..bounds.crown import Box, Lines, alpha_crown, crown, lower, minimiser
 from ..bounds.rounding import float32_errors
 from ..chain import Chain
+from ..exact import split
 from ..exact.bab import Proof
 from ..exact.milp import Solver, end_with_parent
 from ..formats.onnx_io import import_onnx
@@ -186,7 +187,8 @@ class Run:
         return [i for i, record in enumerate(self.records) if "how" not in record]
 
     def _close(self, i: int, how: str, row: int | None, bound: float, arrays=None):
-        self.records[i] = {"how": how, **({"split": True} if row is None else {"row": row}), "bound": float(bound)}
+        found = {"how": how, **({"split": True} if row is None else {"row": row}), "bound": float(bound)}
+        self.records[i] = self.records[i] | found
         self.proof |= {f"{i}/{name}": value for name, value in (arrays or {}).items()}
 
     def judge(self, region: Region, i: int, image) -> bool | None:
@@ -382,21 +384,18 @@ class Run:
         """The solvers, the hardest case first: the box in parts where inputs are few, else ReLUs, row by row."""
         region_of = {i: region for region, members in self.groups for i in members}
         for i in sorted(self._open(), key=lambda i: max(self.best[i])[0]):
-            region, case = region_of[i], self.cases[i]
-            few = case.low.size <= FEW
-            if few:
-                self._split(region, i, 0.7 * self.remaining())
-            rows = sorted(self.best[i], reverse=True)
-            for k, (gap, m, target) in enumerate(rows):
-                if "how" not in self.records[i] and not np.isnan(gap) and self.remaining() > 0:
-                    self._settle(region, i, m, target, self.remaining() / (1 if k == len(rows) - 1 else 2))
-            if "how" not in self.records[i] and (few or len(rows) > 1) and self.remaining() > 0:
-                self._split(region, i, self.remaining())
-            if "how" in self.records[i]:
-                continue
-            self.timed_out = self.remaining() <= 0.02 * self.limit
-            if self.timed_out or self.seen:
-                return  # the others cannot save it
+            region = region_of[i]
+            parts = split.suits(self.subject.chain, region.low, region.high)
+            if parts:
+                self._split(region, i, 0.8 * self.remaining())
+            rows = [(m, target) for gap, m, target in sorted(self.best[i], reverse=True) if not np.isnan(gap)]
+            for k, (m, target) in enumerate(rows, 1):
+                if "how" not in self.records[i] and self.remaining() > 0:
+                    self._settle(region, i, m, target, self.remaining() / (1 if k == len(rows) else 2))
+            if "how" not in self.records[i]:
+                self.timed_out = self.remaining() <= 0.02 * self.limit
+                if self.timed_out or self.seen:
+                    return  # the others cannot save it
 
     def _settle(self, region: Region, i: int, m: int, target: float, budget: float):
         """Exclude case ``i`` by its row ``m`` alone."""
@@ -416,9 +415,7 @@ class Run:
         self.solved += answer.solver_seconds
         self.records[i].setdefault("solver", []).extend(answer.notes)
         if answer.verdict == "proved":
-            notes = self.records[i]["solver"]
             self._close(i, answer.stage, m, answer.bound, answer.proof)
-            self.records[i]["solver"] = notes
 
     def _confirm(self, region: Region, i: int, m: int | None, candidate):
         """For the solvers: never returns an image; a witness ends the search, and a row that fails alone is left."""
@@ -440,23 +437,17 @@ class Run:
             raise _Found
 
     def _split(self, region: Region, i: int, budget: float):
-        """Exclude case ``i`` by parts of its box, each by one row."""
-        try:
-            from ..exact import split
-        except ImportError:
-            return
+        """Exclude case ``i`` by parts of its box."""
         case = self.cases[i]
-        slack = max(target + offset for (_, _, target), offset in zip(self.best[i], case.offsets, strict=True))
         tree = split.search(
-            self.subject.chain, region.low, region.high, case.rows, case.offsets, cpu_limit=budget,
-            threshold=slack if slack > PROVED else 0.0,
-        )  # fmt: skip
+            self.subject.chain, region.low, region.high, case.rows, case.offsets, cpu_limit=budget, threshold=0.0
+        )
         note = f"split: {tree.status}, {tree.domains} domains, {tree.seconds:.2f} s"
+        self.records[i].setdefault("solver", []).append(note)
         if tree.status == "proved":
             self._close(i, "split", None, tree.bound, tree.proof)
         elif tree.status == "candidate":
             self._confirm(region, i, None, tree.image)
-        self.records[i].setdefault("solver", []).append(note)
 
 
 HOW = ("point", "crown", "alpha-crown", "bab", "hull", "split", "milp")  # ways to exclude a case, in their order
