@@ -3,10 +3,10 @@
 import gzip
 import itertools
 import json
-import os
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import programs
@@ -263,6 +263,21 @@ def test_overflow(decide):
     assert decide(model, head(1, 2) + box(["1"], ["2"]) + "(assert (<= Y_0 Y_1))").verdict in ("unsat", "unknown")
 
 
+def test_ends_that_float32_lacks(decide):
+    """Beyond its largest number, between two of its numbers, and below its smallest."""
+    model = network((1, 1, 2), [[[1e-30]], [[1, 0]]], [[0], [0, 1e-3]])
+    for low, high in (("-1e300", "1e300"), ("1e200", "1e250"), ("1e-300", "1e-299"), ("0.1", "0.10000000000000000001")):
+        for verdict, term in (("sat", "(<= Y_1 1)"), ("unsat", "(>= Y_1 0.002)")):
+            found = decide(model, head(1, 2) + box([low], [high]) + f"(assert {term})").verdict
+            assert found == verdict or (found in (f"{verdict}-real", "unknown") and float(high) > 1)
+
+
+def test_many_cases_are_bounded_in_parts(decide, monkeypatch):
+    model, text = random_question(4)
+    monkeypatch.setattr(instances, "ROWS", 2)
+    assert decide(model, text(-100.0)).verdict == "unsat" and decide(model, text(100.0)).verdict == "sat"
+
+
 def test_a_tie_counts_whatever_the_classes_are_called(decide):
     for order in itertools.permutations(range(3)):
         model = network((2, 2, 3), [np.eye(2), np.eye(3)[:2, order]], [[0, 0], np.array([0, 0, -1])[list(order)]])
@@ -517,31 +532,22 @@ def test_the_time_limit_holds(wall, place, solver):
 
 
 def test_milps_say_that_they_leave_no_certificate(decide, monkeypatch):
-    def settle(*arguments, **options):
-        return instances_answer
-
-    from nanomr.verify.running import schedule
-
-    instances_answer = schedule.Answer("proved", "milp", 0.5, {}, None, [], 0.0)
-    monkeypatch.setattr(instances, "settle", settle)
-    monkeypatch.setattr(instances, "FEW", 0)
-    model, text = hard()
-    found = decide(model, text)
+    answer = SimpleNamespace(verdict="proved", stage="milp", bound=0.5, proof={}, notes=[], solver_seconds=0.0)
+    monkeypatch.setattr(instances, "settle", lambda *_, **__: answer)
+    found = decide(*hard())
     assert (found.verdict, found.stage, found.note) == ("unsat", "milp", "no certificate")
 
 
-def test_a_worker_that_is_not_there_when_it_should(place, solver, monkeypatch):
-    """A bug in one line is that line's error."""
+def test_a_bug_in_one_line_is_that_lines_error(place, solver, monkeypatch):
     monkeypatch.setattr(instances.Run, "_bounds", lambda self: 1 / 0)
     line = instances.Line(1, "a.onnx", "c.vnnlib", 20.0, "")
     record, *_ = instances.run_line(line, instances.Options("."), solver)
     assert record["verdict"] == "error" and "ZeroDivisionError" in record["note"]
 
 
-def test_properties_of_another_network(decide, tmp_path):
+def test_properties_of_another_network(tmp_path):
     (tmp_path / "x.vnnlib").write_text(APART + TWO)
+    about = subject(network((2, 2), [np.eye(2)], [[0, 0]]), tmp_path)
     prop = read_vnnlib(tmp_path / "x.vnnlib", (1, 1, 2), 3)
     with pytest.raises(UserError, match="3 outputs, the network has 2"):
-        about = subject(network((2, 2), [np.eye(2)], [[0, 0]]), tmp_path)
         instances.decide(about, prop, left=lambda: 1.0, limit=1.0, solver=None)
-    assert os.path.exists(tmp_path / "net.safetensors")

@@ -37,6 +37,7 @@ from .attack import inside
 from .pipeline import PROVED
 from .schedule import settle
 
+ROWS = 256  # bounded at once
 FEW = 12  # inputs: with so few, splitting the box is faster than splitting ReLUs
 VERDICTS = ("unsat", "sat", "sat-real", "sat-float32", "timeout", "unknown")
 ANSWERED, UNANSWERED = VERDICTS[:2], (*VERDICTS[2:], "error")
@@ -57,40 +58,39 @@ class Decision(NamedTuple):
 class Region:
     """The box of ``case``, and what of it can be fed to a float32 network."""
 
+    @np.errstate(over="ignore")  # an end beyond float32 is infinite there, and fed to nothing
     def __init__(self, case: Case):
         self.low, self.high = case.low[None], case.high[None]  # (1, H, W, C) float64, around the decimals'
+        self.is_point = case.exact.low == case.exact.high
         h, w, c = case.low.shape
         exact = [np.array(side, object).reshape(c, h, w).transpose(1, 2, 0) for side in case.exact[:2]]
-        self.is_point = case.exact.low == case.exact.high
-        ends = []
-        for end, decimal, inward in zip((case.low, case.high), exact, (np.inf, -np.inf), strict=True):
-            beyond = [
-                (Fraction(v) - d) * (1 if inward > 0 else -1) < 0 for v, d in zip(end.flat, decimal.flat, strict=True)
-            ]
-            ends.append(np.where(np.reshape(beyond, end.shape), np.nextafter(end, inward), end))
-        low, high = inside(*ends)
+        self.inner = []  # the largest float64 box inside the decimal one
+        for end, decimal, inward in zip((case.low, case.high), exact, (1, -1), strict=True):
+            beyond = [(d - Fraction(v)) * inward > 0 for v, d in zip(end.flat, decimal.flat, strict=True)]
+            self.inner.append(np.where(np.reshape(beyond, end.shape), np.nextafter(end, inward * np.inf), end))
+        low, high = inside(*self.inner)
         self.fed = low <= high  # is there a float32 number?
-        middle = np.clip(0.5 * (ends[0] + ends[1]), ends[0], ends[1])
-        near = np.where(self.fed, 0, 0.5 * (case.low + case.high)).astype(np.float32)
-        self.inner = ends
-        self.low32, self.high32 = np.where(self.fed, low, near)[None], np.where(self.fed, high, near)[None]
+        middle = np.clip(0.5 * (self.inner[0] + self.inner[1]), *self.inner)
         self.others = {  # what the coordinates without one are instead: a float64 number, or the decimal
-            at: Fraction(float(middle[at])) if ends[0][at] <= ends[1][at] else exact[0][at]
+            at: Fraction(float(middle[at])) if self.inner[0][at] <= self.inner[1][at] else exact[0][at]
             for at in map(tuple, np.argwhere(~self.fed))
         }
+        for at, value in self.others.items():
+            low[at] = high[at] = float(value)
+        self.low32, self.high32 = low[None], high[None]
 
     def point(self, image) -> list[Fraction]:
         """The exact point, in the file's order, at which float32 ``image`` (H, W, C) is fed."""
-        values = np.array([Fraction(v) for v in image.astype(np.float64).ravel().tolist()], object).reshape(image.shape)
+        x = np.where(self.fed, image, 0).astype(np.float64)
+        values = np.array([Fraction(v) for v in x.ravel().tolist()], object).reshape(x.shape)
         for at, value in self.others.items():
             values[at] = value
         return values.transpose(2, 0, 1).ravel().tolist()
 
     def between(self, image) -> list[Fraction]:
         """The exact point, in the file's order, at float64 ``image`` (H, W, C)."""
-        values = np.array([Fraction(v) for v in np.clip(image, *self.inner).ravel().tolist()], object).reshape(
-            image.shape
-        )
+        x = np.clip(image, *self.inner)
+        values = np.array([Fraction(v) for v in x.ravel().tolist()], object).reshape(x.shape)
         for at, value in self.others.items():
             if self.inner[0][at] > self.inner[1][at]:
                 values[at] = value
@@ -142,12 +142,15 @@ class _Hopeless(Exception):
 
 
 class Run:
-    """The search on one instance. ``left()``: the seconds that are left of ``limit``."""
+    """The search on one instance. ``left()``: the seconds that are left of ``limit``; ``pace()``: how many CPU seconds
+    one of these has had, so far."""
 
     def __init__(
-        self, subject: Subject, prop: Property, left: Callable[[], float], limit: float, solver, seed: int = 0
-    ):
+        self, subject: Subject, prop: Property, left: Callable[[], float], limit: float, solver, seed: int = 0,
+        pace: Callable[[], float] = lambda: 1.0,
+    ):  # fmt: skip
         self.subject, self.cases, self.left, self.limit, self.solver = subject, prop.cases, left, limit, solver
+        self.pace = pace
         self.random = np.random.default_rng(seed)
         self.solved = 0.0  # CPU seconds of the solver's own process
         self.records: list[dict] = [{} for _ in prop.cases]
@@ -183,8 +186,9 @@ class Run:
     def remaining(self) -> float:
         return self.left() - self.solved
 
-    def _open(self) -> list[int]:
-        return [i for i, record in enumerate(self.records) if "how" not in record]
+    def _open(self, members=None) -> list[int]:
+        members = range(len(self.records)) if members is None else members
+        return [i for i in members if "how" not in self.records[i]]
 
     def _close(self, i: int, how: str, row: int | None, bound: float, arrays=None):
         found = {"how": how, **({"split": True} if row is None else {"row": row}), "bound": float(bound)}
@@ -233,7 +237,7 @@ class Run:
         """Descend each open case's largest row + offset, from random images, corners, or ``corners[i]`` (S, ...)."""
         few = self.cases[0].low.size <= FEW
         for region, members in self.groups:
-            members = [i for i in members if i in set(self._open())]
+            members = self._open(members)
             if region.is_point or not members:
                 continue
             starts, owner = [], []
@@ -260,8 +264,10 @@ class Run:
         """Another attack, without gradients, where inputs are few."""
         if self.cases[0].low.size <= FEW:
             for region, members in self.groups:
-                found = {i: self._evolve(region, i) for i in members if i in set(self._open())}
-                for i, images in found.items():
+                for i in self._open(members):
+                    if self.remaining() < 0.6 * self.limit:
+                        return
+                    images = self._evolve(region, i)
                     owner = np.full(len(images), i)
                     self._try(region, owner, *self._descend(region, owner, images))
 
@@ -323,52 +329,54 @@ class Run:
     def _bounds(self):
         """CROWN and alpha-CROWN of every row of the open cases, then another attack, from the corners they point to."""
         self.relus, self.best, corners = {}, {}, {}
-        chain = self.subject.chain
         for region, members in self.groups:
-            members = [i for i in members if i in set(self._open())]
+            members = self._open(members)
             if not members:
                 continue
-            relus = self.relus[id(region)] = crown(chain, region.low, region.high)
-            box, lines = Box.between(region.low, region.high), [Lines.around(*r) for r in relus]
+            self.relus[id(region)] = crown(self.subject.chain, region.low, region.high)
             at = [(i, m) for i in members for m in range(len(self.cases[i].rows))]
-            rows = np.array([self.cases[i].rows[m] for i, m in at])
-            slack = np.maximum(PROVED, self.subject.rounding(region.low, region.high, relus, rows))
-            target = -np.array([self.cases[i].offsets[m] for i, m in at]) + slack
-            owner = np.zeros(len(at), int)
-            bound = lower(chain, box, lines, rows, owner)
-            corner = minimiser(box, bound.image, owner)
-            value = bound.value.copy()
-            for n in np.argsort(target - value):
-                i, m = at[n]
-                if value[n] > target[n] and "how" not in self.records[i]:
-                    self._close(i, "crown", m, value[n])
-            close = [n for n, (i, m) in enumerate(at) if value[n] > -self.cases[i].offsets[m]]
-            close = [n for n in close if "how" not in self.records[at[n][0]]]
-            for n, bound in zip(close, self._rigorous(region, rows[close]), strict=True):
-                i, m = at[n]
-                if "how" not in self.records[i] and bound > -self.cases[i].offsets[m]:
-                    self._close(i, "crown", m, bound)
-            left = np.array([n for n, (i, _) in enumerate(at) if "how" not in self.records[i]], int)
-            if len(left) and self.remaining() > 0:
-                found = alpha_crown(chain, box, lines, rows[left], owner[left], steps=10, target=target[left])
-                slopes = [s.astype(np.float32).astype(np.float64) for s in found.slopes]  # as a proof has them
-                better = lower(chain, box, lines, rows[left], owner[left], slopes).value
-                units = np.flatnonzero(np.concatenate([[], *(line.unstable[0].ravel() for line in lines)]))
-                for n, k in enumerate(left):
-                    i, m = at[k]
-                    value[k], corner[k] = np.fmax(value[k], better[n]), found.corner[n]
-                    if better[n] > target[k] and "how" not in self.records[i]:
-                        proof = Proof(units.astype(np.int32))
-                        proof.rows[0] = (
-                            np.zeros(len(units)),
-                            np.concatenate([[], *(s[n].ravel() for s in slopes)])[units],
-                        )
-                        self._close(i, "alpha-crown", m, better[n], proof.arrays())
-            for n, (i, m) in enumerate(at):
-                if "how" not in self.records[i]:
-                    self.best.setdefault(i, []).append((float(value[n] - target[n]), m, float(target[n])))
-                    corners.setdefault(i, []).append(corner[n])
-        self._attack({i: np.array(points) for i, points in corners.items()})
+            for first in range(0, len(at), ROWS):
+                self._bound_rows(region, at[first : first + ROWS], corners)
+        self._attack({i: np.array(corners[i]) for i in self._open()})
+
+    def _bound_rows(self, region: Region, at, corners):
+        """Close cases by their rows: ``at``, (case, row) each. Of others, note how far they are from it, and where."""
+        chain, relus, owner = self.subject.chain, self.relus[id(region)], np.zeros(len(at), int)
+        box, lines = Box.between(region.low, region.high), [Lines.around(*r) for r in relus]
+        rows = np.array([self.cases[i].rows[m] for i, m in at])
+        threshold = -np.array([self.cases[i].offsets[m] for i, m in at])
+        target = threshold + np.maximum(PROVED, self.subject.rounding(region.low, region.high, relus, rows))
+
+        def close(how, n, bound, target, arrays=None):
+            if bound > target and "how" not in self.records[at[n][0]]:
+                self._close(at[n][0], how, at[n][1], bound, arrays)
+
+        def left(among):
+            return np.array([n for n in among if "how" not in self.records[at[n][0]]], int)
+
+        bound = lower(chain, box, lines, rows, owner)
+        value, corner = bound.value.copy(), minimiser(box, bound.image, owner)
+        for n in np.argsort(target - value):
+            close("crown", n, value[n], target[n])
+        doubt = left(np.flatnonzero(value > threshold))
+        for n, rigorous_bound in zip(doubt, self._rigorous(region, rows[doubt]), strict=True):
+            close("crown", n, rigorous_bound, threshold[n])
+        todo = left(range(len(at)))
+        if len(todo) and self.remaining() > 0:
+            found = alpha_crown(chain, box, lines, rows[todo], owner[todo], steps=10, target=target[todo])
+            slopes = [s.astype(np.float32).astype(np.float64) for s in found.slopes]  # as a proof has them
+            better = lower(chain, box, lines, rows[todo], owner[todo], slopes).value
+            units = np.flatnonzero(np.concatenate([[], *(line.unstable[0].ravel() for line in lines)]))
+            for k, n in enumerate(todo):
+                value[n], corner[n] = np.fmax(value[n], better[k]), found.corner[k]
+                proof = Proof(units.astype(np.int32))
+                values = np.concatenate([[], *(s[k].ravel() for s in slopes)])[units]
+                proof.rows[0] = np.zeros(len(units)), values
+                close("alpha-crown", n, better[k], target[n], proof.arrays())
+        for n in left(range(len(at))):
+            i, m = at[n]
+            self.best.setdefault(i, []).append((float(value[n] - target[n]), m, float(target[n])))
+            corners.setdefault(i, []).append(corner[n])
 
     def _rigorous(self, region: Region, rows):
         """The checker's bounds (S,) of rows . logits, for what float64 shows with its rounding alone in doubt."""
@@ -440,7 +448,7 @@ class Run:
         """Exclude case ``i`` by parts of its box."""
         case = self.cases[i]
         tree = split.search(
-            self.subject.chain, region.low, region.high, case.rows, case.offsets, cpu_limit=budget, threshold=0.0
+            self.subject.chain, region.low, region.high, case.rows, case.offsets, cpu_limit=budget * self.pace()
         )
         note = f"split: {tree.status}, {tree.domains} domains, {tree.seconds:.2f} s"
         self.records[i].setdefault("solver", []).append(note)
@@ -522,6 +530,9 @@ def run_line(line: Line, options: Options, solver) -> tuple[dict, dict[str, np.n
     def left():
         return limit - (time.monotonic() - wall if options.wall else time.process_time() - start)
 
+    def pace():
+        return min(1.0, (time.process_time() - start) / (time.monotonic() - wall)) if options.wall else 1.0
+
     try:
         if line.error:
             raise UserError(line.error)
@@ -529,7 +540,7 @@ def run_line(line: Line, options: Options, solver) -> tuple[dict, dict[str, np.n
         record |= {"network_sha256": _sha256(network), "property_sha256": _sha256(prop), "limit": limit}
         subject = _subject(network, record["network_sha256"], options.out)
         question = read_vnnlib(prop, subject.chain.input_shape, subject.chain.classes)
-        run = Run(subject, question, left, limit, solver, options.seed)
+        run = Run(subject, question, left, limit, solver, options.seed, pace)
         found = run.decide()
         record |= {"verdict": found.verdict, "note": found.note, "stage": found.stage, "cases": found.cases}
         proof = found.proof
