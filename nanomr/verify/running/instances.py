@@ -233,16 +233,17 @@ class Run:
             if self.subject.violates(alone, point) is False:
                 return self._close(i, "point", m, -case.offsets[m])
 
-    def _attack(self, corners=None):
-        """Descend each open case's largest row + offset, from random images, corners, or ``corners[i]`` (S, ...)."""
-        few = self.cases[0].low.size <= FEW
+    def _attack(self, corners=None, count: int | None = None):
+        """Descend each open case's largest row + offset, from ``count`` random images and some corners of the box, or
+        from ``corners[i]`` (S, ...)."""
+        count = count or (20 if self.cases[0].low.size <= FEW else 2)
         for region, members in self.groups:
             members = self._open(members)
             if region.is_point or not members:
                 continue
             starts, owner = [], []
             for i in members:
-                mine = self._starts(region, 20 if few else 2) if corners is None else corners[i]
+                mine = self._starts(region, count) if corners is None else corners[i]
                 starts.append(np.clip(mine.astype(np.float32), region.low32, region.high32))
                 owner += [i] * len(mine)
             owner, starts = np.array(owner), np.concatenate(starts)
@@ -261,15 +262,16 @@ class Run:
         return region.low + (region.high - region.low) * np.concatenate([np.full((1, *shape), 0.5), corner, share])
 
     def _search(self):
-        """Another attack, without gradients, where inputs are few."""
-        if self.cases[0].low.size <= FEW:
-            for region, members in self.groups:
-                for i in self._open(members):
-                    if self.remaining() < 0.6 * self.limit:
-                        return
-                    images = self._evolve(region, i)
-                    owner = np.full(len(images), i)
-                    self._try(region, owner, *self._descend(region, owner, images))
+        """A longer attack on what bounds left open; without gradients where inputs are few."""
+        if self.cases[0].low.size > FEW:
+            return self._attack(count=16)
+        for region, members in self.groups:
+            for i in self._open(members):
+                if self.remaining() < 0.6 * self.limit:
+                    return
+                images = self._evolve(region, i)
+                owner = np.full(len(images), i)
+                self._try(region, owner, *self._descend(region, owner, images))
 
     def _evolve(self, region: Region, i: int, keep: int = 200):
         """The best images (keep, ...) float32 for case ``i`` of 20,000 random ones and what came of these: a property
