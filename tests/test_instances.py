@@ -466,6 +466,8 @@ def test_exact_outputs_are_those_of_fractions(seed, tmp_path):
     row = {0: Fraction(1), 2: Fraction(-1)}
     for shift, answer in ((0, True), (Fraction(1, 10**50), False), (-Fraction(1, 10**50), True)):
         assert witness.violates(checked, x, [row], [y[2] - y[0] + shift]) is answer
+        assert witness.excludes(checked, x, x, row, y[2] - y[0] + shift) is not answer
+        assert not witness.excludes(checked, x, [*x[:3], x[3] + 1], row, y[2] - y[0] + shift)
     third = models.mlp((4, 5, 3), seed, (2, 2, 1), (0.5,), (0.3,))  # 1 / 0.3 is rounded
     third = subject(third, tmp_path).checked
     assert witness.outputs(third, x) is None

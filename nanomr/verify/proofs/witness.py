@@ -137,6 +137,11 @@ def _whole(values):
     return (whole >> zeros).astype(object) << (exponent + shift).astype(object), shift
 
 
+def excludes(network: Network, low, high, row, offset) -> bool:
+    """Is the box [low, high] one point, and row . Y + offset > 0 there, for certain? (Of cases that are "point".)"""
+    return tuple(low) == tuple(high) and violates(network, low, [row], [offset]) is False
+
+
 # --- the check --------------------------------------------------------------------------------------------------------
 
 

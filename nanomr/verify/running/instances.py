@@ -43,6 +43,9 @@ VERDICTS = ("unsat", "sat", "sat-real", "sat-float32", "timeout", "unknown")
 ANSWERED, UNANSWERED = VERDICTS[:2], (*VERDICTS[2:], "error")
 
 
+HOW = ("point", "crown", "alpha-crown", "bab", "hull", "split", "milp")  # ways to exclude a case, in their order
+
+
 class Decision(NamedTuple):
     """``cases``: how each was excluded, as results.jsonl has it; ``proof``: its arrays, "<case>/<name>"; ``witness``:
     the counterexample's text and the number of its case, or None; ``note``: what must be known beside the verdict."""
@@ -142,12 +145,12 @@ class _Hopeless(Exception):
 
 
 class Run:
-    """The search on one instance. ``left()``: the seconds that are left of ``limit``; ``pace()``: how many CPU seconds
-    one of these has had, so far."""
+    """The search on one instance. ``left()``: the seconds that are left of ``limit``, CPU seconds of this process, or,
+    with a ``pace()`` (the CPU seconds that one of them has had so far), wall-clock."""
 
     def __init__(
         self, subject: Subject, prop: Property, left: Callable[[], float], limit: float, solver, seed: int = 0,
-        pace: Callable[[], float] = lambda: 1.0,
+        pace: Callable[[], float] | None = None,
     ):  # fmt: skip
         self.subject, self.cases, self.left, self.limit, self.solver = subject, prop.cases, left, limit, solver
         self.pace = pace
@@ -166,10 +169,10 @@ class Run:
     def decide(self) -> Decision:
         try:
             for stage in (self._points, self._attack, self._bounds, self._search, self._exact):
+                if not self._open() or (stage == self._exact and "sat-real" in self.seen):
+                    break
                 self.stage = stage.__name__[1:]
                 stage()
-                if not self._open() or "sat-real" in self.seen:
-                    break
         except _Found:
             pass
         if "sat" not in self.seen and not self._open():
@@ -184,7 +187,7 @@ class Run:
         return Decision("timeout" if late else "unknown", self.stage, self.records, {}, None, "")
 
     def remaining(self) -> float:
-        return self.left() - self.solved
+        return self.left() - (self.solved if self.pace is None else 0.0)
 
     def _open(self, members=None) -> list[int]:
         members = range(len(self.records)) if members is None else members
@@ -409,7 +412,7 @@ class Run:
 
     def _settle(self, region: Region, i: int, m: int, target: float, budget: float):
         """Exclude case ``i`` by its row ``m`` alone."""
-        case, solved, end = self.cases[i], self.solved, self.remaining() - budget
+        case, end = self.cases[i], self.remaining() - budget
         threshold = -float(case.offsets[m])
         if target - threshold > PROVED:  # numbers so large that their rounding is as well
             threshold = target
@@ -417,7 +420,7 @@ class Run:
         try:
             answer = settle(
                 self.subject.chain, region.low, region.high, self.relus[id(region)], case.rows[m], error=np.inf,
-                left=lambda: self.left() - solved - end, limit=self.limit, solver=self.solver,
+                left=lambda: self.remaining() - end, limit=self.limit, solver=self.solver,
                 confirm=partial(self._confirm, region, i, None if alone else m), threshold=threshold,
             )  # fmt: skip
         except _Hopeless:
@@ -449,18 +452,14 @@ class Run:
     def _split(self, region: Region, i: int, budget: float):
         """Exclude case ``i`` by parts of its box."""
         case = self.cases[i]
-        tree = split.search(
-            self.subject.chain, region.low, region.high, case.rows, case.offsets, cpu_limit=budget * self.pace()
-        )
+        cpu = budget * (1.0 if self.pace is None else self.pace())
+        tree = split.search(self.subject.chain, region.low, region.high, case.rows, case.offsets, cpu_limit=cpu)
         note = f"split: {tree.status}, {tree.domains} domains, {tree.seconds:.2f} s"
         self.records[i].setdefault("solver", []).append(note)
         if tree.status == "proved":
             self._close(i, "split", None, tree.bound, tree.proof)
         elif tree.status == "candidate":
             self._confirm(region, i, None, tree.image)
-
-
-HOW = ("point", "crown", "alpha-crown", "bab", "hull", "split", "milp")  # ways to exclude a case, in their order
 
 
 def decide(
@@ -533,7 +532,7 @@ def run_line(line: Line, options: Options, solver) -> tuple[dict, dict[str, np.n
         return limit - (time.monotonic() - wall if options.wall else time.process_time() - start)
 
     def pace():
-        return min(1.0, (time.process_time() - start) / (time.monotonic() - wall)) if options.wall else 1.0
+        return min(1.0, (time.process_time() - start) / (time.monotonic() - wall))
 
     try:
         if line.error:
@@ -542,7 +541,7 @@ def run_line(line: Line, options: Options, solver) -> tuple[dict, dict[str, np.n
         record |= {"network_sha256": _sha256(network), "property_sha256": _sha256(prop), "limit": limit}
         subject = _subject(network, record["network_sha256"], options.out)
         question = read_vnnlib(prop, subject.chain.input_shape, subject.chain.classes)
-        run = Run(subject, question, left, limit, solver, options.seed, pace)
+        run = Run(subject, question, left, limit, solver, options.seed, pace if options.wall else None)
         found = run.decide()
         record |= {"verdict": found.verdict, "note": found.note, "stage": found.stage, "cases": found.cases}
         proof = found.proof
