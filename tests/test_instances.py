@@ -255,6 +255,28 @@ def test_absorption(decide):
     assert found.verdict != "unsat" or "float32 differs" in found.note
 
 
+def test_a_witness_beyond_where_float32_alone_is_violated(decide):
+    """x + 2**24 - 2**24 is 0 in float32 for x <= 1, so y <= 0.6 seems to hold: truly only below 0.6."""
+    model = network((1, 2, 2), [[[1, 0]], [[1, 0], [-1, 0]]], [[2**24, 2**24], [0, 0]])
+    found = decide(model, head(1, 2) + box(["0.4"], ["1"]) + "(assert (<= Y_0 0.6))")
+    assert found.verdict == "sat"
+    found = decide(model, head(1, 2) + box(["0.7"], ["1"]) + "(assert (<= Y_0 0.6))")
+    assert (found.verdict, found.note) == ("unsat", "in real arithmetic; float32 differs")
+
+
+def test_a_network_that_the_checker_cannot_read(tmp_path, solver):
+    """Its proofs are no certificates, and its witnesses are held to float64 with its error alone: a tie is open."""
+    for text, verdict, note in (
+        (APART + TWO, "unsat", "no certificate"),
+        (head(2, 3) + box(("0.3", "0.1"), ("0.8", "0.5")) + TWO, "sat", ""),
+        (head(2, 3) + box(("0.5", "0.5"), ("0.5", "0.5")) + TWO, "unknown", ""),
+    ):
+        (tmp_path / "p.vnnlib").write_text(text)
+        prop = read_vnnlib(tmp_path / "p.vnnlib", (1, 1, 2), 3)
+        found = instances.decide(instances.Subject(EYE, None), prop, left=lambda: 5.0, limit=5.0, solver=solver)
+        assert (found.verdict, found.note) == (verdict, note)
+
+
 def test_overflow(decide):
     """Real arithmetic has an answer where float32 has none."""
     model = network((1, 1, 2), [[[1e30]], [[1e30, 0]]], [[0], [0, 1]])

@@ -177,7 +177,7 @@ class Run:
             pass
         if "sat" not in self.seen and not self._open():
             how = [record["how"] for record in self.records]
-            notes = ["no certificate"] * ("milp" in how)
+            notes = ["no certificate"] * ("milp" in how or self.subject.checked is None)
             notes += ["in real arithmetic; float32 differs"] * ("sat-float32" in self.seen)
             return Decision("unsat", max(how, key=HOW.index), self.records, self.proof, None, "; ".join(notes))
         for verdict in ("sat", "sat-real", "sat-float32"):
