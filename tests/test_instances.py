@@ -236,6 +236,14 @@ def test_a_coordinate_that_is_no_float32_number(decide):
     assert decide(model, near + "(assert (<= Y_1 Y_0))").verdict in ("sat", "sat-real")
 
 
+def test_an_end_that_rounds_onto_a_float32_number(decide):
+    """Its next float64 number outwards is 0.5, a float32 number that is not in the box."""
+    model = network((1, 1, 2), [[[1]], [[1, 0]]], [[0], [0, 0]])
+    text = head(1, 2) + box(["0.5000000000000000000001"], ["1"])
+    assert decide(model, text + "(assert (<= Y_0 0.5))").verdict in ("unsat", "unknown")
+    assert decide(model, text + "(assert (<= Y_0 0.50001))").verdict == "sat"
+
+
 def test_a_fixed_coordinate_beside_a_wide_one(decide):
     model = network((2, 1, 2), [[[0.5], [1]], [[0, 1]]], [[-0.1 + 6e-9], [6.5e-9, 0]])
     found = decide(model, head(2, 2) + box(["-1", "0.1"], ["0", "0.1"]) + "(assert (>= Y_1 Y_0))")
@@ -427,6 +435,42 @@ def test_planted_bugs_are_seen(bug, test, monkeypatch, decide):
 def test_a_dropped_conjunct_is_seen(monkeypatch, decide, tmp_path):
     one_row_of_several(monkeypatch)
     with pytest.raises((AssertionError, CertificateError)):
+        test_properties_agree_with_brute_force(0, decide, tmp_path)
+
+
+def loose_bounds(monkeypatch):
+    """A case is excluded by a margin that is not quite above 0."""
+    right = instances.lower
+
+    def wrong(*arguments):
+        bound = right(*arguments)
+        return bound._replace(value=bound.value + 0.01)
+
+    monkeypatch.setattr(instances, "lower", wrong)
+
+
+def trees_without_the_constant(monkeypatch):
+    monkeypatch.setattr(instances.split, "suits", lambda *_: False)
+    right = instances.settle
+    monkeypatch.setattr(
+        instances, "settle", lambda *a, threshold, **k: right(*a, threshold=min(threshold, 0.0) - 1, **k)
+    )
+
+
+def parts_without_the_constant(monkeypatch):
+    right = instances.split.search
+    monkeypatch.setattr(instances.split, "search", lambda *a, **k: right(*a[:4], a[4] + 0.01, **k))
+
+
+@pytest.mark.parametrize("bug", [None, loose_bounds, trees_without_the_constant, parts_without_the_constant])
+def test_planted_bugs_in_proofs_are_seen(bug, monkeypatch, decide, tmp_path):
+    """With no attack before the proof, which would find most points first."""
+    for name in ("_attack", "_search"):
+        monkeypatch.setattr(instances.Run, name, lambda *_, **__: None)
+    if bug is None:
+        return test_properties_agree_with_brute_force(0, decide, tmp_path)
+    bug(monkeypatch)
+    with pytest.raises(AssertionError, match=r"unsat|True"):
         test_properties_agree_with_brute_force(0, decide, tmp_path)
 
 
