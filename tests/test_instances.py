@@ -570,6 +570,44 @@ def test_what_a_run_keeps_and_how_it_goes_on(run, monkeypatch, capsys):
     assert code == 0 and "1 sat" in out and "2 unsat" in out
 
 
+def test_check_confirms_a_list_and_refuses_what_was_changed(run, monkeypatch, capsys):
+    model, text = random_question(22)
+    export_onnx(model, "r.onnx")
+    least = least_of(model, text(0.0), Path())
+    Path("r.vnnlib").write_text(text(least - 1e-3))
+    Path("p.vnnlib").write_text(head(2, 3) + box(("0.5", "0.3"), ("0.5", "0.3")) + TWO)
+    answer = run("a.onnx,c.vnnlib,20\na.onnx,s.vnnlib,20\nr.onnx,r.vnnlib,20\na.onnx,p.vnnlib,20\n", "--out", "v")
+    assert verdicts(answer) == (0, ["unsat", "sat", "unsat", "unsat"])
+    assert {case["how"] for record in log() for case in record["cases"] if case} >= {"crown", "split", "point"}
+    call = programs.caller(verify_small, monkeypatch, capsys)
+
+    def check():
+        return call("--check", "v")
+
+    code, out, err = check()
+    assert code == 0 and "3 proved again" in out and "1 counterexamples checked" in out, err
+    kept = {path: path.read_bytes() for path in Path("v").rglob("*") if path.is_file()}
+    for name, old, new, line in (
+        ("counterexamples/2.txt", b"(X_0 0.", b"(X_0 1.", 2),
+        ("counterexamples/2.txt", b"(Y_2 ", b"(Y_3 ", 2),
+        ("results.jsonl", b'"verdict": "sat"', b'"verdict": "unsat"', 2),
+        ("results.jsonl", b'"how": "point"', b'"how": "guess"', None),
+        ("results.jsonl", b'"row": 0, "bound"', b'"row": 1, "bound"', 1),
+    ):
+        file = Path("v") / name
+        assert old in kept[file]
+        file.write_bytes(kept[file].replace(old, new, 1))
+        code, _, err = check()
+        assert (code == 0) == (line is None) and (line is None or f"line {line}: " in err), (name, err)
+        file.write_bytes(kept[file])
+    (proof,) = Path("v/proofs").iterdir()
+    proof.unlink()
+    assert_one_error_line((*check()[:1], "", check()[2]), "line 3: ")
+    proof.write_bytes(kept[proof])
+    Path("c.vnnlib").write_text(head(2, 3) + box(("0.3", "0.1"), ("0.8", "0.5")) + TWO)
+    assert "not the file that was verified" in check()[2]
+
+
 def test_shards_and_jobs(run):
     for i in range(2):
         run(LIST.replace("nowhere", "c"), "--out", "v", "--shard", f"{i}/2", "--jobs", 2 if i == 0 else 1)
