@@ -379,6 +379,29 @@ def test_no_list_ends_in_a_traceback(place, solver):
     assert len(seen) > 5, seen
 
 
+@pytest.mark.parametrize("order", [None, [0, 1, 2, 3], [3, 1, 0, 2]])
+def test_inputs_in_another_order(order, tmp_path, solver):
+    """(2 pixels, 2 channels): by default X_1 is the first channel of the second pixel; else as ``order`` says."""
+    model = models.mlp((4, 2), input_shape=(1, 2, 2))
+    model.children["fc1"].params["weight"][...] = np.array([[1, 0], [10, 0], [100, 0], [1000, 0]])
+    model.children["fc1"].params["bias"][...] = 0
+    about = subject(model, tmp_path)
+    x = [0.5, 0.25, 0.75, 1.0]  # as the file counts them
+    image = np.zeros(4)
+    image[[0, 2, 1, 3] if order is None else order] = x
+    y = image @ [1, 10, 100, 1000]
+    for high, edge, verdict in ((x, y, "sat"), (x, np.nextafter(y, 0), "unsat"), ([*x[:3], 1.5], y, "sat")):
+        (tmp_path / "p.vnnlib").write_text(head(4, 2) + box(x, high) + f"(assert (<= Y_0 {float(edge)!r}))")
+        prop = read_vnnlib(tmp_path / "p.vnnlib", (1, 2, 2), 2, order)
+        found = instances.decide(about, prop, left=lambda: 9.0, limit=9.0, solver=solver)
+        assert found.verdict == verdict
+        if found.witness:
+            exact = prop.cases[0].exact
+            assert "(X_0 0.5)\n(X_1 0.25)\n(X_2 0.75)\n(X_3 1.0)" in found.witness[0]
+            check = about.checked, exact.low, exact.high, exact.rows, exact.offsets, found.witness[0]
+            assert witness.check_witness(*check, order=order) == "sat"
+
+
 # --- planted bugs -----------------------------------------------------------------------------------------------------
 
 
@@ -386,9 +409,9 @@ def strictly(monkeypatch):
     """> for >=."""
     right = instances.Subject.violates
 
-    def wrong(self, case, point):
+    def wrong(self, case, *arguments):
         exact = case.exact._replace(offsets=tuple(o + Fraction(1, 10**40) for o in case.exact.offsets))
-        return right(self, case._replace(exact=exact), point)
+        return right(self, case._replace(exact=exact), *arguments)
 
     monkeypatch.setattr(instances.Subject, "violates", wrong)
 
@@ -415,7 +438,7 @@ def one_row_of_several(monkeypatch):
 
 
 def float32_alone(monkeypatch):
-    monkeypatch.setattr(instances.Subject, "violates", lambda self, case, point: True)
+    monkeypatch.setattr(instances.Subject, "violates", lambda self, *_: True)
 
 
 PLANTED = [

@@ -115,7 +115,7 @@ decimals = st.decimals(-10, 10, places=25).map(str) | st.from_regex(
 )
 
 
-@given(decimals, decimals, decimals)
+@given(decimals, decimals, st.decimals(-10, 10, places=25).map(str))
 def test_a_case_contains_the_decimal_one(tmp_path_factory, a, b, c):
     """Its box is the smallest float64 one, its offset the largest below the decimal one."""
     path = tmp_path_factory.mktemp("read") / "box.vnnlib"

@@ -128,23 +128,28 @@ class Case(NamedTuple):
 
 
 class Property(NamedTuple):
-    """What a VNN-LIB file asks: is there a point in one of ``cases``? Then the network is not safe."""
+    """What a VNN-LIB file asks: is there a point in one of ``cases``? Then the network is not safe.
+
+    ``order`` (inputs,): the file's i-th input is number order[i] of the image, flattened.
+    """
 
     cases: list[Case]
     outputs: int
+    order: np.ndarray
 
 
-def read_vnnlib(path, input_shape: tuple | None = None, outputs: int | None = None) -> Property:
+def read_vnnlib(path, input_shape: tuple | None = None, outputs: int | None = None, order=None) -> Property:
     """The property in a file as VNN-COMP has them, gzipped or not.
 
     The boxes' ends are (H, W, C) when that ``input_shape`` is given, else (inputs,) in the file's order. ``outputs``:
-    how many the network has. Understood: ``(declare-const X_i Real)`` and ``Y_j``; assertions of ``<=`` and ``>=``
-    between sums of constants and either outputs or one input, with ``+``, ``-`` and ``*``; ``and`` and ``or`` of these,
-    nested in any way. Cases that say the same are one; those whose box is empty are none. Every input needs two bounds.
-    Raises UserError, naming what was found, for anything else, and for another number of inputs or outputs.
+    how many the network has; ``order``: of its inputs, by default that of (C, H, W). Understood:
+    ``(declare-const X_i Real)`` and ``Y_j``; assertions of ``<=`` and ``>=`` between sums of constants and either
+    outputs or one input, with ``+``, ``-`` and ``*``; ``and`` and ``or`` of these, nested in any way. Cases that say
+    the same are one; those whose box is empty are none. Every input needs two bounds. Raises UserError, naming what was
+    found, for anything else, and for another number of inputs or outputs.
     """
     try:
-        return _property(_expressions(_text(Path(path))), input_shape, outputs)
+        return _property(_expressions(_text(Path(path))), input_shape, outputs, order)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except _Refused as refused:
@@ -211,7 +216,7 @@ class _Row(NamedTuple):
     offset: Fraction
 
 
-def _property(commands, input_shape, outputs):
+def _property(commands, input_shape, outputs, order):
     declared: dict[str, set[int]] = {"X": set(), "Y": set()}
     common: list = []  # what every case says
     cases: list[list] = [[]]  # and what each says beside it
@@ -242,11 +247,16 @@ def _property(commands, input_shape, outputs):
                 raise _Refused(f"{kind}_{i} is not declared")
     if outputs is not None and classes != outputs:
         raise _Refused(f"it declares {classes} outputs, the network has {outputs}")
-    return Property(_merged(common, cases, inputs, classes, input_shape), classes)
+    shape = (inputs,) if input_shape is None else tuple(input_shape)
+    if order is None:
+        order = np.arange(inputs).reshape(shape)
+        order = (order if input_shape is None else order.transpose(2, 0, 1)).ravel()
+    return Property(_merged(common, cases, classes, shape, order), classes, np.asarray(order))
 
 
-def _merged(common, cases, inputs, classes, input_shape) -> list[Case]:
+def _merged(common, cases, classes, shape, order) -> list[Case]:
     """The cases that are not empty, each once; equal boxes are the same arrays."""
+    inputs = len(order)
     usual, rows = _box([{}, {}], common), {atom: None for atom in common if isinstance(atom, _Row)}
     boxes: dict[tuple, tuple] = {}
     found: dict[tuple, Case] = {}
@@ -256,7 +266,7 @@ def _merged(common, cases, inputs, classes, input_shape) -> list[Case]:
         if own not in boxes:
             if len(boxes) * inputs > 1000 * CASES:
                 raise _Refused(f"it has more than {len(boxes)} boxes of {inputs} inputs")
-            ends = _ends(_box(usual, own), inputs, input_shape)
+            ends = _ends(_box(usual, own), shape, order)
             boxes[own] = next((other for other in boxes.values() if other[2:4] == ends[2:4]), ends)
         low, high, exact_low, exact_high, out = boxes[own]
         if out is not None:
@@ -291,20 +301,18 @@ def _box(box, atoms):
     return box
 
 
-def _ends(box, inputs, input_shape):
+def _ends(box, shape, order):
     """(low, high, exact low, exact high, an input whose bounds exclude each other, or None)."""
     for bounds, side in zip(box, ("lower", "upper"), strict=True):
-        if missing := set(range(inputs)) - bounds.keys():
+        if missing := set(range(len(order))) - bounds.keys():
             raise _Refused(f"X_{min(missing)} has no {side} bound")
-    exact = [tuple(bounds[i] for i in range(inputs)) for bounds in box]
+    exact = [tuple(bounds[i] for i in range(len(order))) for bounds in box]
     out = next((i for i, (a, b) in enumerate(zip(*exact, strict=True)) if a > b), None)
     ends = [
         np.array([_rounded(v, outward) for v in side]) for side, outward in zip(exact, (-np.inf, np.inf), strict=True)
     ]
-    if input_shape is not None:
-        h, w, c = input_shape
-        ends = [end.reshape(c, h, w).transpose(1, 2, 0) for end in ends]
-    return *ends, *exact, out
+    place = np.argsort(order)
+    return *(end[place].reshape(shape) for end in ends), *exact, out
 
 
 def _floats(row: _Row):

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from ...checkpoint import load_tensors
 from .checker import lower, reach
 from .network import CertificateError, Network, demand
 
@@ -18,10 +19,19 @@ FORMS = ("sat", "sat-real", "sat-float32")  # violated in both arithmetics, in r
 TERM = r"\(\s*([XY])_([0-9]{1,9})\s+(-?[0-9]{1,400}(?:\.[0-9]{1,1200})?|\(/ -?[0-9]{1,1200} [0-9]{1,1200}\))\s*\)"
 
 
-def order(network: Network) -> np.ndarray:
-    """The network's inputs, (H, W, C) flat, each by its place among the property's, which count (C, H, W)."""
+def places(network: Network, order=None) -> np.ndarray:
+    """The network's inputs, (H, W, C) flat, each by its place among the property's. ``order``, the other way round: for
+    each of these, which input it is; by default they count (C, H, W)."""
     h, w, c = network.input_shape
-    return np.arange(h * w * c).reshape(c, h, w).transpose(1, 2, 0).ravel()
+    count = np.arange(h * w * c)
+    return np.argsort(count.reshape(h, w, c).transpose(2, 0, 1).ravel() if order is None else order)
+
+
+def input_order(path) -> np.ndarray | None:
+    """What a network's file says of the order of its properties' inputs. Raises CertificateError if that is none."""
+    order = load_tensors(path)[1].get("input_order")
+    demand(order is None or sorted(order) == list(range(len(order))), f"{path}: the inputs' order is none")
+    return None if order is None else np.array(order)
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -67,13 +77,13 @@ def read(content: str) -> tuple[str, list[Fraction], list[Fraction]]:
 # --- the network at one point -----------------------------------------------------------------------------------------
 
 
-def violates(network: Network, x, rows, offsets) -> bool | None:
+def violates(network: Network, x, rows, offsets, order=None) -> bool | None:
     """Is every row of Y, plus its offset, <= 0 at the point ``x``? Rigorous; None where rounding leaves it open.
 
-    x: Fractions in the property's order; rows: a dict of Fractions, by output, each; offsets: Fractions. First in
+    x: Fractions in the property's ``order``; rows: a dict of Fractions, by output, each; offsets: Fractions. First in
     float64, with error bounds; what these leave open exactly, if the network's numbers are rational and not too many.
     """
-    point = [x[i] for i in order(network)]
+    point = [x[i] for i in places(network, order)]
     near = np.array([float(v) for v in point])
     low, high = np.nextafter(near, -np.inf), np.nextafter(near, np.inf)
     exact = np.array([Fraction(v) == p for v, p in zip(near.tolist(), point, strict=True)])
@@ -93,20 +103,20 @@ def violates(network: Network, x, rows, offsets) -> bool | None:
             return False
     except (CertificateError, OverflowError, ValueError):
         pass  # numbers too large for float64 are not for whole numbers
-    y = outputs(network, x)
+    y = outputs(network, x, order)
     return None if y is None else all(
         sum((value * y[j] for j, value in row.items()), offset) <= 0 for row, offset in zip(rows, offsets, strict=True)
     )  # fmt: skip
 
 
-def outputs(network: Network, x) -> list[Fraction] | None:
+def outputs(network: Network, x, order=None) -> list[Fraction] | None:
     """The network's outputs at the point ``x``, exactly; None if its numbers are not all rational, or too many.
 
     Every number is a whole one over a denominator that all of a layer share: sums of products of whole numbers.
     """
     if sum(m.weight.nnz for m in network.maps) > MOST or not all(map(_is_exact, network.maps)):
         return None
-    point = [x[i] for i in order(network)]
+    point = [x[i] for i in places(network, order)]
     bottom = int(np.lcm.reduce(np.array([v.denominator for v in point], object)))
     values = np.array([v.numerator * (bottom // v.denominator) for v in point], object)
     for m in network.maps:
@@ -137,20 +147,20 @@ def _whole(values):
     return (whole >> zeros).astype(object) << (exponent + shift).astype(object), shift
 
 
-def excludes(network: Network, low, high, row, offset) -> bool:
+def excludes(network: Network, low, high, row, offset, order=None) -> bool:
     """Is the box [low, high] one point, and row . Y + offset > 0 there, for certain? (Of cases that are "point".)"""
-    return tuple(low) == tuple(high) and violates(network, low, [row], [offset]) is False
+    return tuple(low) == tuple(high) and violates(network, low, [row], [offset], order) is False
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
 def check_witness(
-    network: Network, low, high, rows, offsets, content: str, predict: Callable | None = None
-) -> str:  # fmt: skip
+    network: Network, low, high, rows, offsets, content: str, predict: Callable | None = None, order=None
+) -> str:
     """The verdict that the text ``content`` proves, of one of ``FORMS``; raises CertificateError if it proves none.
 
-    low, high, rows, offsets: the case's numbers as Fractions, in the property's order (rows: dicts by output).
+    low, high, rows, offsets: the case's numbers as Fractions, in the property's ``order`` (rows: dicts by output).
     ``predict``: the deployed network, images (1, H, W, C) float32 to logits; its answer at the float32 image nearest
     to the point must violate the property as well (or, without it, what the text says that it was).
     """
@@ -159,12 +169,12 @@ def check_witness(
     for i, (v, a, b) in enumerate(zip(x, low, high, strict=True)):
         demand(a <= v <= b, f"the counterexample's X_{i} is outside of its bounds")
     if verdict != "sat-float32":
-        found = violates(network, x, rows, offsets)
+        found = violates(network, x, rows, offsets, order)
         demand(found is not None, "the counterexample lies within rounding of the property's edge")
         demand(found, "the counterexample does not violate the property in real arithmetic")
     if verdict != "sat-real":
         if predict is not None:
-            image = np.array([float(v) for v in x])[order(network)].astype(np.float32)
+            image = np.array([float(v) for v in x])[places(network, order)].astype(np.float32)
             logits = np.asarray(predict(image.reshape(1, *network.input_shape)), np.float64).ravel()
             demand(np.isfinite(logits).all(), "float32 gives numbers that are not finite")
             y = [Fraction(v) for v in logits.tolist()]

@@ -7,11 +7,9 @@ point's is exact, and the deployed network is fed the one next to it.
 """
 
 import copy
-import gzip
 import hashlib
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -27,7 +25,7 @@ from ..chain import Chain
 from ..exact import split
 from ..exact.bab import Proof
 from ..exact.milp import Solver, end_with_parent
-from ..formats.onnx_io import import_onnx
+from ..formats.onnx_import import read_onnx
 from ..formats.vnnlib import Case, Property, read_vnnlib
 from ..proofs import witness
 from ..proofs.checker import lower as rigorous
@@ -62,11 +60,11 @@ class Region:
     """The box of ``case``, and what of it can be fed to a float32 network."""
 
     @np.errstate(over="ignore")  # an end beyond float32 is infinite there, and fed to nothing
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, order):
         self.low, self.high = case.low[None], case.high[None]  # (1, H, W, C) float64, around the decimals'
         self.is_point = case.exact.low == case.exact.high
-        h, w, c = case.low.shape
-        exact = [np.array(side, object).reshape(c, h, w).transpose(1, 2, 0) for side in case.exact[:2]]
+        self.order, place = order, np.argsort(order)
+        exact = [np.array(side, object)[place].reshape(case.low.shape) for side in case.exact[:2]]
         self.inner = []  # the largest float64 box inside the decimal one
         for end, decimal, inward in zip((case.low, case.high), exact, (1, -1), strict=True):
             beyond = [(d - Fraction(v)) * inward > 0 for v, d in zip(end.flat, decimal.flat, strict=True)]
@@ -88,7 +86,7 @@ class Region:
         values = np.array([Fraction(v) for v in x.ravel().tolist()], object).reshape(x.shape)
         for at, value in self.others.items():
             values[at] = value
-        return values.transpose(2, 0, 1).ravel().tolist()
+        return values.ravel()[self.order].tolist()
 
     def between(self, image) -> list[Fraction]:
         """The exact point, in the file's order, at float64 ``image`` (H, W, C)."""
@@ -97,7 +95,7 @@ class Region:
         for at, value in self.others.items():
             if self.inner[0][at] > self.inner[1][at]:
                 values[at] = value
-        return values.transpose(2, 0, 1).ravel().tolist()
+        return values.ravel()[self.order].tolist()
 
 
 class Subject:
@@ -118,10 +116,9 @@ class Subject:
         logits = self.model.forward(image[None].astype(np.float32))[0][0]
         return [Fraction(v) for v in logits.astype(np.float64).tolist()] if np.isfinite(logits).all() else None
 
-    def violates(self, case: Case, point: list[Fraction]) -> bool | None:
+    def violates(self, case: Case, point: list[Fraction], order) -> bool | None:
         """Does the exact point violate the property in real arithmetic? None where that is not known."""
-        h, w, c = self.chain.input_shape
-        x = np.array([float(v) for v in point]).reshape(1, c, h, w).transpose(0, 2, 3, 1)
+        x = np.array([float(v) for v in point])[np.argsort(order)].reshape(1, *self.chain.input_shape)
         logits, inputs = self.chain.forward(x)
         margins = (case.rows @ logits[0] + case.offsets).max()
         slack = self.rounding(x, x, [(z, z) for z in inputs], case.rows).max() + 1e-12 * abs(case.offsets).max()
@@ -130,7 +127,7 @@ class Subject:
         found = True if margins < -slack else None
         if self.checked is not None:
             try:
-                found = witness.violates(self.checked, point, case.exact.rows, case.exact.offsets)
+                found = witness.violates(self.checked, point, case.exact.rows, case.exact.offsets, order)
             except CertificateError:  # numbers so large that the checker takes none of them
                 pass
         return found if margins <= slack else None  # two computations must agree; NaN agrees with nothing
@@ -163,7 +160,7 @@ class Run:
         boxes: dict[int, list[int]] = {}
         for i, case in enumerate(prop.cases):
             boxes.setdefault(id(case.low), []).append(i)
-        self.groups = [(Region(prop.cases[members[0]]), members) for members in boxes.values()]
+        self.groups = [(Region(prop.cases[members[0]], prop.order), members) for members in boxes.values()]
 
     @np.errstate(all="ignore")  # numbers that are not finite prove nothing
     def decide(self) -> Decision:
@@ -202,7 +199,7 @@ class Run:
         """Does the point of float32 ``image`` (H, W, C) violate case ``i`` in real arithmetic? Ends the search if it
         does so in float32 as well."""
         case, point, logits = self.cases[i], region.point(image), self.subject.deployed(image)
-        real = self.subject.violates(case, point)
+        real = self.subject.violates(case, point, region.order)
         deployed = logits is not None and all(
             sum((v * logits[j] for j, v in row.items()), offset) <= 0
             for row, offset in zip(case.exact.rows, case.exact.offsets, strict=True)
@@ -226,14 +223,14 @@ class Run:
             if region.is_point:
                 for i in members:
                     if self.judge(region, i, region.low32[0]) is False:
-                        self._close_point(i, region.point(region.low32[0]))
+                        self._close_point(region, i)
 
-    def _close_point(self, i: int, point):
-        case = self.cases[i]
+    def _close_point(self, region: Region, i: int):
+        case, point = self.cases[i], region.point(region.low32[0])
         for m in range(len(case.rows)):
             rows, offsets = case.exact.rows[m : m + 1], case.exact.offsets[m : m + 1]
             alone = Case(*case[:2], case.rows[[m]], case.offsets[[m]], case.exact._replace(rows=rows, offsets=offsets))
-            if self.subject.violates(alone, point) is False:
+            if self.subject.violates(alone, point, region.order) is False:
                 return self._close(i, "point", m, -case.offsets[m])
 
     def _attack(self, corners=None, count: int | None = None):
@@ -439,7 +436,7 @@ class Run:
             self._try(region, owner, *self._descend(region, owner, start, 20))
         if not real and "sat-real" not in self.seen:  # between two float32 numbers, perhaps
             point = region.between(candidate)
-            if self.subject.violates(self.cases[i], point):
+            if self.subject.violates(self.cases[i], point, region.order):
                 self.seen["sat-real"] = witness.text("sat-real", point, [Fraction(0)] * self.subject.chain.classes), i
         if m is not None:
             case, x = self.cases[i], candidate[None]
@@ -539,8 +536,8 @@ def run_line(line: Line, options: Options, solver) -> tuple[dict, dict[str, np.n
             raise UserError(line.error)
         network, prop = (_existing(Path(options.folder) / name) for name in (line.network, line.prop))
         record |= {"network_sha256": _sha256(network), "property_sha256": _sha256(prop), "limit": limit}
-        subject = _subject(network, record["network_sha256"], options.out)
-        question = read_vnnlib(prop, subject.chain.input_shape, subject.chain.classes)
+        subject, order = _subject(network, record["network_sha256"], options.out)
+        question = read_vnnlib(prop, subject.chain.input_shape, subject.chain.classes, order)
         run = Run(subject, question, left, limit, solver, options.seed, pace if options.wall else None)
         found = run.decide()
         record |= {"verdict": found.verdict, "note": found.note, "stage": found.stage, "cases": found.cases}
@@ -570,25 +567,18 @@ def _sha256(path: Path) -> str:
 
 
 @lru_cache(1)
-def _subject(path: Path, sha256: str, out: str | None) -> Subject:
-    """The network in a file; in ``out``, it is kept as a checkpoint that the checker reads."""
+def _subject(path: Path, sha256: str, out: str | None) -> tuple[Subject, np.ndarray]:
+    """The network in a file, and the order of its inputs; in ``out``, both are kept as what the checker reads."""
+    model, order = read_onnx(path)
     with tempfile.TemporaryDirectory() as place:
-        if path.suffix == ".gz":
-            unpacked = Path(place) / path.stem
-            try:
-                unpacked.write_bytes(gzip.decompress(path.read_bytes()))
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{path} is damaged ({error})") from None
-            path = unpacked
-        model = import_onnx(path)
         kept = Path(out or place) / "networks" / f"{sha256}.safetensors"
         kept.parent.mkdir(parents=True, exist_ok=True)
-        model.save(kept)
+        model.save(kept, input_order=order.tolist())
         try:
             checked = read_network(kept)
         except CertificateError:  # its witnesses are not checked exactly, and its proofs not at all
             checked = None
-    return Subject(model, checked)
+    return Subject(model, checked), order
 
 
 # --- in a worker process ----------------------------------------------------------------------------------------------
