@@ -452,6 +452,15 @@ def bounds(path):
     return {(w[1], int(w[2][2:])): w[3] for w in words if len(w) == 4 and w[0] == "assert" and w[2][0] == "X"}
 
 
+def assert_robustness(prop, label):
+    """One box, and a case for each rival t: Y_label - Y_t <= 0."""
+    assert all(case.low is prop.cases[0].low and not case.offsets.any() for case in prop.cases)
+    one = np.eye(prop.outputs)
+    assert [case.rows.tolist() for case in prop.cases] == [
+        [(one[label] - one[t]).tolist()] for t in range(prop.outputs) if t != label
+    ]
+
+
 @given(boxes)
 def test_the_text_contains_the_box_and_reading_it_adds_an_ulp_at_most(tmp_path_factory, ends):
     path = tmp_path_factory.mktemp("box") / "box.vnnlib"
@@ -463,100 +472,12 @@ def test_the_text_contains_the_box_and_reading_it_adds_an_ulp_at_most(tmp_path_f
         assert Fraction(lower) <= Fraction(float(a)) and Fraction(float(b)) <= Fraction(upper)
         for text in (lower, upper):
             assert "e" not in text.lower() and "." in text and len(Decimal(text).normalize().as_tuple().digits) <= 17
-    back = read_vnnlib(path, low.shape)
+    prop = read_vnnlib(path, low.shape, 3)
+    back = prop.cases[0]
     assert back.low.shape == back.high.shape == low.shape
     assert (np.nextafter(low, -np.inf) <= back.low).all() and (back.low <= low).all()
     assert (high <= back.high).all() and (back.high <= np.nextafter(high, np.inf)).all()
-    assert (back.label, back.rivals, back.classes) == (1, [0, 2], 3)
-
-
-decimals = st.decimals(-10, 10, places=25).map(str) | st.from_regex(
-    r"-?[0-9]{1,3}\.[0-9]{0,30}(e-?[0-9]{1,2})?", fullmatch=True
-)
-
-
-@given(decimals, decimals)
-def test_a_box_read_contains_the_decimal_one(tmp_path_factory, a, b):
-    """And is the smallest float64 box that does."""
-    path = tmp_path_factory.mktemp("read") / "box.vnnlib"
-    a, b = sorted((a, b), key=Fraction)
-    path.write_text(HEAD.format(1) + f"(assert (>= X_0 {a})) (assert (<= X_0 {b})) (assert (>= Y_0 Y_1))")
-    low, high, label, rivals, _ = read_vnnlib(path)
-    assert Fraction(float(low[0])) <= Fraction(a) < Fraction(float(np.nextafter(low[0], np.inf)))
-    assert Fraction(float(np.nextafter(high[0], -np.inf))) < Fraction(b) <= Fraction(float(high[0]))
-    assert (label, rivals) == (1, [0])
-
-
-HEAD = "(declare-const X_0 Real)\n(declare-const Y_0 Real)\n(declare-const Y_1 Real)\n(declare-const Y_{} Real)\n"
-BOX = HEAD.format(2) + "(assert (<= X_0 0.75))\n(assert (>= X_0 0.25))\n"
-
-FORMS = {
-    "competition": "(assert (or\n\t(and (>= Y_0 Y_2)) ; a rival\n\t(and (>= Y_1 Y_2))\n))",
-    "without and": "(assert (or (>= Y_0 Y_2) (>= Y_1 Y_2)))",
-    "turned round": "( assert(or(and( <= Y_2 Y_0))(and(<= Y_2 Y_1)) ) )",
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_of_the_property(form, tmp_path):
-    path = tmp_path / "a.vnnlib"
-    path.write_text(f"; CIFAR-10, (not) an expression\n\n{BOX}{FORMS[form]}\n")
-    low, high, label, rivals, classes = read_vnnlib(path)
-    assert (low.tolist(), high.tolist(), label, rivals, classes) == ([0.25], [0.75], 2, [0, 1], 3)
-
-
-def test_a_single_rival_and_the_tightest_of_several_bounds(tmp_path):
-    path = tmp_path / "a.vnnlib"
-    path.write_text(BOX + "(assert (>= 0.625 X_0)) (assert (<= X_0 0.875)) (assert (<= 0.1 X_0)) (assert (>= Y_1 Y_0))")
-    low, high, label, rivals, classes = read_vnnlib(path)
-    assert (low.tolist(), high.tolist(), label, rivals, classes) == ([0.25], [0.625], 0, [1], 3)
-
-
-ROBUST = "(assert (>= Y_0 Y_1))"
-REFUSED_TEXTS = {
-    "found (<= Y_0 3.99), not": BOX + "(assert (<= Y_0 3.99))",
-    "found (and (>= Y_0 Y_1) (>= Y_0 Y_2)), not": BOX + "(assert (or (and (>= Y_0 Y_1) (>= Y_0 Y_2))))",
-    "found (assert (>= Y_1 Y_2)), a second": BOX + "(assert (>= Y_0 Y_2)) (assert (>= Y_1 Y_2))",
-    "found (> Y_0 Y_1), not": BOX + "(assert (> Y_0 Y_1))",
-    "found (>= Y_1 Y_1), not": BOX + "(assert (>= Y_1 Y_1))",
-    "found or, not": BOX + "(assert or)",
-    "found (and (<= X_0 1) (>= X_0 0) (>= Y_0 Y_1)), not": BOX
-    + "(assert (or (and (<= X_0 1) (>= X_0 0) (>= Y_0 Y_1))))",
-    "it speaks of 2 labels": BOX + "(assert (or (and (>= Y_0 Y_1)) (and (>= Y_1 Y_2))))",
-    "it speaks of 0 labels": BOX,
-    "found X_0, not a decimal number": BOX + "(assert (<= X_0 X_0))" + ROBUST,
-    "found 1e999, which no float64": BOX + "(assert (<= X_0 1e999))" + ROBUST,
-    "found nan, not a decimal": BOX + "(assert (<= X_0 nan))" + ROBUST,
-    "found 1e99999, not a decimal": BOX + "(assert (<= X_0 1e99999))" + ROBUST,
-    "found (- 1), not a decimal": BOX + "(assert (>= X_0 (- 1)))" + ROBUST,
-    "X_0 has no upper bound": BOX.replace("(assert (<= X_0 0.75))", "") + ROBUST,
-    "X_0 has no lower bound": BOX.replace("(assert (>= X_0 0.25))", "") + ROBUST,
-    "X_1 is not declared": BOX + "(assert (<= X_1 0.5))" + ROBUST,
-    "Y_3 is not declared": BOX + "(assert (>= Y_3 Y_0))",
-    "the bounds of X_0 exclude each other": BOX + "(assert (<= X_0 0.2))" + ROBUST,
-    "the variables X_0, X_1, ... are not all declared": BOX + "(declare-const X_2 Real)" + ROBUST,
-    "the variables Y_0, Y_1, ... are not all declared": BOX + "(declare-const Y_4 Real)" + ROBUST,
-    "found (declare-fun f (Real) Real), neither": "(declare-fun f (Real) Real)",
-    "found (vnnlib-version <2.0>), neither": "(vnnlib-version <2.0>)",
-    "found (declare-const X_0 Int), neither": "(declare-const X_0 Int)",
-    "found word, neither": "word",
-    "found (word word": f"({'word ' * 100})",
-    "ends within a parenthesis": BOX + "(assert (or",
-    "closes a parenthesis": ROBUST + ")",
-    "nested too deeply": "(" * 100_000,
-    "has 1 inputs, the network takes 2 x 1 x 1": BOX + ROBUST,
-}
-
-
-@pytest.mark.parametrize("message", REFUSED_TEXTS)
-def test_read_refuses_by_name(message, tmp_path):
-    path = tmp_path / "a.vnnlib"
-    path.write_text(REFUSED_TEXTS[message])
-    with pytest.raises(UserError) as caught:
-        read_vnnlib(path, (2, 1, 1) if "network" in message else None)
-    assert (
-        message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 150
-    )
+    assert_robustness(prop, 1)
 
 
 def test_missing_files_and_boxes_that_are_none(tmp_path):
@@ -610,9 +531,10 @@ def test_instances(rng, tmp_path):
     assert rows == [["model.onnx", f"vnnlib/img_{i}.vnnlib", "60"] for i in (17, 4)]
     low, high = linf_box(images, eps)
     for row, a, b, image, label in zip(rows, low, high, images, labels, strict=True):
-        back = read_vnnlib(tmp_path / "out" / row[1], model.input_shape)
+        prop = read_vnnlib(tmp_path / "out" / row[1], model.input_shape, 10)
+        back = prop.cases[0]
         assert (back.low <= a).all() and (back.high >= b).all() and (b - a).max() > 0.06
-        assert (back.label, back.rivals, back.classes) == (label, [t for t in range(10) if t != label], 10)
+        assert_robustness(prop, label)
         # the pixels of X are in the order in which the network in the folder takes them
         x = ((back.low + back.high) / 2).astype(np.float32)
         inside = (image > eps) & (image < 1 - eps)
@@ -628,7 +550,7 @@ def test_x_counts_the_pixels_as_the_network_in_the_folder_does(rng, tmp_path):
     model = trained(conv_batchnorm(), rng)
     images = random_images(model, rng, n=1)
     export_instances(model, images, [0], 0.0, tmp_path)
-    x = read_vnnlib(tmp_path / "vnnlib/img_0.vnnlib").low.astype(np.float32).reshape(1, 3, 8, 9)
+    x = read_vnnlib(tmp_path / "vnnlib/img_0.vnnlib").cases[0].low.astype(np.float32).reshape(1, 3, 8, 9)
     wanted = model.forward(images)[0]
     np.testing.assert_allclose(session(tmp_path / "model.onnx").run(None, {"X": x})[0], wanted, rtol=0, atol=LOGITS)
 

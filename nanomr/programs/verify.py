@@ -6,14 +6,18 @@ nanomr verify --weights runs/x --n 0 --out v --resume
 nanomr verify --weights runs/x --eps 2/255 4/255    # a curve
 nanomr verify --weights runs/x --check v            # every proof again
 nanomr verify --report v                            # the table again
+nanomr verify --instances instances.csv --out v     # VNN-COMP's
 nanomr verify --weights runs/x --n 50 --export o    # ONNX, VNN-LIB
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -24,9 +28,9 @@ from .. import __version__, checkpoint, cli, metrics, plots
 from ..errors import UserError
 from ..verify.chain import Chain
 from ..verify.exact import milp
-from ..verify.formats import onnx_io, vnnlib
-from ..verify.proofs.results import check_results
-from ..verify.running import attack, pipeline, results
+from ..verify.formats import vnnlib
+from ..verify.proofs.results import check_instances, check_results
+from ..verify.running import instances, pipeline, results
 from . import common
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches
@@ -43,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--report", type=Path, nargs="+", metavar="RESULTS", help=text)
     text = "write ONNX, VNN-LIB and instances.csv for other verifiers, and stop"
     g.add_argument("--export", type=Path, metavar="DIR", help=text)
-    text = "decide the instances (ONNX, VNN-LIB, seconds) of a VNN-COMP instances.csv: sat, unsat, timeout or unknown"
+    text = "decide the lines network.onnx,property.vnnlib,seconds of a VNN-COMP list: sat, unsat, timeout, ..."
     g.add_argument("--instances", type=Path, metavar="CSV", help=text)
+    g.add_argument("--wall", action="store_true", help="its seconds are wall-clock time, not CPU time")
     g.add_argument("--estimate", action="store_true", help="50 images spread over the test set; what all would take")
 
     g = p.add_argument_group("network and images")
@@ -57,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     text = "linf radius, pixels in [0, 1]; several: a folder each, and a curve (default: 8/255)"
     g.add_argument("--eps", type=cli.linf_radius, nargs="+", default=[8 / 255], help=text)
     seconds = cli.number(float, above=0)
-    g.add_argument("--time-limit", type=seconds, default=120.0, help="CPU seconds for an image, all stages")
+    g.add_argument(
+        "--time-limit",
+        type=seconds,
+        default=120.0,
+        help="CPU seconds for an image, all stages, or for each of --instances in place of its own",
+    )
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of the attacks' random starts")
 
@@ -98,8 +108,7 @@ def configure(args, eps: float, weights: dict, dataset) -> dict:
 
 def make_executor(args, eps: float, weights: Path) -> Executor:
     """Worker processes, each with one thread, the network and a solver of its own."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ[name] = "1"  # read by the workers when they import NumPy
+    single_threads()
     start = dict(
         initializer=pipeline.start_worker,
         initargs=(str(weights), pipeline.Settings(eps, args.seed, args.time_limit)),
@@ -112,6 +121,11 @@ def make_executor(args, eps: float, weights: Path) -> Executor:
     except ImportError:
         raise UserError("--executor mpi needs mpi4py and an MPI library: pip install 'nanomr[mpi]'") from None
     return MPIPoolExecutor(**start)
+
+
+def single_threads():
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = "1"  # read by the workers when they import NumPy
 
 
 class Tally:
@@ -267,6 +281,64 @@ def check(args) -> int:
     return 0
 
 
+def is_list(folder: Path) -> bool:
+    """Was the folder made by --instances?"""
+    file = folder / "config.json"
+    config = checkpoint.read_json(file) if file.exists() else None
+    return isinstance(config, dict) and "instances" in config
+
+
+def list_records(folder: Path) -> dict[int, dict]:
+    """{line: what was found last} of a folder of --instances, all its files merged: an answer beats none."""
+    found: dict[int, dict] = {}
+    for log in sorted(folder.glob("results*.jsonl")):
+        for record in checkpoint.read_jsonl(log):
+            if not {"id", "verdict", "seconds", "network", "property"} <= record.keys():
+                raise UserError(f"{log}: a line is not a result of --instances ({str(record)[:60]}...)")
+            old = found.get(record["id"])
+            if old is None or old["verdict"] not in instances.ANSWERED or record["verdict"] in instances.ANSWERED:
+                found[record["id"]] = record
+    return dict(sorted(found.items()))
+
+
+def show_lists(folders: list[Path]) -> int:
+    """What became of the lines, and how many there are of each verdict."""
+    for folder in folders:
+        records = list_records(folder).values()
+        for record in records:
+            print(f"{record['network']},{record['property']},{record['verdict']},{record['seconds']:.2f}")
+        counts = Counter(record["verdict"] for record in records)
+        total = sum(record["seconds"] for record in records)
+        print(
+            f"{folder}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + f"; {total:.0f} CPU seconds"
+        )
+    return 0
+
+
+def check_list(folder: Path) -> int:
+    """Every proof and counterexample of a list again, by a checker that shares no code with the verifier."""
+    with tqdm(desc="checking", unit="line", disable=None) as bar:
+
+        def progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = check_instances(folder, progress)
+    checkpoint.write_json(folder / "check.json", found)
+    print(
+        f"{folder}: {found['instances']} instances, {found['verdicts'].get('unsat', 0)} unsat\n"
+        f"  {found['confirmed']} proved again, rigorously in real arithmetic\n"
+        f"  {found['solver_only']} rest, for a case, on HiGHS (tolerance 1e-9), which leaves no proof to check\n"
+        f"  {found['float32']} proved for the deployed float32 network too, in any order of summation\n"
+        f"  {found['counterexamples']} counterexamples checked: in the box, exactly, and violating the property\n"
+        f"  {found['compared']} networks compared with onnxruntime's logits"
+    )
+    if wrong := found["contradictions"] + found["refused"]:
+        first = f"line {wrong[0]['id']}: {wrong[0]['reason']}"
+        raise UserError(f"{folder}: {len(wrong)} results do not hold; check.json names them. {first}")
+    return 0
+
+
 def show(paths: list[Path]) -> int:
     """Tables of result folders, or of the folders inside; with several eps also the curve."""
     folders = []
@@ -298,35 +370,81 @@ def export(args, dataset, model, ids) -> int:
     return 0
 
 
-def run_instances(file: Path) -> int:
-    """A line for each instance of a VNN-COMP list: its name, verdict and CPU seconds.
+# --- lists of instances -----------------------------------------------------------------------------------------------
 
-    "unsat": no X in the box has a Y_t >= Y_label, by a proof; "sat": there is one, and it was evaluated.
+
+def run_instances(args) -> int:
+    """Decide a VNN-COMP list: a line "network,property,verdict,seconds" as each is done, all kept in --out.
+
+    A line that cannot be decided has the verdict "error", and the exit code is 2 at the end.
     """
-    try:
-        rows = [line.split(",") for line in file.read_text().split()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    if not all(len(row) == 3 for row in rows):
-        raise UserError(f"{file}: a line must be network.onnx,property.vnnlib,seconds")
-    words = {"verified": "unsat", "attacked": "sat", "falsified": "sat", "timeout": "timeout"}
-    with milp.Solver() as solver:
-        for network, prop, seconds in rows:
-            model = onnx_io.import_onnx(file.parent / network)
-            instance = vnnlib.read_vnnlib(file.parent / prop, model.input_shape)
-            if sorted([*instance.rivals, instance.label]) != list(range(instance.classes)):
-                raise UserError(f"{prop}: only properties with every class but one as rivals can be decided")
-            box = instance.low[None], instance.high[None]
-            image = attack.inside(*box)[0]  # any image of the box, to be classified first
-            settings = pipeline.Settings(0.0, time_limit=cli.number(float, above=0)(seconds))
-            verifier = pipeline.Verifier(model, settings, solver)
-            (outcome,) = verifier.screen(image, [instance.label], [0], box)
-            if outcome.record["verdict"] is None:
-                outcome = verifier.decide(image[0], outcome, (box[0][0], box[1][0]))
-            record = outcome.record
-            verdict = "sat" if record["verdict"] == "misclassified" else words.get(record["verdict"], "unknown")
-            print(f"{network},{prop},{verdict},{record['seconds']:.2f}", flush=True)
+    file, kept, done = args.instances, None, {}
+    lines = instances.read_list(file)
+    if args.shard:
+        lines = lines[args.shard[0] :: args.shard[1]]
+    options = instances.Options(str(file.parent), args.out and str(args.out), args.wall, args.time_limit, args.seed)
+    if args.out:
+        kept = results.Folder(args.out, args.shard)
+        text = file.read_bytes()
+        config = {
+            "nanomr": __version__, "instances": str(file.resolve()), "sha256": hashlib.sha256(text).hexdigest(),
+            "wall": args.wall, "seed": args.seed, "highspy": metadata.version("highspy"),
+        }  # fmt: skip
+        kept.open(config, args.resume)
+        kept.log.touch()
+        again = {"timeout": ("timeout", "error"), "all": instances.UNANSWERED, None: ("error",)}[args.retry]
+        done = {n: record for n, record in list_records(args.out).items() if record["verdict"] not in again}
+    failed = []
+    with checkpoint.locked(kept.log) if kept else nullcontext():
+        for record, proof, text in _decided(args, [line for line in lines if line.number not in done], options):
+            if kept:
+                keep_line(args.out, kept.log, record, proof, text)
+            note = f" ({record['note']})" if record["note"] and record["verdict"] != "error" else ""
+            print(
+                f"{record['network']},{record['property']},{record['verdict']}{note},{record['seconds']:.2f}",
+                flush=True,
+            )
+            if record["verdict"] == "error":
+                failed.append(record)
+    if failed:
+        others = f" (and {len(failed) - 1} more of {len(lines)} lines)" if len(failed) > 1 else ""
+        raise UserError(f"{file}, line {failed[0]['id']}: {failed[0]['note']}{others}")
     return 0
+
+
+def keep_line(folder: Path, log: Path, record: dict, proof: dict, text: str | None):
+    """Save the proof or the counterexample, then the line: a line means that its files are there."""
+    stale = [folder / "proofs" / f"{record['id']}.safetensors", folder / "counterexamples" / f"{record['id']}.txt"]
+    for file in stale:
+        file.unlink(missing_ok=True)  # of an earlier try
+    if proof:
+        checkpoint.save_tensors(stale[0], proof, {})
+    if text:
+        checkpoint.write_atomic(stale[1], text)
+    checkpoint.append_jsonl(log, record)
+
+
+def _decided(args, lines, options):
+    """What :func:`instances.run_line` says of each line, as they are done: here, or in --jobs processes."""
+    if args.jobs == 1 or len(lines) < 2:
+        with milp.Solver() as solver:
+            for line in lines:
+                yield instances.run_line(line, options, solver)
+        return
+    single_threads()
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(min(args.jobs, len(lines)), mp_context=context, initializer=instances.start_worker)
+    try:
+        for future in _completed({executor.submit(instances.in_worker, line, options): line for line in lines}):
+            yield future.result()
+    except BrokenExecutor:
+        raise UserError("a worker process died (out of memory?): fewer --jobs; --resume goes on") from None
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    executor.shutdown()
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -336,14 +454,21 @@ def main() -> int:
     p = parser()
     args = p.parse_args()
     common.announce_compilation()
-    if args.report:
-        return show(args.report)
-    if args.instances:
-        return run_instances(args.instances)
-    if not args.weights:
-        p.error("--weights FILE is needed: the network")
     if args.retry:
         args.resume = True
+    if args.report:
+        return show_lists(args.report) if all(map(is_list, args.report)) else show(args.report)
+    if args.instances:
+        if args.resume and not args.out:
+            p.error("--resume needs --out: the folder of the run")
+        args.time_limit = args.time_limit if "time_limit" in cli.given(parser()) else None  # else the lines' own
+        return run_instances(args)
+    if args.check and is_list(args.check):
+        return check_list(args.check)
+    if args.wall:
+        p.error("--wall is for --instances")
+    if not args.weights:
+        p.error("--weights FILE is needed: the network")
     if args.resume and not args.out:
         p.error("--resume needs --out: the folder of the run")
     if args.check:

@@ -3,9 +3,13 @@
 Nothing shrinks on the way: boxes are rounded outward when they are computed, written and read.
 """
 
+import gzip
 import re
+import zlib
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from fractions import Fraction
+from math import lcm
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,31 +105,53 @@ def export_instances(model, images, labels, eps: float, folder, timeout: float =
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class Instance(NamedTuple):
-    """What a VNN-LIB file asks: is there an X in [low, high] with Y_t >= Y_label for one t of ``rivals``?"""
+class Exact(NamedTuple):
+    """A case as the file's decimals say it: the inputs in the file's order; of each row its coefficients, by output."""
+
+    low: tuple[Fraction, ...]
+    high: tuple[Fraction, ...]
+    rows: tuple[dict[int, Fraction], ...]
+    offsets: tuple[Fraction, ...]
+
+
+class Case(NamedTuple):
+    """X in the box [low, high] and every entry of rows @ Y + offsets <= 0: no point of ``exact`` is left out.
+
+    low, high float64: the smallest box that contains the decimal one; offsets (M,) rounded down; rows (M, K) exact.
+    """
 
     low: np.ndarray
     high: np.ndarray
-    label: int
-    rivals: list[int]  # in the file's order
-    classes: int
+    rows: np.ndarray
+    offsets: np.ndarray
+    exact: Exact
 
 
-def read_vnnlib(path, input_shape: tuple | None = None) -> Instance:
-    """The instance in a file as VNN-COMP's generators write them.
+class Property(NamedTuple):
+    """What a VNN-LIB file asks: is there a point in one of ``cases``? Then the network is not safe.
 
-    low, high float64: the smallest box that contains the decimal one, (H, W, C) when that ``input_shape`` is given,
-    else (inputs,) in the file's order. Understood: ``(declare-const X_i Real)`` and ``Y_j``; bounds
-    ``(assert (<= X_i number))``, ``>=`` and either order, the tightest of several; one property, either
-    ``(assert (or (and (>= Y_t Y_l)) ...))`` or ``(assert (>= Y_t Y_l))``, ``<=`` likewise, with one l for all.
-    Raises UserError, naming what was found, for anything else.
+    ``order`` (inputs,): the file's i-th input is number order[i] of the image, flattened.
+    """
+
+    cases: list[Case]
+    outputs: int
+    order: np.ndarray
+
+
+def read_vnnlib(path, input_shape: tuple | None = None, outputs: int | None = None, order=None) -> Property:
+    """The property in a file as VNN-COMP has them, gzipped or not.
+
+    The boxes' ends are (H, W, C) when that ``input_shape`` is given, else (inputs,) in the file's order. ``outputs``:
+    how many the network has; ``order``: of its inputs, by default that of (C, H, W). Understood:
+    ``(declare-const X_i Real)`` and ``Y_j``; assertions of ``<=`` and ``>=`` between sums of constants and either
+    outputs or one input, with ``+``, ``-`` and ``*``; ``and`` and ``or`` of these, nested in any way. Cases that say
+    the same are one; those whose box is empty are none. Every input needs two bounds. Raises UserError, naming what was
+    found, for anything else, and for another number of inputs or outputs.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        return _property(_expressions(_text(Path(path))), input_shape, outputs, order)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    try:
-        return _instance(_expressions(text), input_shape)
     except _Refused as refused:
         raise UserError(f"cannot read {path}: {refused}") from None
 
@@ -134,13 +160,34 @@ class _Refused(Exception):
     """Something in the file that :func:`read_vnnlib` does not know."""
 
 
+LARGEST = 2**28  # bytes of a file, unpacked
+CASES = 10_000  # of a property, and its boxes' ends in all a thousand times as many
+DEEPEST = 64  # parentheses within each other
+NUMBER = r"[-+]?([0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})([eE][-+]?[0-9]{1,3})?"
+NOTHING = ("set-logic", "set-info", "check-sat", "get-model", "exit")  # commands that say nothing of the property
+
+
+def _text(path: Path) -> str:
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _Refused(f"it is damaged ({error})") from None
+    if len(data) > LARGEST:
+        raise _Refused(f"it is longer than {LARGEST >> 20} MiB")
+    text = data.decode("utf-8-sig", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # a comment ends where a line does
+
+
 def _expressions(text):
     """The S-expressions of a file: nested lists of words."""
     stack: list[list] = [[]]
     for token in re.findall(r"[()]|[^\s()]+", re.sub(r";.*", "", text)):
         if token == "(":
             stack.append([])
-            if len(stack) > 9:
+            if len(stack) > DEEPEST:
                 raise _Refused("its parentheses are nested too deeply")
         elif token == ")":
             if len(stack) < 2:
@@ -154,80 +201,243 @@ def _expressions(text):
     return stack[0]
 
 
-def _instance(commands, input_shape):
-    inputs, outputs = set(), set()
-    lows, highs = {}, {}  # number of an X: its bound
-    rivals = []  # (t, l) for Y_t >= Y_l
+class _Bound(NamedTuple):
+    """X_i >= value (side 0), or <= value (side 1)."""
+
+    i: int
+    side: int
+    value: Fraction
+
+
+class _Row(NamedTuple):
+    """The sum of coefficient Y_j, plus the offset, is <= 0; ((j, coefficient), ...) by j."""
+
+    coefficients: tuple
+    offset: Fraction
+
+
+def _property(commands, input_shape, outputs, order):
+    declared: dict[str, set[int]] = {"X": set(), "Y": set()}
+    common: list = []  # what every case says
+    cases: list[list] = [[]]  # and what each says beside it
     for command in commands:
         match command:
-            case ["declare-const", name, "Real"] if _index(name, "X") is not None:
-                inputs.add(_index(name, "X"))
-            case ["declare-const", name, "Real"] if _index(name, "Y") is not None:
-                outputs.add(_index(name, "Y"))
-            case ["assert", ["<=", low, high] | [">=", high, low]] if (i := _index(high, "X")) is not None:
-                lows[i] = max(lows.get(i, -np.inf), _number(low, -np.inf))
-            case ["assert", ["<=", low, high] | [">=", high, low]] if (i := _index(low, "X")) is not None:
-                highs[i] = min(highs.get(i, np.inf), _number(high, np.inf))
-            case ["assert", _] if rivals:
-                raise _Refused(f"found {_shown(command)}, a second assertion on the outputs: only one can be read")
-            case ["assert", ["or", *terms]] if terms:
-                rivals = [_rival(term) for term in terms]
+            case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"] if _variable(name):
+                kind, i = _variable(name)
+                declared[kind].add(i)
             case ["assert", term]:
-                rivals = [_rival(term)]
+                found = _cases(term)
+                if len(found) == 1:
+                    common += found[0]
+                else:
+                    cases = _each_with_each(cases, found)
+            case [word, *_] if word in NOTHING:
+                pass
             case _:
                 raise _Refused(f"found {_shown(command)}, neither a declaration nor an assertion")
-    for found, name in ((inputs, "X"), (outputs, "Y")):
+    for kind, found in declared.items():
         if not found or found != set(range(len(found))):
-            raise _Refused(f"the variables {name}_0, {name}_1, ... are not all declared")
-    for bounds, side in ((lows, "lower"), (highs, "upper")):
-        if odd := inputs ^ bounds.keys():
-            i = min(odd)
-            raise _Refused(f"X_{i} has no {side} bound" if i in inputs else f"X_{i} is not declared")
-    low, high = (np.array([bounds[i] for i in range(len(inputs))]) for bounds in (lows, highs))
-    if (low > high).any():
-        raise _Refused(f"the bounds of X_{int((low > high).argmax())} exclude each other")
-    labels = {label for _, label in rivals}
-    if len(labels) != 1:
-        raise _Refused(f"it speaks of {len(labels)} labels, not of one")
-    (label,) = labels
-    rivals = [t for t, _ in rivals]
-    if undeclared := {label, *rivals} - outputs:
-        raise _Refused(f"Y_{min(undeclared)} is not declared")
-    if input_shape is not None:
-        h, w, c = input_shape
-        if low.size != h * w * c:
-            raise _Refused(f"it has {low.size} inputs, the network takes {h} x {w} x {c}")
-        low, high = (end.reshape(c, h, w).transpose(1, 2, 0) for end in (low, high))
-    return Instance(low, high, label, rivals, len(outputs))
+            raise _Refused(f"the variables {kind}_0, {kind}_1, ... are not all declared")
+    inputs, classes = len(declared["X"]), len(declared["Y"])
+    if input_shape is not None and inputs != np.prod(input_shape):
+        raise _Refused(f"it has {inputs} inputs, the network takes {' x '.join(map(str, input_shape))}")
+    for atom in (*common, *(atom for case in cases for atom in case)):
+        for kind, i in [("X", atom.i)] if isinstance(atom, _Bound) else [("Y", j) for j, _ in atom.coefficients]:
+            if i not in declared[kind]:
+                raise _Refused(f"{kind}_{i} is not declared")
+    if outputs is not None and classes != outputs:
+        raise _Refused(f"it declares {classes} outputs, the network has {outputs}")
+    shape = (inputs,) if input_shape is None else tuple(input_shape)
+    if order is None:
+        order = np.arange(inputs).reshape(shape)
+        order = (order if input_shape is None else order.transpose(2, 0, 1)).ravel()
+    return Property(_merged(common, cases, classes, shape, order), classes, np.asarray(order))
 
 
-def _index(word, kind):
-    """i of the word X_i (kind "X") or Y_i, else None."""
-    match = isinstance(word, str) and re.fullmatch(rf"{kind}_([0-9]{{1,9}})", word)
-    return int(match[1]) if match else None
+def _merged(common, cases, classes, shape, order) -> list[Case]:
+    """The cases that are not empty, each once; equal boxes are the same arrays."""
+    inputs = len(order)
+    usual, rows = _box([{}, {}], common), {atom: None for atom in common if isinstance(atom, _Row)}
+    boxes: dict[tuple, tuple] = {}
+    found: dict[tuple, Case] = {}
+    empty = None
+    for atoms in cases:
+        own = tuple(sorted({atom for atom in atoms if isinstance(atom, _Bound)}))
+        if own not in boxes:
+            if len(boxes) * inputs > 1000 * CASES:
+                raise _Refused(f"it has more than {len(boxes)} boxes of {inputs} inputs")
+            ends = _ends(_box(usual, own), shape, order)
+            boxes[own] = next((other for other in boxes.values() if other[2:4] == ends[2:4]), ends)
+        low, high, exact_low, exact_high, out = boxes[own]
+        if out is not None:
+            empty = out
+            continue
+        mine = tuple(rows | {atom: None for atom in atoms if isinstance(atom, _Row)})
+        if not mine:
+            raise _Refused(
+                "it says nothing of the outputs" if len(cases) == 1 else "a case says nothing of the outputs"
+            )
+        key = id(low), frozenset(mine)
+        if key not in found:
+            floats = [_floats(row) for row in mine]
+            matrix = np.zeros((len(mine), classes))
+            for i, (coefficients, _, _) in enumerate(floats):
+                matrix[i, list(coefficients)] = [float(value) for value in coefficients.values()]
+            exact = Exact(exact_low, exact_high, tuple(f[0] for f in floats), tuple(f[1] for f in floats))
+            found[key] = Case(low, high, matrix, np.array([f[2] for f in floats]), exact)
+    if not found:
+        raise _Refused(f"the bounds of X_{empty} exclude each other")
+    return list(found.values())
 
 
-def _number(word, outward):
-    """The float64 next to a decimal number, on the side of ``outward`` (-inf or inf)."""
-    if not (isinstance(word, str) and re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?", word)):
-        raise _Refused(f"found {_shown(word)}, not a decimal number")
-    value = float(word)
-    if not np.isfinite(value):
-        raise _Refused(f"found {_shown(word)}, which no float64 holds")
-    inward = Decimal(value) > Decimal(word) if outward < 0 else Decimal(value) < Decimal(word)
-    return float(np.nextafter(value, outward)) if inward else value
+def _box(box, atoms):
+    """[{input: lower bound}, {input: upper bound}] of those of ``box`` and of ``atoms``: the tightest."""
+    box = [dict(side) for side in box]
+    for atom in atoms:
+        if isinstance(atom, _Bound):
+            tightest = min if atom.side else max
+            old = box[atom.side].get(atom.i, atom.value)
+            box[atom.side][atom.i] = tightest(old, atom.value)
+    return box
 
 
-def _rival(term):
-    """(t, l) of Y_t >= Y_l."""
+def _ends(box, shape, order):
+    """(low, high, exact low, exact high, an input whose bounds exclude each other, or None)."""
+    for bounds, side in zip(box, ("lower", "upper"), strict=True):
+        if missing := set(range(len(order))) - bounds.keys():
+            raise _Refused(f"X_{min(missing)} has no {side} bound")
+    exact = [tuple(bounds[i] for i in range(len(order))) for bounds in box]
+    out = next((i for i, (a, b) in enumerate(zip(*exact, strict=True)) if a > b), None)
+    ends = [
+        np.array([_rounded(v, outward) for v in side]) for side, outward in zip(exact, (-np.inf, np.inf), strict=True)
+    ]
+    place = np.argsort(order)
+    return *(end[place].reshape(shape) for end in ends), *exact, out
+
+
+def _floats(row: _Row):
+    """(coefficients by output, offset, the offset rounded down): the row, times what makes its coefficients float64
+    numbers, the largest of them between 1/2 and 2."""
+
+    def scaled(by):
+        largest = max(abs(value * by) for _, value in row.coefficients)
+        by /= Fraction(2) ** (largest.numerator.bit_length() - largest.denominator.bit_length())
+        coefficients = {j: value * by for j, value in row.coefficients}
+        return coefficients, row.offset * by, all(Fraction(float(v)) == v for v in coefficients.values())
+
+    coefficients, offset, exact = scaled(Fraction(1))
+    if not exact:
+        coefficients, offset, exact = scaled(Fraction(lcm(*(value.denominator for _, value in row.coefficients))))
+    name = f"Y_{row.coefficients[0][0]}"
+    if not exact:
+        raise _Refused(f"the coefficients of {name} and what is added to it have no multiple in float64")
+    if abs(offset) > 1e30:
+        raise _Refused(f"the constant that {name} is compared with is too large")
+    return coefficients, offset, _rounded(offset, -np.inf)
+
+
+def _rounded(value: Fraction, outward) -> float:
+    """The float64 next to it, on the side of ``outward`` (-inf or inf)."""
+    near = float(value)
+    beyond = Fraction(near) > value if outward < 0 else Fraction(near) < value
+    return float(np.nextafter(near, outward)) if beyond else near
+
+
+def _cases(term) -> list[list]:
+    """The disjunctive normal form of a formula: bounds and rows that hold together, for each case."""
     match term:
-        case ["and", inner]:
-            return _rival(inner)
-        case [">=", rival, label] | ["<=", label, rival]:
-            pair = _index(rival, "Y"), _index(label, "Y")
-            if None not in pair and pair[0] != pair[1]:
-                return pair
-    raise _Refused(f"found {_shown(term)}, not (>= Y_t Y_label): only robustness can be read")
+        case ["and", *parts] if parts:
+            found: list[list] = [[]]
+            for part in parts:
+                found = _each_with_each(found, _cases(part))
+            return found
+        case ["or", *parts] if parts:
+            found = [case for part in parts for case in _cases(part)]
+            if len(found) > CASES:
+                raise _Refused(f"it has more than {CASES} cases")
+            return found
+        case ["<=", left, right] | [">=", right, left]:
+            return [[_atom(_difference(left, right), term)]]
+    raise _Refused(f"found {_shown(term)}, not an inequality (<= or >=), nor an and or an or of some")
+
+
+def _each_with_each(some, others):
+    if len(some) * len(others) > CASES:
+        raise _Refused(f"it has more than {CASES} cases")
+    if len(others) == 1 and len(some) == 1:
+        some[0] += others[0]  # not a copy: thousands of bounds follow each other
+        return some
+    return [[*a, *b] for a in some for b in others]
+
+
+def _atom(form, term):
+    """The bound or the row that says form <= 0."""
+    form = {name: value for name, value in form.items() if value}
+    offset = form.pop(None, Fraction(0))
+    variables = sorted((*_variable(name), value) for name, value in form.items())
+    kinds = {kind for kind, _, _ in variables}
+    if kinds == {"Y"}:
+        return _Row(tuple((j, value) for _, j, value in variables), offset)
+    if len(variables) == 1:
+        _, i, value = variables[0]
+        end, side = -offset / value, int(value > 0)
+        try:
+            float(end)
+        except OverflowError:
+            raise _Refused(f"found {_shown(term)}, whose end no float64 holds") from None
+        return _Bound(i, side, end)
+    what = "several inputs" if kinds == {"X"} else "inputs and outputs" if kinds else "no variable"
+    raise _Refused(f"found {_shown(term)}, an inequality of {what}")
+
+
+def _difference(left, right) -> dict:
+    form = dict(_linear(left))
+    for name, value in _linear(right).items():
+        form[name] = form.get(name, 0) - value
+    return form
+
+
+def _linear(term) -> dict:
+    """{variable: its coefficient}, the constant's under None."""
+    match term:
+        case str():
+            return {term: Fraction(1)} if _variable(term) else {None: _number(term)}
+        case ["+", *terms] if terms:
+            form: dict = {}
+            for part in map(_linear, terms):
+                for name, value in part.items():
+                    form[name] = form.get(name, 0) + value
+            return form
+        case ["-", only]:
+            return {name: -value for name, value in _linear(only).items()}
+        case ["-", first, *rest] if rest:
+            return _difference(first, ["+", *rest])
+        case ["*", *factors] if factors:
+            product: dict = {None: Fraction(1)}
+            for factor in map(_linear, factors):
+                if product.keys() != {None}:
+                    product, factor = factor, product
+                if product.keys() != {None}:
+                    raise _Refused(f"found {_shown(term)}, a product of variables")
+                product = {name: value * product[None] for name, value in factor.items()}
+            if max(v.numerator.bit_length() + v.denominator.bit_length() for v in product.values()) > 20_000:
+                raise _Refused(f"found {_shown(term)}, whose digits are too many")
+            return product
+    raise _Refused(f"found {_shown(term)}, not a sum of variables and decimal numbers")
+
+
+def _variable(word):
+    """("X" or "Y", i) of the word X_i or Y_i, else None."""
+    match = re.fullmatch(r"([XY])_([0-9]{1,9})", word)
+    return (match[1], int(match[2])) if match else None
+
+
+def _number(word) -> Fraction:
+    if not re.fullmatch(NUMBER, word):
+        raise _Refused(f"found {_shown(word)}, not a decimal number")
+    if not np.isfinite(float(word)):
+        raise _Refused(f"found {_shown(word)}, which no float64 holds")
+    return Fraction(Decimal(word))
 
 
 def _shown(expression):
