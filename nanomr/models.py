@@ -367,7 +367,18 @@ def preact_resnet18(
 BUILDERS = {"mlp": mlp, "small_cnn": small_cnn, "preact_resnet18": preact_resnet18}
 LAYERS = {
     layer.__name__: layer
-    for layer in (AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, PreActBlock, ReLU, Residual, Sequential)
+    for layer in (
+        AveragePool2d,
+        BatchNorm2d,
+        Conv2d,
+        Flatten,
+        Linear,
+        Normalize,
+        PreActBlock,
+        ReLU,
+        Residual,
+        Sequential,
+    )
 }
 MOST = 2**28  # numbers in a network that a file asks for: a gigabyte, and four in training
 
