@@ -43,8 +43,8 @@ class Stage:
 class Chain:
     """``model`` as a list of :class:`Stage`, with a ReLU between each two; a copy, in ``dtype``.
 
-    Batch norms are folded into the layer before them, with their running statistics. Raises UserError, naming the
-    layer, for a network that is not such a chain, or whose weights are not finite.
+    Batch norms, with their running statistics, are folded into the convolution before them, or are a 1x1 convolution.
+    Raises UserError, naming the layer, for a network that is not such a chain, or whose weights are not finite.
     """
 
     @np.errstate(all="ignore")  # numbers that are not finite are refused below
@@ -59,12 +59,15 @@ class Chain:
             elif isinstance(layer, BatchNorm2d) and groups[-1] and isinstance(groups[-1][-1], Conv2d | Linear):
                 _fold(groups[-1][-1], layer)
                 self.folded = True
+            elif isinstance(layer, BatchNorm2d):
+                groups[-1].append(_convolution(layer))
+                self.folded = True
             elif isinstance(layer, KNOWN):
                 groups[-1].append(layer)
             else:
                 raise UserError(
-                    f"cannot verify {name!r} ({type(layer).__name__}): only chains of convolutions and linear layers "
-                    "(a batch norm may follow right after one), average pooling and ReLUs"
+                    f"cannot verify {name!r} ({type(layer).__name__}): only chains of convolutions, linear layers, "
+                    "batch norms, average pooling and ReLUs"
                 )
         self.stages: list[Stage] = []
         shape = self.input_shape
@@ -110,6 +113,14 @@ def _flat(layer: Sequential):
                 yield f"{name}.{below}", grandchild
         else:
             yield name, child
+
+
+def _convolution(norm: BatchNorm2d) -> Conv2d:
+    """``norm`` in evaluation mode."""
+    layer = Conv2d(norm.channels, norm.channels, 1)
+    layer.params = {"weight": np.eye(norm.channels)[None, None], "bias": np.zeros(norm.channels)}
+    _fold(layer, norm)
+    return layer
 
 
 def _fold(layer: Conv2d | Linear, norm: BatchNorm2d):

@@ -236,7 +236,7 @@ class _Import:
     def _read(self, node):
         self.node, op = node, node.op_type
         if op not in ATTRIBUTES or node.domain not in ("", "ai.onnx"):
-            self._refuse(f"only {', '.join(ATTRIBUTES)} can be imported")
+            self._refuse("this operator cannot be imported")
         self.attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         if unknown := sorted(self.attributes.keys() - ATTRIBUTES[op]):
             self._refuse(f"its attribute {unknown[0]!r} is not known")
@@ -364,8 +364,10 @@ class _Import:
         if self.searching:
             rows, columns = ((order[0, 0] >= 0).any(axis) for axis in (1, 0))
             raise _Layout(order[:, :, rows][:, :, :, columns])
+        if len(step.shape) == 1:
+            self._refuse("what it gets was flattened by a product, and no layer of ours makes an image of it again")
         first = np.argwhere(order[0, 0] == 0)
-        if len(step.shape) == 3 and len(first) and order.shape[1] == step.shape[2]:
+        if len(first) and order.shape[1] == step.shape[2]:
             sides = [(at, n - m - at) for at, n, m in zip(first[0], order.shape[2:], step.shape, strict=False)]
             ours = np.arange(prod(step.shape)).reshape(step.shape).transpose(2, 0, 1)
             if min(map(min, sides)) >= 0 and (order[0] == np.pad(ours, [(0, 0), *sides], constant_values=-1)).all():
@@ -674,10 +676,7 @@ class _Import:
         step, order = self.values[output]
         if max(order.shape, default=1) != order.size or (order.ravel() != np.arange(prod(step.shape))).any():
             raise _Refused(f"its output, of shape {order.shape}, is an image, not logits (N, K)")
-        layers = _path(self._flat(step), self.start, set())
-        if not layers:
-            raise _Refused("it has no layers")
-        return Model(_named(layers), "onnx", self.start.shape)
+        return Model(_named(_path(self._flat(step), self.start, set())), "onnx", self.start.shape)
 
 
 def _path(step: _Step, stop: _Step, seen: set) -> list[Layer]:
