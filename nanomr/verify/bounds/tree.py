@@ -184,3 +184,11 @@ def margins(tree: Tree, low, high, rows, owner, most: float = np.inf):
     box = Box.between(np.asarray(low, tree.dtype), np.asarray(high, tree.dtype))
     lines = [Lines.around(*ends) for ends in crown(tree, low, high, most)]
     return lower(tree.steps, box, lines, np.asarray(rows, tree.dtype), owner).value
+
+
+def interval_margins(tree: Tree, low, high, rows, owner):
+    """:func:`margins` by intervals alone, up to the last affine map, which goes into the rows (Gowal et al. 2018)."""
+    box = Box.between(np.asarray(low, tree.dtype), np.asarray(high, tree.dtype))
+    last = [step for step in tree.steps[-1:] if isinstance(step, Stage)]
+    box = _forth(tree.steps[: len(tree.steps) - len(last)], [], box, box, [], [], most=0)
+    return lower(last, box, [], np.asarray(rows, tree.dtype), owner).value
