@@ -147,18 +147,19 @@ def _back(steps, a, value, lines, of):
     return a
 
 
-def crown(tree: Tree, low, high, most: float = np.inf) -> list[tuple]:
+def crown(tree: Tree, low, high, most: float = np.inf, known: list[tuple] | None = None) -> list[tuple]:
     """[(low, high) (B, ...) of each layer of ReLUs' input] over the boxes of images [low, high], (B, H, W, C) each.
 
     Interval bounds; where they leave at most ``most`` of a layer's ReLUs unstable in an image, these ReLUs get CROWN
-    bounds, if they are better: two passes each, back through all that is before them.
+    bounds, if they are better: two passes each, back through all that is before them. ``known``: bounds of the same
+    kind to begin with, as :func:`nanomr.verify.bounds.forms.forms` has them.
     """
     box, found = Box.between(np.asarray(low, tree.dtype), np.asarray(high, tree.dtype)), []
-    _forth(tree.steps, [], box, box, found, [], most)
+    _forth(tree.steps, [], box, box, found, [], most, known)
     return found
 
 
-def _forth(steps, before, image, box, found, lines, most):
+def _forth(steps, before, image, box, found, lines, most, known=None):
     """The box behind ``steps``, from the one in front, ``box``; ``before``: the steps between it and the image."""
     for step in steps:
         match step:
@@ -167,22 +168,24 @@ def _forth(steps, before, image, box, found, lines, most):
                     box = Box(*propagate(layer, *box, []))
             case Relus():
                 low, high = box.centre - box.radius, box.centre + box.radius
+                if known:
+                    low, high = np.maximum(low, known[step.number][0]), np.minimum(high, known[step.number][1])
                 if not all(isinstance(step, Stage) for step in before):  # of one map, intervals are exact
                     one_by_one(partial(lower, before), image, lines, low, high, most)
                 found.append((low, high))
                 lines.append(Lines.around(low, high))
                 box = Box.between(np.maximum(low, 0), np.maximum(high, 0))
             case Sum():
-                ends = [_forth(branch, before, image, box, found, lines, most) for branch in step.branches]
+                ends = [_forth(branch, before, image, box, found, lines, most, known) for branch in step.branches]
                 box = Box(*(sum(parts) for parts in zip(*ends, strict=True)))
         before = [*before, step]
     return box
 
 
-def margins(tree: Tree, low, high, rows, owner, most: float = np.inf):
+def margins(tree: Tree, low, high, rows, owner, most: float = np.inf, known: list[tuple] | None = None):
     """Lower bounds (S,) of ``rows . logits``, by :func:`crown` and :func:`lower`. rows (S, K), owner (S,)."""
     box = Box.between(np.asarray(low, tree.dtype), np.asarray(high, tree.dtype))
-    lines = [Lines.around(*ends) for ends in crown(tree, low, high, most)]
+    lines = [Lines.around(*ends) for ends in crown(tree, low, high, most, known)]
     return lower(tree.steps, box, lines, np.asarray(rows, tree.dtype), owner).value
 
 
