@@ -15,6 +15,7 @@ arguments. Left out, these take the same defaults as there.
 
 import argparse
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import safetensors.torch
@@ -149,6 +150,13 @@ class PreActResNet18(nn.Sequential):
         self.linear = nn.Linear(channels, classes)
 
 
+class Residual(nn.Sequential):
+    """The sum of what the one or two branches make of x; of a single one, and x itself."""
+
+    def forward(self, x):
+        return sum((branch(x) for branch in self), 0 if len(self) > 1 else x)
+
+
 BUILDERS = {"mlp": Mlp, "small_cnn": SmallCNN, "preact_resnet18": PreActResNet18}
 
 
@@ -174,6 +182,8 @@ def _sequential(nodes: dict, after=()) -> nn.Sequential:
         elif kind == "Flatten":  # the next linear layer says in which order its columns are
             linear = next((other for other in _flat(behind) if other["type"] == "Linear"), {})
             layer = Flatten(nhwc=not linear.get("image"))
+        elif kind == "Residual":
+            layer = Residual(OrderedDict(_sequential(options["layers"], behind).named_children()))
         else:
             layer = LAYERS[kind](**options)
         module.add_module(name, layer)
@@ -182,7 +192,7 @@ def _sequential(nodes: dict, after=()) -> nn.Sequential:
 
 def _flat(nodes):
     for node in nodes:
-        yield from _flat(node["layers"].values()) if node["type"] == "Sequential" else [node]
+        yield from _flat(node["layers"].values()) if "layers" in node else [node]
 
 
 def twin(architecture: dict) -> nn.Module:

@@ -526,6 +526,29 @@ class Sequential(Layer):
         return dy
 
 
+class Residual(Layer):
+    """The sum of what its one or two ``children``, the branches, make of x; of a single one, and x itself."""
+
+    def __init__(self, children: dict[str, Layer]):
+        super().__init__()
+        self.children = dict(children)
+        if not 1 <= len(self.children) <= 2:
+            raise ValueError(f"Residual takes one branch, or two, not {len(self.children)}")
+
+    def forward(self, x, train=False, tap=None):
+        check(self, "x", x, (...,))
+        results = [branch.forward(x, train=train, tap=tap) for branch in self.children.values()]
+        terms = [y for y, _ in results] + [x][: 2 - len(results)]
+        check(self, "the second branch", terms[1], terms[0].shape, terms[0].dtype)
+        return terms[0] + terms[1], [cache for _, cache in results]
+
+    def backward(self, dy, cache, param_grads=True, input_grad=True):
+        branches = zip(self.children.values(), cache, strict=True)
+        terms = [branch.backward(dy, kept, param_grads, input_grad) for branch, kept in branches]
+        terms += [dy][: 2 - len(terms)]
+        return terms[0] + terms[1] if input_grad else None
+
+
 class PreActBlock(Layer):
     """Pre-activation residual block (He et al. 2016): y = conv2(relu(bn2(conv1(h)))) + shortcut, h = relu(bn1(x)).
 

@@ -27,6 +27,7 @@ from .layers import (
     PairBatch,
     PreActBlock,
     ReLU,
+    Residual,
     Sequential,
     made,
 )
@@ -231,10 +232,10 @@ class Model(Sequential):
         checkpoint.save_tensors(path, self.state_dict(), {"architecture": self.architecture, **metadata})
 
 
-def _nodes(layer: Sequential) -> dict:
+def _nodes(layer: Sequential | Residual) -> dict:
     return {
-        name: {"type": "Sequential", "layers": _nodes(child)}
-        if type(child) is Sequential
+        name: {"type": type(child).__name__, "layers": _nodes(child)}
+        if type(child) in (Sequential, Residual)
         else {"type": type(child).__name__, **child.arguments}
         for name, child in layer.children.items()
     }
@@ -366,7 +367,18 @@ def preact_resnet18(
 BUILDERS = {"mlp": mlp, "small_cnn": small_cnn, "preact_resnet18": preact_resnet18}
 LAYERS = {
     layer.__name__: layer
-    for layer in (AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, PreActBlock, ReLU, Sequential)
+    for layer in (
+        AveragePool2d,
+        BatchNorm2d,
+        Conv2d,
+        Flatten,
+        Linear,
+        Normalize,
+        PreActBlock,
+        ReLU,
+        Residual,
+        Sequential,
+    )
 }
 MOST = 2**28  # numbers in a network that a file asks for: a gigabyte, and four in training
 
@@ -411,8 +423,8 @@ def _children(nodes, room: list[int], where: str = "the network") -> dict[str, L
                 f"the layer {name[:40]!r} is {reprlib.repr(kind)}, not one of {', '.join(LAYERS)}: build the network "
                 "in Python, and give its load_state_dict the file's tensors"
             )
-        if kind == "Sequential":
-            layers[name] = Sequential(_children(options.pop("layers", None), room, f"the layer {name[:40]!r}"))
+        if kind in ("Sequential", "Residual"):
+            layers[name] = LAYERS[kind](_children(options.pop("layers", None), room, f"the layer {name[:40]!r}"))
             if options:
                 raise ValueError(f"the layer {name[:40]!r} has {reprlib.repr(list(options))} beside its layers")
             continue

@@ -91,7 +91,10 @@ def examples(x, adversarial, labels, predicted, classes, path, count: int = 8) -
 
 
 def accuracy_by_eps(reports: list[dict], path) -> Path | None:
-    """Clean, PGD and verified accuracy against eps, from the reports of ``nanomr verify``. None without matplotlib."""
+    """Clean, PGD and verified accuracy against eps, from the reports of ``nanomr verify``. None without matplotlib.
+
+    Those of ``bench/verify_preact.py`` have what intervals and CROWN verify each, and radii of several magnitudes.
+    """
     plt = _pyplot()
     if plt is None:
         return None
@@ -99,9 +102,14 @@ def accuracy_by_eps(reports: list[dict], path) -> Path | None:
     x = [255 * r["eps"] for r in reports]
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     names = {"clean": "clean", "pgd": "PGD (paper)", "pgd_strong": "PGD (strong)", "verified": "verified"}
-    for (key, name), style in zip(names.items(), ("k:", "o--", "s--", "D-"), strict=True):
-        axes.plot(x, [100 * r[key] for r in reports], style, label=name, markersize=4)
-    axes.fill_between(x, [100 * r["verified"] for r in reports], [100 * r["upper"] for r in reports], alpha=0.25)
+    names |= {"crown": "verified (CROWN)", "interval": "verified (intervals)"}
+    for (key, name), style in zip(names.items(), ("k:", "o--", "s--", "D-", "D-", "v-"), strict=True):
+        if key in reports[0]:
+            axes.plot(x, [100 * r[key] for r in reports], style, label=name, markersize=4)
+    if "upper" in reports[0]:
+        axes.fill_between(x, [100 * r["verified"] for r in reports], [100 * r["upper"] for r in reports], alpha=0.25)
+    if x[-1] > 100 * x[0] > 0:
+        axes.set_xscale("log")
     n = min(r["images"] for r in reports)
     axes.set(xlabel="eps (1/255)", ylabel="accuracy (%)", ylim=(0, None), title=f"{n} test images")
     axes.grid(alpha=0.3)

@@ -21,6 +21,7 @@ from nanomr.layers import (
     PairBatch,
     PreActBlock,
     ReLU,
+    Residual,
     Sequential,
 )
 from nanomr.ops import reference
@@ -88,6 +89,17 @@ def _block(draw, projects):
     return layer, (draw(st.integers(2, 3)), size, size, c)
 
 
+def _branches(channels, two=False):
+    body = Sequential({"conv": Conv2d(2, channels, 3, 1, 1), "bn": BatchNorm2d(channels), "relu": ReLU()})
+    return Residual({"body": body} | ({"shortcut": Conv2d(2, channels, 1)} if two else {}))
+
+
+@st.composite
+def _residual(draw, two):
+    channels = draw(st.integers(1, 3)) if two else 2
+    return _branches(channels, two), (*draw(images())[:3], 2)
+
+
 def _fixed(make, shapes):
     return shapes.map(lambda shape: (make(shape), shape))
 
@@ -108,6 +120,8 @@ KINDS = {
     "block, identity": _block(False),
     "block, projection": _block(True),
     "block, evaluation": _block(True),
+    "residual block, identity": _residual(False),
+    "residual block, two branches": _residual(True),
 }
 EVALUATED = {kind for kind in KINDS if "evaluation" in kind}
 ANALYTIC = {kind for kind in KINDS if not any(word in kind for word in ("relu", "sequential", "block"))}
@@ -142,6 +156,8 @@ TINY = {  # one fixed case of each kind, in which everything matters: the mutant
     "block, identity": lambda: (PreActBlock(2, 2), (3, 2, 2, 2)),
     "block, projection": lambda: (PreActBlock(2, 3, 2), (3, 3, 2, 2)),
     "block, evaluation": lambda: (PreActBlock(2, 3, 2), (3, 3, 2, 2)),
+    "residual block, identity": lambda: (_branches(2), (3, 2, 2, 2)),
+    "residual block, two branches": lambda: (_branches(3, two=True), (3, 2, 2, 2)),
 }
 
 

@@ -43,8 +43,8 @@ class Stage:
 class Chain:
     """``model`` as a list of :class:`Stage`, with a ReLU between each two; a copy, in ``dtype``.
 
-    Batch norms are folded into the layer before them, with their running statistics. Raises UserError, naming the
-    layer, for a network that is not such a chain, or whose weights are not finite.
+    Batch norms, with their running statistics, are folded into the convolution before them, or are a 1x1 convolution.
+    Raises UserError, naming the layer, for a network that is not such a chain, or whose weights are not finite.
     """
 
     @np.errstate(all="ignore")  # numbers that are not finite are refused below
@@ -56,25 +56,20 @@ class Chain:
         for name, layer in _flat(copy.deepcopy(model).astype(np.float64)):
             if isinstance(layer, ReLU):
                 groups.append([])
-            elif isinstance(layer, BatchNorm2d) and groups[-1] and isinstance(groups[-1][-1], Conv2d | Linear):
-                _fold(groups[-1][-1], layer)
+            elif isinstance(layer, BatchNorm2d):
+                fold(groups[-1], layer)
                 self.folded = True
             elif isinstance(layer, KNOWN):
                 groups[-1].append(layer)
             else:
                 raise UserError(
-                    f"cannot verify {name!r} ({type(layer).__name__}): only chains of convolutions and linear layers "
-                    "(a batch norm may follow right after one), average pooling and ReLUs"
+                    f"cannot verify {name!r} ({type(layer).__name__}): only chains of convolutions, linear layers, "
+                    "batch norms, average pooling and ReLUs"
                 )
         self.stages: list[Stage] = []
         shape = self.input_shape
         for layers in groups:
-            stores = [store for layer in layers for store in (layer.params, layer.buffers)]
-            for store in stores:
-                store.update({name: np.ascontiguousarray(value, self.dtype) for name, value in store.items()})
-            stage = Stage(layers, shape, self.dtype)
-            if not all(np.isfinite(value).all() for store in stores for value in (*store.values(), stage.bias)):
-                raise UserError("the network's weights are not all finite numbers: take another checkpoint")
+            stage = finite_stage(layers, shape, self.dtype)
             self.stages.append(stage)
             shape = stage.out_shape
         self.classes = int(np.prod(shape))
@@ -112,8 +107,22 @@ def _flat(layer: Sequential):
             yield name, child
 
 
-def _fold(layer: Conv2d | Linear, norm: BatchNorm2d):
-    scale = norm.params["weight"] / np.sqrt(norm.buffers["running_var"] + norm.eps)
-    bias = layer.params.get("bias", 0.0)
-    layer.params["weight"] = layer.params["weight"] * scale
-    layer.params["bias"] = (bias - norm.buffers["running_mean"]) * scale + norm.params["bias"]
+def fold(layers: list[Affine], norm: BatchNorm2d):
+    """Put ``norm``, in evaluation mode, into the last of a stage's layers, or behind them as a 1x1 convolution."""
+    if not (layers and isinstance(layers[-1], Conv2d | Linear)):
+        layers.append(Conv2d(norm.channels, norm.channels, 1))
+        layers[-1].params = {"weight": np.eye(norm.channels)[None, None]}
+    params, scale = layers[-1].params, norm.params["weight"] / np.sqrt(norm.buffers["running_var"] + norm.eps)
+    params["bias"] = (params.get("bias", 0.0) - norm.buffers["running_mean"]) * scale + norm.params["bias"]
+    params["weight"] = params["weight"] * scale
+
+
+def finite_stage(layers: list[Affine], shape: tuple, dtype) -> Stage:
+    """The stage of these layers, which become ``dtype``. Raises UserError unless all numbers are finite."""
+    stores = [store for layer in layers for store in (layer.params, layer.buffers)]
+    for store in stores:
+        store.update({name: np.ascontiguousarray(value, dtype) for name, value in store.items()})
+    stage = Stage(layers, shape, dtype)
+    if not all(np.isfinite(value).all() for store in stores for value in (*store.values(), stage.bias)):
+        raise UserError("the network's weights are not all finite numbers: take another checkpoint")
+    return stage

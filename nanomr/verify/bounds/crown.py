@@ -8,6 +8,7 @@ derived by hand. ``docs/derivations/crown.md``.
 All in the dtype of the chain: float64 for what is claimed, float32 only to search.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,21 @@ def inner(a, b):
     return a @ b.ravel() if b.size == a.shape[1] else np.einsum("ij,ij->i", a, b.reshape(len(b), -1))
 
 
+def gather(box: Box, owner):
+    """Of arrays (B, ...), a row for each owner. Nothing is gathered where there is one box: it broadcasts."""
+    owner = np.asarray(owner)
+    return (lambda values: values) if len(box.centre) == 1 else (lambda values: values[owner])
+
+
+def relaxed(line: Lines, of, a, slopes=None):
+    """(coefficients on the inputs of a layer of ReLUs, constants (S,)): never above the coefficients ``a`` (S, ...) on
+    their outputs."""
+    negative, slope = np.minimum(a, 0), of(line.lower)
+    if slopes is not None:
+        slope = np.where(of(line.unstable), slopes, slope)
+    return (a - negative) * slope + negative * of(line.upper), inner(negative, of(line.offset))
+
+
 def lower(chain: Chain, box: Box, lines: list[Lines], rows, owner, slopes=None, forces=None) -> Bound:
     """Lower bounds of rows . z over boxes, z the output of stage ``len(lines)`` (the logits, with all lines).
 
@@ -78,12 +94,7 @@ def lower(chain: Chain, box: Box, lines: list[Lines], rows, owner, slopes=None, 
     layer (S, ...) in [0, 1], the lower lines of the unstable ReLUs (by default those of ``lines``). ``forces``: for
     each ReLU layer None or (S, ...), added to the coefficients of its input: beta-CROWN's multipliers, with signs.
     """
-    owner = np.asarray(owner)
-    alone = len(box.centre) == 1  # nothing to gather: broadcast
-
-    def of(values):
-        return values if alone else values[owner]
-
+    of = gather(box, owner)
     a, value = np.asarray(rows, chain.dtype), np.zeros(len(rows), chain.dtype)
     relus: list = [None] * len(lines)
     for k in range(len(lines), -1, -1):
@@ -91,13 +102,9 @@ def lower(chain: Chain, box: Box, lines: list[Lines], rows, owner, slopes=None, 
         value += inner(a, stage.bias)
         a = stage.transpose(a)
         if k:
-            line, relus[k - 1] = lines[k - 1], a
-            negative = np.minimum(a, 0)
-            value += inner(negative, of(line.offset))
-            slope = of(line.lower)
-            if slopes is not None:
-                slope = np.where(of(line.unstable), slopes[k - 1], slope)
-            a = (a - negative) * slope + negative * of(line.upper)
+            relus[k - 1] = a
+            a, constant = relaxed(lines[k - 1], of, a, None if slopes is None else slopes[k - 1])
+            value += constant
             if forces is not None and forces[k - 1] is not None:
                 a += forces[k - 1]
     value += inner(a, of(box.centre)) - inner(abs(a), of(box.radius))
@@ -122,26 +129,33 @@ def crown(chain: Chain, low, high) -> list[tuple]:
             centre, radius = propagate(layer, centre, radius, [])
         z_low, z_high = centre - radius, centre + radius
         if k:
-            tighten = _patches if k == 1 and _is_conv_pair(chain) else _one_by_one
-            tighten(chain, box, lines, z_low, z_high)
+            if k == 1 and _is_conv_pair(chain):
+                _patches(chain, box, lines, z_low, z_high)
+            else:
+                one_by_one(partial(lower, chain), box, lines, z_low, z_high)
         found.append((z_low, z_high))
         lines.append(Lines.around(z_low, z_high))
     return found
 
 
-def _one_by_one(chain, box, lines, low, high):
-    """Improve low and high, in place, of the ReLUs that they leave unstable: a row for each side of each."""
-    unstable = np.argwhere((low < 0) & (high > 0))
+def one_by_one(bound, box, lines, low, high, most=np.inf):
+    """Improve low and high, in place, of the ReLUs that they leave unstable: a row for each side of each.
+
+    ``bound(box, lines, rows, owner)`` as :func:`lower`'s. A box with more than ``most`` such ReLUs is left as it is.
+    """
+    unstable = (low < 0) & (high > 0)
+    few = unstable.reshape(len(low), -1).sum(1) <= most
+    unstable = np.argwhere(unstable & few.reshape(-1, *[1] * (low.ndim - 1)))
     for first in range(0, len(unstable), ROWS // 2):
         owner, *unit = at = tuple(unstable[first : first + ROWS // 2].T)
         each = np.arange(len(owner))
-        rows = np.zeros((2, len(owner), *low.shape[1:]), chain.dtype)
+        rows = np.zeros((2, len(owner), *low.shape[1:]), low.dtype)
         rows[0, each, *unit], rows[1, each, *unit] = 1, -1
         part, where = np.unique(owner, return_inverse=True)  # usually few images
-        bound = lower(chain, Box(*(b[part] for b in box)), [Lines(*(v[part] for v in n)) for n in lines],
+        found = bound(Box(*(b[part] for b in box)), [Lines(*(v[part] for v in n)) for n in lines],
                       rows.reshape(-1, *low.shape[1:]), np.tile(where, 2)).value  # fmt: skip
-        low[at] = np.maximum(low[at], bound[: len(owner)])
-        high[at] = np.minimum(high[at], -bound[len(owner) :])
+        low[at] = np.maximum(low[at], found[: len(owner)])
+        high[at] = np.minimum(high[at], -found[len(owner) :])
 
 
 def _is_conv_pair(chain: Chain) -> bool:
@@ -164,7 +178,7 @@ def _windows(x, size, stride, padding):
 
 
 def _patches(chain, box, lines, low, high):
-    """:func:`_one_by_one` for a second convolution: its ReLU sees a small patch of the image, and going back to the
+    """:func:`one_by_one` for a second convolution: its ReLU sees a small patch of the image, and going back to the
     patch is one matrix for every position: a matrix product an image."""
     *before, conv1 = chain.stages[0].layers
     conv2 = chain.stages[1].layers[0]

@@ -15,6 +15,7 @@ from ...layers import (
     Normalized,
     PreActBlock,
     ReLU,
+    Residual,
     Sequential,
 )
 from ...ops import ops_for
@@ -78,6 +79,13 @@ def _(layer: Sequential, centre, radius, relus):
     for child in layer.children.values():
         centre, radius = propagate(child, centre, radius, relus)
     return centre, radius
+
+
+@propagate.register
+def _(layer: Residual, centre, radius, relus):
+    ends = [propagate(branch, centre, radius, relus) for branch in layer.children.values()]
+    (c, r), (d, s) = [*ends, (centre, radius)][:2]
+    return c + d, r + s
 
 
 @propagate.register
