@@ -22,6 +22,7 @@ from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collap
 CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
 ROOT_STEPS = 40  # of climbing, before anything is split
 ROUNDS, ENOUGH = 4, 0.8  # of drawing in a domain's bounds, while what is missing to its proof shrinks to that share
+MOST = 50_000  # domains: some 70 bytes of memory each for every unstable ReLU
 STEP = 0.5  # CPU seconds that a batch of domains may take, so that a search stops when it should
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
 
@@ -224,16 +225,16 @@ class Proof:
 
 
 def branch_and_bound(
-    chain: Chain, low, high, relus, row, *, cpu_limit: float = 60.0, max_domains: int = 50_000, **options
+    chain: Chain, low, high, relus, row, *, cpu_limit: float = 60.0, max_domains: int = MOST, **options
 ) -> Tree:
     """Is the margin row . logits > threshold for every image in [low, high], (1, H, W, C) float64?
 
     chain: float64. row (K,): +1 for the label, -1 for its rival, or any other. relus: [(low, high) (1, ...)] as
     :func:`~nanomr.verify.bounds.crown.crown` gives them. ``options``: of :class:`Search`.
 
-    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains (some 70
-    bytes of memory each for every unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU
-    is split if `highspy`, which would decide it, is not installed or its answer lies within rounding of the threshold.
+    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains, at a bound
+    that is not a number, and at a domain in which every ReLU is split if `highspy`, which would decide it, is not
+    installed or its answer lies within rounding of the threshold.
     """
     end = time.process_time() + cpu_limit
     return Search(chain, low, high, relus, row, **options).run(lambda: end - time.process_time(), max_domains)
@@ -273,8 +274,11 @@ class Search:
             self.tree = Tree("timeout", None, np.nan, None, 0, 0.0)
         self.seconds = time.process_time() - begin
 
-    def run(self, left: Callable[[], float], max_domains: float = 50_000) -> Tree:
-        """Go on while ``left()``, seconds of any clock, is above 0, and there are less than ``max_domains`` domains."""
+    def run(self, left: Callable[[], float], max_domains: float = MOST) -> Tree:
+        """Go on while ``left()``, seconds of any clock, is above 0, and there are less than ``max_domains`` domains.
+
+        It gives up for good with MOST.
+        """
         begin = time.process_time()
         if self.visited == 0 and self.tree is None:
             self._begin()
@@ -283,6 +287,8 @@ class Search:
             self.pace = (time.process_time() - before) / taken
             if self.visited >= max_domains:
                 break
+        if self.tree is None and self.visited >= MOST:
+            self._end("timeout")
         self.seconds += time.process_time() - begin
         return self._answer("timeout") if self.tree is None else self.tree._replace(seconds=self.seconds)
 
