@@ -235,7 +235,7 @@ def test_no_bound_is_above_the_least_margin_where_the_units_bounds_hold(network,
     low, high = case.drawn_in()
     least = case.least(low, high)
     program = hull.Program(case.hull, low, high, case.cuts(0))
-    cuts, (v, _, duals) = case.cuts(0), program.solve(60)
+    cuts, (v, _, duals) = case.cuts(0), program.solve(lambda: 60.0)
     bound, best = hull.evaluate(case.hull, cuts, duals, low, high).bound[0], program.highs.getObjectiveValue()
     assert bound <= least + TOLERANCE and bound == pytest.approx(best, abs=1e-6 * (1 + abs(best)))
     more = case.cuts(12).plus(hull.separate(case.hull, low, high, v))
@@ -259,7 +259,7 @@ def test_each_relaxation_is_between_the_one_before_and_the_truth(network, seed):
     cuts = case.cuts(0)
     program, by_program = hull.Program(case.hull, low, high, cuts), []
     for _ in range(5):
-        v, z, duals = program.solve(60)
+        v, z, duals = program.solve(lambda: 60.0)
         np.testing.assert_allclose(z, case.hull.weight @ v + case.net.bias, rtol=0, atol=1e-6)
         by_program.append(program.highs.getObjectiveValue())
         part = hull.evaluate(case.hull, cuts, duals, low, high)
@@ -281,7 +281,7 @@ def test_cuts_are_worth_something():
         cuts, values = case.cuts(0), []
         program = hull.Program(case.hull, case.z_low, case.z_high, cuts)
         for _ in range(6):
-            v, _, _ = program.solve(60)
+            v, _, _ = program.solve(lambda: 60.0)
             values.append(program.highs.getObjectiveValue())
             program.add(hull.separate(case.hull, case.z_low, case.z_high, v))
         gains.append((values[-1] - values[0]) / (min(case.minima().values()) - values[0] + 1e-9))
@@ -512,7 +512,7 @@ def test_it_stops_when_it_should(monkeypatch):
         tree = case.search(threshold=threshold, cpu_limit=limit)
         monkeypatch.undo()
         assert tree.status == "timeout" and tree.proof is None
-        assert min(limit, seconds) <= tree.seconds <= min(limit, 10 * seconds) + 6
+        assert min(limit, seconds) <= tree.seconds <= min(limit, 10 * seconds) + 10  # each look at this clock is a second
 
 
 def test_a_program_that_is_not_solved_ends_the_search(monkeypatch):

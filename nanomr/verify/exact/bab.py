@@ -9,6 +9,7 @@ The search runs in float32 on the :mod:`~nanomr.verify.exact.collapsed` network;
 
 import heapq
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collap
 CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
 ROOT_STEPS = 40  # of climbing, before anything is split
 ROUNDS, ENOUGH = 4, 0.8  # of drawing in a domain's bounds, while what is missing to its proof shrinks to that share
+MOST = 50_000  # domains: some 70 bytes of memory each for every unstable ReLU
+STEP = 0.5  # CPU seconds that a batch of domains may take, so that a search stops when it should
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
 
 
@@ -161,12 +164,13 @@ class Frame(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """A node of the tree: its number, its ``signs`` and ``values`` (U,), and what is known of its ReLUs."""
+    """A node of the tree: its number, its ``signs`` and ``values`` (U,), what is known of its ReLUs, and its bound."""
 
     node: int
     signs: np.ndarray
     values: np.ndarray
     frame: Frame
+    bound: float = -np.inf
 
     @property
     def bounds(self):
@@ -199,7 +203,14 @@ class Proof:
         self.splits.append(split)
         return len(self.parents) - 1
 
+    def check_whole(self):
+        """Raises AssertionError if a node is neither split nor has a row: whoever searched has lost it."""
+        parent, split = np.array(self.parents), np.array(self.splits)
+        if set(self.rows) | set(parent[split != 0]) != set(range(len(parent))):
+            raise AssertionError("a node of the tree is neither split nor bounded")
+
     def arrays(self, limit: float = np.inf) -> dict[str, np.ndarray]:
+        self.check_whole()
         shape, restricted = (len(self.rows), len(self.units)), (len(self.multipliers), 2, len(self.units))
         signs, values = zip(*(self.rows[node] for node in sorted(self.rows)), strict=True)
         return {
@@ -214,76 +225,173 @@ class Proof:
 
 
 def branch_and_bound(
-    chain: Chain, low, high, relus, row, *, threshold: float = 0.0, start: Found | None = None,
-    cpu_limit: float = 60.0, batch: int = 64, steps: int = 3, rounds: int = ROUNDS, max_domains: int = 50_000,
-) -> Tree:  # fmt: skip
+    chain: Chain, low, high, relus, row, *, cpu_limit: float = 60.0, max_domains: int = MOST, **options
+) -> Tree:
     """Is the margin row . logits > threshold for every image in [low, high], (1, H, W, C) float64?
 
     chain: float64. row (K,): +1 for the label, -1 for its rival, or any other. relus: [(low, high) (1, ...)] as
-    :func:`~nanomr.verify.bounds.crown.crown` gives them. ``start``: slopes to begin with, (1, ...) each, as from
-    :func:`~nanomr.verify.bounds.crown.alpha_crown`. The ``batch`` worst domains are taken at once: the ReLUs' bounds in
-    each are drawn in to its images with margin <= threshold (:func:`restrict`), for at most ``rounds`` times; what that
-    does not prove is split, and the children climb for ``steps`` steps.
+    :func:`~nanomr.verify.bounds.crown.crown` gives them. ``options``: of :class:`Search`.
 
-    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains (some 70
-    bytes of memory each for every unstable ReLU), at a bound that is not a number, and at a domain in which every ReLU
-    is split if `highspy`, which would decide it, is not installed or its answer lies within rounding of the threshold.
+    Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains, at a bound
+    that is not a number, and at a domain in which every ReLU is split if `highspy`, which would decide it, is not
+    installed or its answer lies within rounding of the threshold.
     """
-    begin = time.process_time()
-    if not all(np.isfinite(side).all() for r in relus for side in r):
-        return Tree("timeout", None, np.nan, None, 0, time.process_time() - begin)
-    row = np.asarray(row, np.float64)[None]
-    exact = collapse(chain, low, high, relus, row[0])
-    net, box = exact.single(), Box.between(low, high)
-    limit = threshold + SLACK_64 * (1 + abs(threshold))
-    target, visited, proof, least = limit + SLACK, 1, Proof(net.units), np.inf
-    heap: list[tuple] = []  # (bound, tie, domain)
+    end = time.process_time() + cpu_limit
+    return Search(chain, low, high, relus, row, **options).run(lambda: end - time.process_time(), max_domains)
 
-    def end(status, bound, image=None):
-        arrays = None
+
+class Search:
+    """The tree of :func:`branch_and_bound`; it grows while it is let (:meth:`run`), and goes on where it stopped.
+
+    ``threshold``; ``start``: slopes to begin with, (1, ...) each, as from
+    :func:`~nanomr.verify.bounds.crown.alpha_crown`. Up to ``batch`` of the worst domains are taken at once: the ReLUs'
+    bounds in each are drawn in to its images with margin <= threshold (:func:`restrict`), for at most ``rounds`` times;
+    what that does not prove is split, and the children climb for ``steps`` steps.
+
+    ``tree``: the last word, once there is one: "proved", "candidate", or "timeout" where the search has given up.
+    ``nearest`` (H, W, C): where the smallest margin was seen so far, or None.
+    """
+
+    def __init__(
+        self, chain: Chain, low, high, relus, row, *, threshold: float = 0.0, start: Found | None = None,
+        batch: int = 64, steps: int = 3, rounds: int = ROUNDS,
+    ):  # fmt: skip
+        begin = time.process_time()
+        self.chain, self.low, self.high, self.row = chain, low, high, np.asarray(row, np.float64)[None]
+        self.threshold, self.limit = threshold, threshold + SLACK_64 * (1 + abs(threshold))
+        self.target = self.limit + SLACK
+        self.batch, self.steps, self.rounds, self.pace = batch, steps, rounds, 0.0
+        self.tree, self.root, self.nearest, self.margin = None, None, None, np.inf
+        self.visited, self.worst, self.least, self.tie = 0, -np.inf, np.inf, count()
+        self.heap: list[tuple] = []  # (bound, tie, domain): all that is still open
+        if all(np.isfinite(side).all() for r in relus for side in r):
+            self.exact, self.box = collapse(chain, low, high, relus, self.row[0]), Box.between(low, high)
+            self.net, self.proof = self.exact.single(), Proof(self.exact.units)
+            slopes = self.net.lower if start is None else self.net.pick(start.slopes).astype(np.float32)
+            self.first = Domain(0, np.zeros(len(slopes), np.int8), slopes, Frame.of(*self.net.ends(relus)))
+            self.root = self.first.bounds
+        else:
+            self.tree = Tree("timeout", None, np.nan, None, 0, 0.0)
+        self.seconds = time.process_time() - begin
+
+    def run(self, left: Callable[[], float], max_domains: float = MOST) -> Tree:
+        """Go on while ``left()``, seconds of any clock, is above 0, and there are less than ``max_domains`` domains.
+
+        It gives up for good with MOST.
+        """
+        begin = time.process_time()
+        if self.visited == 0 and self.tree is None:
+            self._begin()
+        while self.tree is None and left() > 0:
+            before, taken = time.process_time(), self._grow(left, max_domains)
+            self.pace = (time.process_time() - before) / taken
+            if self.visited >= max_domains:
+                break
+        if self.tree is None and self.visited >= MOST:
+            self._end("timeout")
+        self.seconds += time.process_time() - begin
+        return self._answer("timeout") if self.tree is None else self.tree._replace(seconds=self.seconds)
+
+    def _answer(self, status: str, image=None) -> Tree:
+        arrays, bound = None, min(self.worst, self.least)
         if status == "proved":
-            theta = limit if proof.multipliers else np.inf  # restricted nodes say nothing of margins above the limit
-            arrays, bound = proof.arrays(theta), min(bound, theta)
-        return Tree(status, image, float(bound), arrays, visited, time.process_time() - begin, root)
+            theta = self.limit if self.proof.multipliers else np.inf  # restricted nodes say nothing of larger margins
+            arrays, bound = self.proof.arrays(theta), min(self.least, theta)
+        return Tree(status, image, float(bound), arrays, self.visited, self.seconds, self.root)
 
-    def counterexample(y):
-        """The image at ``y`` if float64 agrees that its margin is <= threshold, else None."""
-        x = np.clip(box.centre + y.reshape(low.shape) * box.radius, low, high)
-        return x[0] if inner(row, chain.forward(x)[0])[0] <= threshold else None
+    def _end(self, status: str, image=None):
+        self.tree = self._answer(status, image)
 
-    def bounds_64(domains: list[Domain]) -> list[Part]:
+    def _begin(self):
+        self.visited = 1
+        signs, values, chords = _stack([self.first])
+        scale = abs(backward(self.net, signs, values).relus)
+        self.scale = scale + 0.1 * scale.mean() if scale.size else scale
+        self._keep([self.first], climb(self.net, signs, values, self.scale, ROOT_STEPS, self.target, chords))
+
+    def _grow(self, left, max_domains) -> int:
+        """Take the worst domains, draw them in, split them. How many?"""
+        size = min(self.batch, max(1, int(STEP / self.pace))) if self.pace else self.batch
+        taken = [heapq.heappop(self.heap)[2] for _ in self.heap[:size]]
+        domains = self._narrow(taken)
+        if self.visited == 1 and domains:
+            self.root = domains[0].bounds
+        if self.tree is None and self.visited >= max_domains:
+            self._push(domains)
+        elif self.tree is None:
+            whole = [(d.signs != 0).all() for d in domains]
+            self._leaves([d for d, on in zip(domains, whole, strict=True) if on], left)
+            if self.tree is None:
+                self._split([d for d, on in zip(domains, whole, strict=True) if not on])
+        return len(taken)
+
+    def _keep(self, domains: list[Domain], found: Climb):
+        """Go on with those of ``domains`` that have climbed, and are not proved."""
+        domains = self._climbed(domains, found)
+        if self.tree is None:
+            done = self._close(domains)
+            self._push([domains[i] for i in np.flatnonzero(~done)])
+
+    def _push(self, domains: list[Domain]):
+        for domain in domains:
+            bound = -np.inf if np.isnan(domain.bound) else domain.bound
+            heapq.heappush(self.heap, (bound, next(self.tie), domain))
+        self.worst = self.heap[0][0] if self.heap else np.inf
+        if not self.heap:
+            self._end("proved")
+        elif self.worst == -np.inf:
+            self._end("timeout")
+
+    def _climbed(self, domains: list[Domain], found: Climb) -> list[Domain]:
+        """``domains`` with their new values and bounds; a small margin may end the search."""
+        if found.margin < self.margin:
+            self.margin, self.nearest = found.margin, self._image(found.y)
+        if found.margin <= self.target:
+            self._candidate(found.y)
+        pairs = zip(domains, found.values, found.bound, strict=True)
+        return [d._replace(values=v.copy(), bound=float(b)) for d, v, b in pairs]
+
+    def _image(self, y):
+        return np.clip(self.box.centre + y.reshape(self.low.shape) * self.box.radius, self.low, self.high)[0]
+
+    def _candidate(self, y):
+        """The end, if float64 agrees that the margin at ``y`` is <= threshold."""
+        x = self._image(y)
+        if inner(self.row, self.chain.forward(x[None])[0])[0] <= self.threshold:
+            self._end("candidate", x)
+
+    def _bounds_64(self, domains: list[Domain]) -> list[Part]:
         """The bound (1,) of each domain in float64."""
         if not domains:
             return []
         signs, values = np.stack([d.signs for d in domains]), np.stack([d.values for d in domains]).astype(np.float64)
         lines = Lines.around(*(np.stack(side) for side in zip(*(d.bounds for d in domains), strict=True)))
-        part = backward(exact, signs, values, (lines.upper, lines.offset))
+        part = backward(self.exact, signs, values, (lines.upper, lines.offset))
         return [Part(*(v[i : i + 1] for v in part)) for i in range(len(domains))]
 
-    def close(domains: list[Domain], bounds) -> np.ndarray:
-        """Which of the domains (S,) float32 ``bounds`` and then float64 prove; makes leaves of them."""
-        nonlocal least
+    def _close(self, domains: list[Domain]) -> np.ndarray:
+        """Which of the domains their float32 bounds and then float64 prove (S,); makes leaves of them."""
         done = np.zeros(len(domains), bool)
-        ready = np.flatnonzero(bounds > target)
-        for i, part in zip(ready, bounds_64([domains[i] for i in ready]), strict=True):
+        ready = [i for i, d in enumerate(domains) if d.bound > self.target]
+        for i, part in zip(ready, self._bounds_64([domains[i] for i in ready]), strict=True):
             bound = part.bound[0] - SLACK_64 * (1 + abs(part.bound[0]))
-            if bound > limit:
-                done[i], least = True, min(least, bound)
-                proof.rows[domains[i].node] = domains[i].signs, domains[i].values
+            if bound > self.limit:
+                done[i], self.least = True, min(self.least, bound)
+                self.proof.rows[domains[i].node] = domains[i].signs, domains[i].values
         return done
 
-    def narrow(domains: list[Domain]):
-        """(what is left of ``domains``, drawn in and not yet proved; an image with a small margin, or None)."""
+    def _narrow(self, domains: list[Domain]) -> list[Domain]:
+        """What is left of ``domains``, drawn in and not yet proved."""
         left, active, gaps = [], domains, np.full(len(domains), np.inf)
-        for _ in range(rounds):
+        for _ in range(self.rounds):
             drawn = []
-            for domain, part in zip(active, bounds_64(active), strict=True):
-                *known, multipliers = restrict(exact, part, *domain.bounds, limit)
-                proof.rows[domain.node] = domain.signs, domain.values
-                node = proof.add(domain.node, 0)
-                proof.multipliers.append(multipliers.astype(np.float32))
+            for domain, part in zip(active, self._bounds_64(active), strict=True):
+                *known, multipliers = restrict(self.exact, part, *domain.bounds, self.limit)
+                self.proof.rows[domain.node] = domain.signs, domain.values
+                node = self.proof.add(domain.node, 0)
+                self.proof.multipliers.append(multipliers.astype(np.float32))
                 if is_empty(*known):
-                    proof.rows[node] = 0 * domain.signs, 0 * domain.values
+                    self.proof.rows[node] = 0 * domain.signs, 0 * domain.values
                     drawn.append(None)
                     continue
                 stable = (domain.signs == 0) & ((known[0] >= SLACK_64) | (known[1] <= -SLACK_64))
@@ -292,63 +400,40 @@ def branch_and_bound(
             gaps = gaps[[d is not None for d in drawn]]
             drawn = [d for d in drawn if d is not None]
             if not drawn:
-                return left, None
+                return left
             signs, values, chords = _stack(drawn)
-            found = climb(net, signs, values, scale, steps, target, chords)
-            drawn = [d._replace(values=v.copy()) for d, v in zip(drawn, found.values, strict=True)]
-            if found.margin <= target and (image := counterexample(found.y)) is not None:
-                return drawn, image
-            done, gap = close(drawn, found.bound), limit - found.bound
+            drawn = self._climbed(drawn, climb(self.net, signs, values, self.scale, self.steps, self.target, chords))
+            if self.tree is not None:
+                return drawn
+            done, gap = self._close(drawn), self.limit - np.array([d.bound for d in drawn])
             again = ~done & (gap < ENOUGH * gaps)
-            left += [d for d, end_, on in zip(drawn, done, again, strict=True) if not end_ and not on]
+            left += [d for d, end, on in zip(drawn, done, again, strict=True) if not end and not on]
             active, gaps = [d for d, on in zip(drawn, again, strict=True) if on], gap[again]
             if not active:
                 break
-        return left + active, None
+        return left + active
 
-    first = net.lower if start is None else net.pick(start.slopes).astype(np.float32)
-    domains = [Domain(0, np.zeros(len(net.units), np.int8), first, Frame.of(*net.ends(relus)))]
-    root = domains[0].bounds
-    signs, values, chords = _stack(domains)
-    scale = abs(backward(net, signs, values).relus)
-    scale = scale + 0.1 * scale.mean() if scale.size else scale
-    found, tie = climb(net, signs, values, scale, ROOT_STEPS, target, chords), count()
-    while True:
-        domains = [d._replace(values=v.copy()) for d, v in zip(domains, found.values, strict=True)]
-        if found.margin <= target and (image := counterexample(found.y)) is not None:
-            return end("candidate", min(found.bound.min(), heap[0][0] if heap else np.inf, least), image)
-        done = close(domains, found.bound)
-        for i in np.flatnonzero(~done):
-            bound = float(found.bound[i])
-            heapq.heappush(heap, (-np.inf if np.isnan(bound) else bound, next(tie), domains[i]))
-        if not heap:
-            return end("proved", least)
-        worst = heap[0][0]
-        if not worst > -np.inf or time.process_time() - begin > cpu_limit:
-            return end("timeout", min(worst, least))
-        domains, image = narrow([heapq.heappop(heap)[2] for _ in heap[:batch]])
-        if image is not None:
-            return end("candidate", min(worst, least), image)
-        if visited == 1 and domains:
-            root = domains[0].bounds
-        if visited >= max_domains and (domains or heap):
-            return end("timeout", min(worst, least))
-        split_all = [(d.signs != 0).all() for d in domains]
-        for domain in (d for d, on in zip(domains, split_all, strict=True) if on):
-            seconds = cpu_limit - (time.process_time() - begin)
-            beta, y = _solve_leaf(exact, domain.signs.astype(np.float64), threshold, seconds)
-            if y is not None and (image := counterexample(y)) is not None:
-                return end("candidate", min(worst, least), image)
-            if beta is None or not close([domain._replace(values=beta.astype(np.float32))], np.array([np.inf])).all():
-                return end("timeout", min(worst, least))
-        parents, domains = [d for d, on in zip(domains, split_all, strict=True) if not on], []
-        found = Climb(np.zeros(0, np.float32), np.zeros((0, len(net.units)), np.float32), np.inf, net.row_image)
+    def _leaves(self, domains: list[Domain], left):
+        """Domains in which every ReLU is split: decided by a linear program, or the search gives up."""
+        for domain in domains:
+            beta, y = _solve_leaf(self.exact, domain.signs.astype(np.float64), self.threshold, left())
+            if y is not None:
+                self._candidate(y)
+            closed = beta is not None and self._close([domain._replace(values=beta.astype(np.float32), bound=np.inf)])
+            if self.tree is None and not np.all(closed):
+                self._end("timeout")
+            if self.tree is not None:
+                return
+
+    def _split(self, parents: list[Domain]):
+        domains, found = [], Climb(np.zeros(0), np.zeros((0, len(self.net.units))), np.inf, self.net.row_image)
         if parents:
             signs, values, chords = _stack(parents)
-            signs, values, unit = branch(net, signs, values, target, chords)
+            signs, values, unit = branch(self.net, signs, values, self.target, chords)
             chords = [np.repeat(c, 2, 0) for c in chords]
             for i, (sign, value) in enumerate(zip(signs, values, strict=True)):
-                parent, split = parents[i // 2], int(sign[unit[i // 2]] * (net.units[unit[i // 2]] + 1))
-                domains.append(Domain(proof.add(parent.node, split), sign.copy(), value, parent.frame))
-            visited += len(domains)
-            found = climb(net, signs, values, scale, steps, target, chords)
+                parent, split = parents[i // 2], int(sign[unit[i // 2]] * (self.net.units[unit[i // 2]] + 1))
+                domains.append(Domain(self.proof.add(parent.node, split), sign.copy(), value, parent.frame))
+            self.visited += len(domains)
+            found = climb(self.net, signs, values, self.scale, self.steps, self.target, chords)
+        self._keep(domains, found)

@@ -11,6 +11,7 @@ a true bound: that is evaluated in float64 here, and again by the checker.
 
 import heapq
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from .halfspace import Rows
 
 ROUNDS, ENOUGH = 6, 0.8  # times that a node's bounds are drawn in, while what is missing shrinks to that share
 PASSES, PAYS = 6, 0.9  # programs before that, with more cuts each, while what is missing shrinks to that share
-SECONDS = 2.0  # CPU time of one program: HiGHS stalls in a few
+SECONDS = 2.0  # CPU time of one program, ten times that of a node's first: HiGHS stalls in a few
 VIOLATED = 1e-5  # by how much a cut must cut off the solution
 # Scaling by largest values: with HiGHS's own choice more programs stall.
 OPTIONS = {
@@ -59,15 +60,19 @@ class Duals(NamedTuple):
 
 class Problem(NamedTuple):
     """The collapsed network and what cuts need of it: ``weight`` (U, D + U), z = weight v + bias, and the ``scale``
-    (D + U,) of v: y in [-1, 1] stands for a pixel's place in the box of that radius."""
+    (D + U,) of v: y in [-1, 1] stands for a pixel's place in the box of that radius. ``rows``: z - weight v, of the
+    columns (y, z, a)."""
 
     net: Collapsed
     weight: np.ndarray
     scale: np.ndarray
+    rows: Rows
 
     @classmethod
     def of(cls, net: Collapsed, radius) -> "Problem":
-        return cls(net, np.hstack([net.image, net.between]), np.append(radius.ravel(), np.ones(len(net.units))))
+        rows = Rows.of(np.hstack([-net.image, np.eye(len(net.units)), -net.between]))
+        scale = np.append(radius.ravel(), np.ones(len(net.units)))
+        return cls(net, np.hstack([net.image, net.between]), scale, rows)
 
     def box(self, low, high):
         """(low, high) (D + U,) of v = (y, a), from those (U,) of the units' inputs."""
@@ -156,16 +161,20 @@ def excluding(problem: Problem, cuts: Cuts, duals: Duals, low, high, limit: floa
 
 
 class Program:
-    """min margin over (y, z, a): z = weight v + bias, a >= z, a below its chord and the cuts."""
+    """min margin over (y, z, a): z = weight v + bias, a >= z, a below its chord and the cuts.
 
-    def __init__(self, problem: Problem, low, high, cuts: Cuts):
+    ``basis``: of a program with the same cuts and other bounds, from :meth:`keep`; the simplex method begins there.
+    """
+
+    def __init__(self, problem: Problem, low, high, cuts: Cuts, basis=None):
         import highspy
 
         self.problem, self.low, self.high = problem, low, high
         net, (v_low, v_high) = problem.net, problem.box(low, high)
         self.pixels, self.units = d, u = net.image.shape[1], len(low)
-        lines, eye, none = Lines.around(low, high), np.eye(u), np.full(u, np.inf)
-        lp, empty = highspy.HighsLp(), np.zeros((u, d))
+        lines, none, each = Lines.around(low, high), np.full(u, np.inf), np.arange(u)
+        z, a, ones = d + each, d + u + each, np.ones(u)
+        lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = d + 2 * u, 3 * u
         lp.col_cost_ = np.concatenate([net.row_image, np.zeros(u), net.row_units])
         lp.offset_ = float(net.row_bias)
@@ -173,18 +182,27 @@ class Program:
         lp.col_upper_ = np.concatenate([v_high[:d], none, v_high[d:]])
         lp.row_lower_ = np.concatenate([net.bias, 0 * low, -none])
         lp.row_upper_ = np.concatenate([net.bias, none, lines.offset])
-        blocks = [[-net.image, eye, -net.between], [empty, -eye, eye], [empty, -np.diag(lines.upper), eye]]
-        start, index, value = _compressed(np.block(blocks))
+        start, index, value = problem.rows
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = start, index, value
-        self.optimal, self.infeasible = highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kInfeasible
+        lp.a_matrix_.start_ = np.append(start, start[-1] + 2 * np.arange(1, 2 * u + 1)).astype(np.int32)
+        lp.a_matrix_.index_ = np.concatenate([index, *[np.stack([z, a], 1).ravel()] * 2]).astype(np.int32)
+        pairs = [np.stack([side, ones], 1).ravel() for side in (-ones, -lines.upper)]
+        lp.a_matrix_.value_ = np.concatenate([value, *pairs])
+        status = highspy.HighsModelStatus
+        self.optimal, self.infeasible, self.interrupted = status.kOptimal, status.kInfeasible, status.kInterrupt
+        self.basic = highspy.HighsBasisStatus.kBasic
         self.highs = highspy.Highs()
         for name, option in OPTIONS.items():
             self.highs.setOptionValue(name, option)
         self.highs.passModel(lp)
-        stop = self.stop = [np.inf]  # no reference to self, which would keep the program alive until a collection
-        self.highs.cbSimplexInterrupt.subscribe(lambda event: time.process_time() > stop[0] and event.interrupt())
+        left = self.left = [lambda: np.inf]  # no reference to self, which would keep the program alive
+        self.highs.cbSimplexInterrupt.subscribe(lambda event: not left[0]() > 0 and event.interrupt())
         self.add(cuts)
+        if basis is not None:
+            columns, rows = basis
+            start = highspy.HighsBasis()
+            start.col_status, start.row_status, start.valid = columns, rows, True
+            self.highs.setBasis(start)
 
     def add(self, cuts: Cuts):
         """More rows: cuts."""
@@ -197,12 +215,13 @@ class Program:
         if k:
             self.highs.addRows(k, np.full(k, -np.inf), top, len(value), start[:-1], index, value)
 
-    def solve(self, seconds: float):
-        """(v (D + U,), z (U,), Duals), or None where HiGHS finds no optimum in that CPU time.
+    def solve(self, left: Callable[[], float]):
+        """(v (D + U,), z (U,), Duals), or None where HiGHS finds no optimum while ``left()`` is above 0.
 
-        Where no point is left, v and z are None, and a large multiple of the Duals proves anything.
+        Where no point is left, v and z are None, and a large multiple of the Duals proves anything. ``stopped``: would
+        it go on where it was?
         """
-        self.stop[0] = time.process_time() + seconds
+        self.left[0] = left
         self.highs.run()
         status, found, d, u = self.highs.getModelStatus(), self.highs.getSolution(), self.pixels, self.units
         if status == self.infeasible:
@@ -212,6 +231,18 @@ class Program:
             return None
         y, z, a = np.split(np.array(found.col_value), [d, d + u])
         return np.append(y, a), z, self._duals(found.row_dual)
+
+    @property
+    def stopped(self) -> bool:
+        return self.highs.getModelStatus() == self.interrupted
+
+    def keep(self):
+        """(which cuts (K,) hold with equality, the basis of a program with these alone)."""
+        basis, first = self.highs.getBasis(), 3 * self.units
+        rows = list(basis.row_status)
+        tight = [row != self.basic for row in rows[first:]]
+        rows = rows[:first] + [row for row, on in zip(rows[first:], tight, strict=True) if on]
+        return np.array(tight, bool), (list(basis.col_status), rows) if basis.valid else None
 
     def _duals(self, rows) -> Duals:
         _, below, chord, cuts = np.split(np.array(rows), np.array([1, 2, 3]) * self.units)
@@ -228,131 +259,178 @@ def _compressed(matrix):
 
 
 class Node(NamedTuple):
-    """A node of the tree: its number, bounds (U,) of the units' inputs, and the numbers of the cuts to begin with."""
+    """A node of the tree: its number, bounds (U,) of the units' inputs, the numbers of the cuts to begin with, and the
+    basis to begin from."""
 
     number: int
     low: np.ndarray
     high: np.ndarray
     cuts: np.ndarray
+    basis: tuple | None = None
 
 
 class Bounded(NamedTuple):
-    """What the programs of a node said: the best bound, how it came about, which cuts, and where to split."""
+    """What the programs of a node said: the best bound, how it came about, which cuts, and where to split; and with
+    which cuts and basis others begin."""
 
     part: Part
     duals: Duals
     cuts: np.ndarray
     unit: int
+    kept: np.ndarray
+    basis: tuple | None
 
 
 def search(chain: Chain, low, high, relus, row, *, threshold: float = 0.0, cpu_limit: float = 60.0) -> Tree:
     """Is the margin row . logits > threshold for every image in [low, high], (1, H, W, C) float64?
 
     As :func:`~nanomr.verify.exact.bab.branch_and_bound`, whose trees have more and cheaper nodes: ``chain`` in float64,
-    row (K,), relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. At each node the
-    bounds are drawn in to the images with margin <= threshold, as there, by the program's linear function; then the
-    unit is split whose upper side costs most. Gives up after ``cpu_limit`` seconds of CPU time, and where HiGHS fails.
-    Needs highspy.
+    row (K,), relus: [(low, high) (1, ...)] as :func:`~nanomr.verify.bounds.crown.crown` gives them. Gives up after
+    ``cpu_limit`` seconds of CPU time, and where HiGHS fails. Needs highspy.
     """
-    begin, visited = time.process_time(), 0
-    if not all(np.isfinite(side).all() for r in relus for side in r):
-        return Tree("timeout", None, np.nan, None, 0, 0.0)
-    row, box = np.asarray(row, np.float64)[None], Box.between(low, high)
-    net = collapse(chain, low, high, relus, row[0])
-    problem, limit, proof = Problem.of(net, box.radius), threshold + SLACK_64 * (1 + abs(threshold)), Proof(net.units)
-    d, pool = net.image.shape[1], Cuts(np.zeros(0, np.int64), np.zeros((0, low.size + len(net.units)), np.float32))
+    end = time.process_time() + cpu_limit
+    return Search(chain, low, high, relus, row, threshold=threshold).run(lambda: end - time.process_time())
 
-    def end(status, bound, image=None):
-        arrays = None
+
+class Search:
+    """The tree of :func:`search`, as :class:`~nanomr.verify.exact.bab.Search`: ``run``, ``tree``, ``nearest``.
+
+    At each node the bounds are drawn in to the images with margin <= threshold, as there, by the program's linear
+    function; then the unit is split whose upper side costs most.
+    """
+
+    def __init__(self, chain: Chain, low, high, relus, row, *, threshold: float = 0.0):
+        begin = time.process_time()
+        self.chain, self.low, self.high, self.row = chain, low, high, np.asarray(row, np.float64)[None]
+        self.threshold, self.limit = threshold, threshold + SLACK_64 * (1 + abs(threshold))
+        self.tree, self.nearest, self.margin, self.left = None, None, np.inf, None
+        self.visited, self.worst, self.least, self.tie = 0, -np.inf, np.inf, count(1)
+        if all(np.isfinite(side).all() for r in relus for side in r):
+            self.box, net = Box.between(low, high), collapse(chain, low, high, relus, self.row[0])
+            self.problem, self.proof = Problem.of(net, self.box.radius), Proof(net.units)
+            self.pool = Cuts(np.zeros(0, np.int64), np.zeros((0, low.size + len(net.units)), np.float32))
+            self.heap = [(-np.inf, 0, Node(0, *net.ends(relus), np.zeros(0, np.int64)))]
+            self.growing = self._grow()
+        else:
+            self.tree = Tree("timeout", None, np.nan, None, 0, 0.0)
+        self.seconds = time.process_time() - begin
+
+    def run(self, left: Callable[[], float]) -> Tree:
+        """Go on while ``left()``, seconds of any clock, is above 0."""
+        begin, self.left = time.process_time(), left
+        while self.tree is None and left() > 0:
+            next(self.growing, None)
+        self.seconds += time.process_time() - begin
+        return self._answer("timeout") if self.tree is None else self.tree._replace(seconds=self.seconds)
+
+    def _answer(self, status: str, image=None) -> Tree:
+        arrays, bound = None, min(self.worst, self.least)
         if status == "proved":
-            theta = limit if proof.multipliers else np.inf
-            arrays, bound = _arrays(proof, pool, d, theta), min(bound, theta)
-        return Tree(status, image, float(bound), arrays, visited, time.process_time() - begin)
+            theta = self.limit if self.proof.multipliers else np.inf
+            arrays = _arrays(self.proof, self.pool, self.problem.net.image.shape[1], theta)
+            bound = min(self.least, theta)
+        return Tree(status, image, float(bound), arrays, self.visited, self.seconds)
 
-    def left():
-        return cpu_limit - (time.process_time() - begin)
+    def _end(self, status: str, image=None):
+        self.tree = self._answer(status, image)
 
-    def programs(node: Node):
-        """(Bounded or None, a counterexample or None): programs with more and more cuts."""
-        nonlocal pool, visited
-        visited += 1
-        at, best = node.cuts, None
-        program = Program(problem, node.low, node.high, pool[at])
+    def _closed(self, found: Bounded) -> bool:
+        bound = found.part.bound[0]
+        return bool(bound - SLACK_64 * (1 + abs(bound)) > self.limit)
+
+    def _grow(self):
+        """Node after node, until ``tree`` is there; a generator that stops before each program."""
+        net = self.problem.net
+        while self.heap:
+            self.worst, _, node = heapq.heappop(self.heap)
+            gap = np.inf
+            for turn in range(ROUNDS + 1):
+                found = yield from self._programs(node)
+                if self.tree is None and found is None:
+                    self._end("timeout")
+                if self.tree is not None:
+                    return
+                self.proof.rows[node.number] = found.duals, found.cuts
+                bound, missing = found.part.bound[0], self.limit - found.part.bound[0]
+                if self._closed(found):
+                    self.least = min(self.least, bound - SLACK_64 * (1 + abs(bound)))
+                    break
+                if turn == ROUNDS or missing > ENOUGH * gap:  # split
+                    if found.unit < 0:
+                        return self._end("timeout")
+                    del self.proof.rows[node.number]
+                    for sign in (1, -1):
+                        number = self.proof.add(node.number, int(sign * (net.units[found.unit] + 1)))
+                        child = Node(number, node.low.copy(), node.high.copy(), found.kept, found.basis)
+                        (child.low if sign > 0 else child.high)[found.unit] = 0
+                        heapq.heappush(self.heap, (bound, next(self.tie), child))
+                    break
+                gap = missing
+                bounds = *_, multipliers = restrict(net, found.part, node.low, node.high, self.limit)
+                number = self.proof.add(node.number, 0)
+                self.proof.multipliers.append(multipliers.astype(np.float32))
+                node = Node(number, *bounds[:2], found.kept, found.basis)
+                if is_empty(node.low, node.high):
+                    nothing = np.zeros((3, len(net.units)), np.float32)
+                    self.proof.rows[number] = Duals(*nothing[:2], nothing[2, :0]), node.cuts[:0]
+                    break
+        self._end("proved")
+
+    def _programs(self, node: Node):
+        """Bounded or None, by programs with more and more cuts; a counterexample ends the search."""
+        self.visited += 1
+        problem, at, best, d = self.problem, node.cuts, None, self.low.size
+        program = Program(problem, node.low, node.high, self.pool[at], node.basis)
         for attempt in range(PASSES):
-            solution = program.solve(min(SECONDS, left())) if left() > 0 else None
+            solution = yield from self._solution(program, SECONDS if best else 10 * SECONDS)
             if solution is None:
                 break
             v, z, duals = solution
             if v is None:  # the node has no image
-                duals = excluding(problem, pool[at], duals, node.low, node.high, limit)
-                found = Bounded(evaluate(problem, pool[at], duals, node.low, node.high), duals, at, -1)
-                return (found if closed(found) else best), None
-            part, gap = evaluate(problem, pool[at], duals, node.low, node.high), np.inf
+                duals = excluding(problem, self.pool[at], duals, node.low, node.high, self.limit)
+                part = evaluate(problem, self.pool[at], duals, node.low, node.high)
+                found = Bounded(part, duals, at, -1, at, None)
+                return found if self._closed(found) else best
+            part, gap = evaluate(problem, self.pool[at], duals, node.low, node.high), np.inf
             if best is None or part.bound[0] > best.part.bound[0]:
-                gap = np.inf if best is None else limit - best.part.bound[0]
-                cost = np.bincount(pool.units[at], duals.cuts, len(z)) + duals.chord
+                gap = np.inf if best is None else self.limit - best.part.bound[0]
+                cost = np.bincount(self.pool.units[at], duals.cuts, len(z)) + duals.chord
                 unstable = (node.low < 0) & (node.high > 0)
                 loss = np.where(unstable, cost * (v[d:] - np.maximum(z, 0)) + 1e-9 * (node.high - node.low), -1)
-                unit = int(loss.argmax()) if unstable.any() else -1
-                best = Bounded(part, duals, at, unit)
-            x = np.clip(box.centre + v[:d].reshape(low.shape) * box.radius, low, high)
-            if inner(row, chain.forward(x)[0])[0] <= threshold:
-                return best, x[0]
-            if closed(best) or (attempt and limit - part.bound[0] > PAYS * gap) or attempt == PASSES - 1:
+                tight, basis = program.keep()
+                best = Bounded(part, duals, at, int(loss.argmax()) if unstable.any() else -1, at[tight], basis)
+            x = np.clip(self.box.centre + v[:d].reshape(self.low.shape) * self.box.radius, self.low, self.high)
+            margin = inner(self.row, self.chain.forward(x)[0])[0]
+            if margin < self.margin:
+                self.margin, self.nearest = margin, x[0]
+            if margin <= self.threshold:
+                self._end("candidate", x[0])
+                return best
+            if self._closed(best) or (attempt and self.limit - part.bound[0] > PAYS * gap) or attempt == PASSES - 1:
                 break
             cuts = separate(problem, node.low, node.high, v)
             if not len(cuts.units):
                 break
-            at = np.append(at, len(pool.units) + np.arange(len(cuts.units)))
-            pool = pool.plus(cuts)
+            at = np.append(at, len(self.pool.units) + np.arange(len(cuts.units)))
+            self.pool = self.pool.plus(cuts)
             program.add(cuts)
-        return best, None
+        return best
 
-    def closed(found: Bounded) -> bool:
-        bound = found.part.bound[0]
-        return bool(bound - SLACK_64 * (1 + abs(bound)) > limit)
-
-    heap, tie, least = [(-np.inf, 0, Node(0, *net.ends(relus), np.zeros(0, np.int64)))], count(1), np.inf
-    while heap:
-        worst, _, node = heapq.heappop(heap)
-        gap = np.inf
-        for turn in range(ROUNDS + 1):
-            if left() <= 0:
-                return end("timeout", min(worst, least))
-            found, image = programs(node)
-            if image is not None:
-                return end("candidate", min(worst, least), image)
-            if found is None:
-                return end("timeout", min(worst, least))
-            proof.rows[node.number] = found.duals, found.cuts
-            bound, missing = found.part.bound[0], limit - found.part.bound[0]
-            if closed(found):
-                least = min(least, bound - SLACK_64 * (1 + abs(bound)))
-                break
-            if turn == ROUNDS or missing > ENOUGH * gap:  # split
-                if found.unit < 0:
-                    return end("timeout", min(worst, least))
-                del proof.rows[node.number]
-                for sign in (1, -1):
-                    number = proof.add(node.number, int(sign * (net.units[found.unit] + 1)))
-                    child = Node(number, node.low.copy(), node.high.copy(), found.cuts[found.duals.cuts > 0])
-                    (child.low if sign > 0 else child.high)[found.unit] = 0
-                    heapq.heappush(heap, (bound, next(tie), child))
-                break
-            gap = missing
-            bounds = *_, multipliers = restrict(net, found.part, node.low, node.high, limit)
-            number = proof.add(node.number, 0)
-            proof.multipliers.append(multipliers.astype(np.float32))
-            node = Node(number, *bounds[:2], found.cuts[found.duals.cuts > 0])
-            if is_empty(node.low, node.high):
-                nothing = np.zeros((3, len(net.units)), np.float32)
-                proof.rows[number] = Duals(*nothing[:2], nothing[2, :0]), node.cuts[:0]
-                break
-    return end("proved", least)
+    def _solution(self, program: Program, seconds: float):
+        """What :meth:`Program.solve` says within so many CPU seconds, if need be of several turns."""
+        while seconds > 0:
+            yield
+            begin = time.process_time()
+            solution = program.solve(lambda s=seconds, b=begin: min(s - (time.process_time() - b), self.left()))
+            seconds -= time.process_time() - begin
+            if solution is not None or not program.stopped:
+                return solution
+        return None
 
 
 def _arrays(proof: Proof, pool: Cuts, pixels: int, limit: float) -> dict[str, np.ndarray]:
     """The arrays of a proof file (``docs/soundness.md``), with the cuts that it uses."""
+    proof.check_whole()
     rows = [proof.rows[node] for node in sorted(proof.rows)]
     used = np.unique(np.concatenate([at[duals.cuts > 0] for duals, at in rows]))
     weights = np.zeros((len(rows), len(used)), np.float32)

@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from .collapsed import Collapsed, collapse
 
 SMALL = 1e-9  # HiGHS drops matrix entries up to this size
 SLACK = 1e-8  # every bound and the threshold are this much (relatively) looser than asked for: rounding stays inside
+GRACE = 1.0  # seconds that HiGHS may take to notice an interrupt; then its process is killed
 LARGE = 1e15  # HiGHS refuses larger matrix entries
 OPTIONS = {
     "output_flag": False,
@@ -50,7 +52,7 @@ class Answer(NamedTuple):
     image: np.ndarray | None  # (H, W, C) float64, in the box
     bound: float  # a lower bound of the margin in the box (at most the threshold), or nan
     nodes: int
-    seconds: float  # CPU; of a child that was killed: wall-clock
+    seconds: float  # CPU; of a child that died, or where processes have no clocks: wall-clock
     message: str
 
 
@@ -71,13 +73,14 @@ class Program(NamedTuple):
 
 def decide(
     chain: Chain, low, high, relus, row, *, threshold: float = 0.0, cpu_limit: float = 120.0,
-    options: dict | None = None,
+    left: Callable[[], float] | None = None, options: dict | None = None,
 ) -> Answer:  # fmt: skip
     """Is there an image in the box [low, high] with a margin row . logits <= threshold?
 
     low, high (H, W, C), or with a leading 1; row (K,); relus: the bounds [(low, high)] of every ReLU layer's input in
     this box, as :func:`nanomr.verify.bounds.crown.crown` gives them; ``chain`` in float64. ``cpu_limit``: CPU seconds
-    (of this process). ``options``: of HiGHS, over those of ``OPTIONS``.
+    (of this process); ``left()``: seconds of another clock, which must be above 0 as well. ``options``: of HiGHS, over
+    those of ``OPTIONS``.
 
     "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a row of another length,
     UserError if highspy is not installed.
@@ -88,14 +91,15 @@ def decide(
         return task
     program, low, high = task
     used = time.process_time() - begin
-    return _answer(solve(program, cpu_limit - used, options), low, high, threshold, used)
+    return _answer(solve(program, cpu_limit - used, options, left), low, high, threshold, used)
 
 
 class Solver:
     """:func:`decide` in a process of its own, which is killed if it hangs.
 
-    ``allowance``: wall-clock seconds for one solve, 2 cpu_limit + 60 by default. The child lives until :meth:`close`
-    (or the end of the ``with`` block), and is started again when it had to be killed or died.
+    That is, if it does not stop within a second of its limit: HiGHS looks at it at certain points only. ``allowance``:
+    wall-clock seconds for one solve, 2 cpu_limit + 60 by default. The child lives until :meth:`close` (or the end of
+    the ``with`` block), and is started again when it had to be killed or died.
     """
 
     def __init__(self, allowance: float | None = None):
@@ -105,7 +109,7 @@ class Solver:
 
     def decide(
         self, chain: Chain, low, high, relus, row, *, threshold: float = 0.0,
-        cpu_limit: float = 120.0, options: dict | None = None,
+        cpu_limit: float = 120.0, left: Callable[[], float] | None = None, options: dict | None = None,
     ) -> Answer:  # fmt: skip
         """As the function :func:`decide`; a child that was killed is a "timeout", one that died an "error"."""
         begin, wall = time.process_time(), time.monotonic()
@@ -119,10 +123,15 @@ class Solver:
             self._start()
         allowance = 2 * cpu_limit + 60 if self.allowance is None else self.allowance
         try:
+            before, spent = _cpu_seconds(self._process.pid), 0.0
             self._connection.send((program, cpu_limit - used, options))
-            if not self._connection.poll(allowance):
-                self.close()
-                return Answer("timeout", None, np.nan, 0, time.monotonic() - wall, "killed")
+            while not self._connection.poll(0.05):
+                now = _cpu_seconds(self._process.pid)
+                spent = time.monotonic() - wall - used if now is None or before is None else now - before
+                late = spent > cpu_limit - used + GRACE or (left is not None and left() < -GRACE)
+                if late or time.monotonic() - wall > allowance:
+                    self.close()
+                    return Answer("timeout", None, np.nan, 0, used + spent, "killed")
             found = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
@@ -152,6 +161,14 @@ class Solver:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    """CPU time of another process, where the system has clocks for that (clock_getcpuclockid's number, on Linux)."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def end_with_parent():
@@ -298,8 +315,11 @@ def _highspy():
     return highspy
 
 
-def solve(program: Program, cpu_limit: float, options: dict | None = None) -> Answer:
-    """Give the program to HiGHS, for at most ``cpu_limit`` CPU seconds; ``image`` are the columns' first values, t."""
+def solve(program: Program, cpu_limit: float, options: dict | None = None, left=None) -> Answer:
+    """Give the program to HiGHS, for at most ``cpu_limit`` CPU seconds; ``image`` are the columns' first values, t.
+
+    ``left``: as :func:`decide` takes it.
+    """
     highspy = _highspy()
     ok, model_status = highspy.HighsStatus.kOk, highspy.HighsModelStatus
     begin = time.process_time()
@@ -315,7 +335,7 @@ def solve(program: Program, cpu_limit: float, options: dict | None = None) -> An
             return answer("error", f"no option {name} = {value}")
 
     def interrupt(event):
-        if time.process_time() - begin > cpu_limit:
+        if time.process_time() - begin > cpu_limit or (left is not None and not left() > 0):
             event.interrupt()
 
     for callback in (highs.cbMipInterrupt, highs.cbSimplexInterrupt, highs.cbIpmInterrupt):

@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     pgd_steps: int = 20
     pgd_restarts: int = 10
     alpha_steps: int = 10
+    float32: bool = True  # is a proof for the deployed float32 network asked for, too? It must not delay the real one
 
 
 class Outcome(NamedTuple):
@@ -91,7 +92,7 @@ class Verifier:
         run.charge("crown", left)
         run.close_verified("crown")
 
-        target = _target(error)
+        target = self._wanted(error)
         open_ = np.flatnonzero(~(bound.value > target))
         if len(open_):
             images_ = np.unique(left[owner[open_]])
@@ -132,6 +133,10 @@ class Verifier:
             run.close(hits, "attacked", "targeted pgd", adversarial[broken][first])
         return run.outcomes()
 
+    def _wanted(self, error):
+        """What a margin's bound is to exceed: the float32 error, if that is asked for, and there is a bound on it."""
+        return _target(error) if self.settings.float32 else np.full(np.shape(error), PROVED)
+
     def _box(self, images, boxes):
         return image_box(images, self.settings.eps) if boxes is None else boxes
 
@@ -152,14 +157,14 @@ class Verifier:
             return self.settings.time_limit - used - (time.process_time() - start) - solved
 
         record["solver"] = {}
-        todo = sorted((b, t) for t, b in record["bound"].items() if not b > _target(record["float32_error"][t]))
+        todo = [(b, t) for t, b in record["bound"].items() if not b > self._wanted(record["float32_error"][t])]
         verdict, adversarial = "verified", None
-        for bound, t in todo:
+        for bound, t in sorted(todo):
             proved = bound > PROVED  # already, but not for float32
             row = margin_rows([record["label"]], [int(t)], self.chain.classes)[0]
             answer = settle(
                 self.chain, low, high, relus, row, error=record["float32_error"][t], proved=proved, left=left,
-                limit=self.settings.time_limit, solver=self.solver,
+                limit=self.settings.time_limit, solver=self.solver, float32=self.settings.float32,
                 confirm=partial(self._confirm, tried, record["label"], int(t)),
             )  # fmt: skip
             solved += answer.solver_seconds
@@ -198,6 +203,7 @@ class _Screening:
     """The records of a batch while they are being made."""
 
     def __init__(self, verifier: Verifier, images, ids):
+        self.wanted = verifier._wanted
         self.records = [{"id": int(i), "verdict": None, "seconds": 0.0, "stages": {}} for i in ids]
         self.proofs: list[dict] = [{} for _ in ids]
         self.adversarial: list = [None] * len(self.records)
@@ -240,7 +246,7 @@ class _Screening:
     def close_verified(self, stage: str):
         for i in self.left():
             record = self.records[i]
-            if all(bound > _target(record["float32_error"][t]) for t, bound in record["bound"].items()):
+            if all(bound > self.wanted(record["float32_error"][t]) for t, bound in record["bound"].items()):
                 self.close([i], "verified", stage)
 
     def outcomes(self) -> list[Outcome]:
