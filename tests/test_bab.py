@@ -623,7 +623,10 @@ BUGS = {
     "beta with the wrong sign": ("-signs * values)", "signs * values)"),
     "beta climbs the wrong way": ("part.relus, 0) * z, -signs * z)", "part.relus, 0) * z, signs * z)"),
     "a lost child": ("np.flatnonzero(~done)])", "np.flatnonzero(~done)[::2]])"),
-    "a search that goes on without what is open": ("self._push(domains)\n        elif", "self._push(domains[1:])\n        elif"),
+    "a search that goes on without what is open": (
+        "self._push(domains)\n        elif",
+        "self._push(domains[1:])\n        elif",
+    ),
     "the same side twice": ("np.array([1, -1], signs.dtype)", "np.array([1, 1], signs.dtype)"),
     "the clamp on the wrong side": ("np.where(sign > 0, np.maximum(low, 0), low)", "np.where(sign < 0, 0 * low, low)"),
     "NaN counts as proved": ("if bound > self.limit:", "if not bound <= self.limit:"),

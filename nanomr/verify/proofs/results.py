@@ -175,6 +175,7 @@ def check_instances(folder, progress: Callable | None = None) -> dict:
 def _check_instance(folder: Path, base: Path, record: dict, networks: dict) -> list[str]:
     """The counts of the report that a decided instance adds to. ``networks``: {SHA-256: what was read before}."""
     from ..formats.vnnlib import read_vnnlib  # trusted: what the property says
+    from .witness import input_order
 
     counts, paths = [], []
     for kind in ("network", "property"):
@@ -187,22 +188,22 @@ def _check_instance(folder: Path, base: Path, record: dict, networks: dict) -> l
     kept = folder / "networks" / f"{known}.safetensors"
     first = known not in networks
     if first:
-        networks[known] = read_network(kept)
-    network = networks[known]
-    demand(isinstance(network, Network), str(network))
-    prop = read_vnnlib(paths[1], network.input_shape, len(network.maps[-1].bias))
+        networks[known] = read_network(kept), input_order(kept)
+    demand(not isinstance(networks[known], CertificateError), str(networks[known]))
+    network, order = networks[known]
+    prop = read_vnnlib(paths[1], network.input_shape, len(network.maps[-1].bias), order)
     if first:
         try:
-            counts += _compare(network, paths[0], prop.cases[0])
+            counts += _compare(network, order, paths[0], prop.cases[0])
         except CertificateError as error:
             networks[known] = error  # of every line that is about it
             raise
     if record["verdict"] == "unsat":
-        return counts + _check_unsat(network, folder, record, prop)
-    return counts + _check_sat(network, folder, kept, record, prop)
+        return counts + _check_unsat(network, order, folder, record, prop)
+    return counts + _check_sat(network, order, folder, kept, record, prop)
 
 
-def _compare(network: Network, path: Path, case) -> list[str]:
+def _compare(network: Network, order, path: Path, case) -> list[str]:
     """Raise CertificateError unless onnxruntime, if it is installed, gives the network's logits in the case's box."""
     try:
         import onnxruntime
@@ -223,7 +224,8 @@ def _compare(network: Network, path: Path, case) -> list[str]:
     random = np.random.default_rng(0)
     for _ in range(POINTS):
         x = random.uniform(np.clip(case.low, -1e9, 1e9), np.clip(case.high, -1e9, 1e9)).astype(np.float32)
-        theirs = session.run(None, {entry.name: x.transpose(2, 0, 1).reshape(shape)})[0].ravel()
+        fed = x.transpose(2, 0, 1) if order is None else x.ravel()[order]
+        theirs = session.run(None, {entry.name: fed.reshape(shape)})[0].ravel()
         ours = x.astype(np.float64).ravel()
         reached = reach(network, ours, ours.copy())
         for m in network.maps:
@@ -234,7 +236,7 @@ def _compare(network: Network, path: Path, case) -> list[str]:
     return ["compared"]
 
 
-def _check_unsat(network: Network, folder: Path, record: dict, prop) -> list[str]:
+def _check_unsat(network: Network, order, folder: Path, record: dict, prop) -> list[str]:
     claims, tensors = record.get("cases"), {}
     fine = isinstance(claims, list) and all(isinstance(claim, dict) for claim in claims)
     demand(fine and len(claims) == len(prop.cases), f"the property has {len(prop.cases)} cases: all must be excluded")
@@ -255,7 +257,8 @@ def _check_unsat(network: Network, folder: Path, record: dict, prop) -> list[str
         elif claim.get("how") == "point":
             from .witness import excludes
 
-            fine = excludes(network, case.exact.low, case.exact.high, case.exact.rows[row], case.exact.offsets[row])
+            exact = case.exact
+            fine = excludes(network, exact.low, exact.high, exact.rows[row], exact.offsets[row], order)
             demand(fine, f"case {i}: it is not one point, or that is not excluded")
             float32 = False
         else:
@@ -271,7 +274,7 @@ def _check_unsat(network: Network, folder: Path, record: dict, prop) -> list[str
     return ["confirmed", "float32"] if float32 else ["confirmed"]
 
 
-def _check_sat(network: Network, folder: Path, kept: Path, record: dict, prop) -> list[str]:
+def _check_sat(network: Network, order, folder: Path, kept: Path, record: dict, prop) -> list[str]:
     from ...models import load
     from .witness import check_witness
 
@@ -280,6 +283,6 @@ def _check_sat(network: Network, folder: Path, kept: Path, record: dict, prop) -
     file = folder / "counterexamples" / f"{record['id']}.txt"
     demand(file.is_file() and file.stat().st_size < LONGEST, f"{file.name}: there is no counterexample")
     content, model = file.read_text(encoding="utf-8", errors="replace"), load(kept)
-    verdict = check_witness(network, *prop.cases[number].exact, content, lambda x: model.forward(x)[0])
+    verdict = check_witness(network, *prop.cases[number].exact, content, lambda x: model.forward(x)[0], order)
     demand(verdict == record["verdict"], f"the counterexample shows {verdict}, not {record['verdict']}")
     return ["counterexamples"]

@@ -413,13 +413,12 @@ class Run:
         threshold = -float(case.offsets[m])
         if target - threshold > PROVED:  # numbers so large that their rounding is as well
             threshold = target
-        constant = {"threshold": threshold} if threshold else {}
         alone = len(case.rows) == 1
         try:
             answer = settle(
                 self.subject.chain, region.low, region.high, self.relus[id(region)], case.rows[m], error=np.inf,
                 left=lambda: self.remaining() - end, limit=self.limit, solver=self.solver,
-                confirm=partial(self._confirm, region, i, None if alone else m), **constant,
+                confirm=partial(self._confirm, region, i, None if alone else m), threshold=threshold,
             )  # fmt: skip
         except _Hopeless:
             return

@@ -58,7 +58,9 @@ def settle(
     answer = None if deployed is None else run.turn(deployed, "bab", min(TREE[0], 0.1 * run.left()), TREE[1])
     if answer is None and not proved:
         answer = run.play(_Turns(threshold), run.left, milp=True)
-    if deployed is not None and (proved if answer is None else answer.verdict == "proved" and answer.bound <= threshold + error):
+    if deployed is not None and (
+        proved if answer is None else answer.verdict == "proved" and answer.bound <= threshold + error
+    ):
         end = run.left() - EXTRA * (time.process_time() - begin) - SLICE
         stronger = run.play(deployed, lambda: min(run.left(), run.left() - end))
         answer = stronger if stronger is not None and stronger.verdict == "proved" else answer
