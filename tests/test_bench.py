@@ -57,3 +57,20 @@ def test_the_verifiers_last_line_is_json(tmp_path, limit):
     found = json.loads(result.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "result.json").read_text()) == found
     assert found["proofs"] > 0 and found["crown_s"] > 0 and found["median_s"] > 0
+
+
+def test_the_curve_of_the_main_network(tmp_path):
+    script = TRAIN_STEP.parent / "verify_preact.py"
+    flags = ["--quick", "--images", "2", "--threads", "1", "--json", str(tmp_path / "result.json")]
+    result = subprocess.run(
+        [sys.executable, script, *flags, "--plot", str(tmp_path / "curve.png")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+    assert [r["eps"] for r in found["curve"]] == sorted(r["eps"] for r in found["curve"])
+    for name in ("pgd", "crown", "interval"):  # of a random network and its own labels
+        values = [r[name] for r in found["curve"]]
+        assert values == sorted(values, reverse=True)
+    assert all(r["clean"] >= r["pgd"] >= r["crown"] >= r["interval"] for r in found["curve"])
+    assert found["curve"][0]["crown"] > 0 == found["curve"][-1]["crown"]

@@ -26,8 +26,10 @@ from nanomr.layers import (
 from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify import interval
 from nanomr.verify.bounds import crown as chains
+from nanomr.verify.bounds import forms as forwards
 from nanomr.verify.bounds import tree as module
 from nanomr.verify.bounds.crown import Box, Lines, margin_rows
+from nanomr.verify.bounds.forms import forms
 from nanomr.verify.bounds.tree import Relus, Sum, Tree, crown, lower, margins
 from nanomr.verify.chain import Chain
 
@@ -214,6 +216,104 @@ def test_nan_proves_nothing(rng):
     setting.low[0, 0, 0, 0] = np.nan
     found = margins(setting.tree, setting.low, setting.high, setting.rows, setting.owner)
     assert np.isnan(found[setting.owner == 0]).all() and np.isfinite(found[setting.owner == 1]).all()
+
+
+# --- affine forms, carried forwards -----------------------------------------------------------------------------------
+
+
+def broken(model, low, high, relus, draw, count=6):
+    """By how much the network's ReLU inputs break bounds, at the worst of some points."""
+    worst = -np.inf
+    for x in points(low, high, draw, count):
+        for (a, b), z in zip(relus, forward(model, x)[1], strict=True):
+            worst = max(worst, (np.maximum(a - z, z - b) / (1 + abs(z))).max())
+    return worst
+
+
+@every_network
+@fewer(0.4)
+@given(seed=seeds, eps=st.sampled_from([0.0, 1e-6, 0.01, 0.05, 0.3, 1.0]))
+def test_no_point_breaks_a_form_nor_what_crown_makes_of_it(network, seed, eps):
+    draw = np.random.default_rng(seed)
+    setting = Setting(NETWORKS[network](draw), draw, eps, most=0)
+    known = forms(setting.tree, setting.low, setting.high)
+    assert broken(setting.model, setting.low, setting.high, known, draw) <= 1e-9
+    box_and_rows = setting.low, setting.high, setting.rows, setting.owner
+    setting.relus = crown(setting.tree, setting.low, setting.high, 5, known)
+    setting.bounds = margins(setting.tree, *box_and_rows, 5, known)
+    assert setting.violation(draw) <= 1e-9
+    for (a, b), (c, d) in zip(setting.relus, known, strict=True):
+        assert (a >= c).all() and (b <= d).all()
+
+
+@each_sum
+def test_where_nothing_is_unstable_a_form_is_exact_but_for_what_float32_rounds(network, rng):
+    """The network is affine in the box: each pixel moves a ReLU's input by what it does alone."""
+    model = SUMS[network](rng)
+    low, high = box(model, rng, 1e-6, 1)
+    tree = Tree(model)
+    found, plain = forms(tree, low, high), crown(tree, low, high, 0)
+    assert not any(((a < 0) & (b > 0)).any() for a, b in found)
+    centre, moves = 0.5 * (low + high), np.diag(0.5 * (high - low).ravel()).reshape(-1, *model.input_shape)
+    for (a, b), (c, d), at, moved in zip(
+        found, plain, forward(model, centre)[1], forward(model, centre + moves)[1], strict=True
+    ):
+        exact = abs(moved - at).sum(0)
+        np.testing.assert_allclose(0.5 * (b - a)[0], exact, rtol=1e-3, atol=1e-12)
+        assert (0.5 * (d - c)[0] >= exact - 1e-12).all()
+    assert any(((d - c) > 1.05 * (b - a)).any() for (a, b), (c, d) in zip(found, plain, strict=True))
+
+
+def test_float32_is_charged(rng, monkeypatch):
+    """A sum of 999 products whose float32 loses digits: without the charges the form says less than is true."""
+    model = models.mlp((999, 3, 2), input_shape=(1, 1, 999)).astype(np.float64)
+    weight = model.children["fc1"].params["weight"]
+    weight[...] = rng.uniform(0.5, 1, weight.shape)
+    low, high = np.zeros((1, 1, 1, 999)), np.ones((1, 1, 1, 999)) * rng.uniform(0.5, 1, 999)
+    tree = Tree(model)
+    (exact,), (found,) = crown(tree, low, high), forms(tree, low, high)
+    assert (found[0] <= exact[0]).all() and (found[1] >= exact[1]).all()
+    monkeypatch.setattr(forwards, "gamma", lambda n: 0.0)
+    monkeypatch.setattr(forwards, "through", lambda layer, total, error: (total, error, 0.0))
+    (found,) = forms(tree, low, high)
+    assert (found[0] > exact[0]).any() or (found[1] < exact[1]).any()
+
+
+def test_a_form_that_is_not_a_number_proves_nothing(rng):
+    model = SUMS["two"](rng)
+    low, high = box(model, rng, 0.05)
+    low[0, 0, 0, 0] = np.nan
+    found = forms(Tree(model), low, high)
+    assert all(np.isnan(a[0]).any() and np.isnan(b[0]).any() and np.isfinite(a[1]).all() for a, b in found)
+
+
+FORM_BUGS = {
+    "the strip is forgotten": lambda line: line._replace(offset=0 * line.offset),
+    "half of the slope": lambda line: line._replace(upper=0.5 * line.upper),
+    "an unstable ReLU is on": lambda line: line._replace(
+        upper=np.where(line.unstable, 1, line.upper), offset=0 * line.offset
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", [None, *FORM_BUGS, "a branch's error is dropped"])
+def test_points_would_break_wrong_forms(bug, monkeypatch):
+    if bug in FORM_BUGS:
+        monkeypatch.setattr(
+            forwards, "Lines", type("Wrong", (), {"around": lambda *ends: FORM_BUGS[bug](Lines.around(*ends))})
+        )
+    elif bug:
+        kept = forwards._through
+        monkeypatch.setattr(
+            forwards, "_through", lambda layer, form: kept(layer, form._replace(radius=0 * form.radius))
+        )
+    worst = -np.inf
+    for seed in range(6):
+        draw = np.random.default_rng(seed)
+        model = SUMS["two" if seed % 2 else "raw shortcut"](draw)
+        low, high = box(model, draw, 0.1)
+        worst = max(worst, broken(model, low, high, forms(Tree(model), low, high), draw, 10))
+    assert (worst > 1e-6) == (bug is not None)
 
 
 # --- brute force ------------------------------------------------------------------------------------------------------

@@ -78,12 +78,14 @@ def _forth(steps, form: Form, found) -> Form:
 
 def _through(layer, form: Form) -> Form:
     centre, radius = propagate(layer, form.centre, form.radius, [])
-    total = form.total()
-    single = copy.copy(layer)
-    for name in ("params", "buffers"):
-        setattr(single, name, {key: value.astype(np.float32) for key, value in getattr(layer, name).items()})
-    single.shapes = getattr(layer, "shapes", None)
-    symbols = np.concatenate(
-        [single.apply(form.symbols[i : i + CHUNK], bias=False) for i in range(0, len(form.symbols), CHUNK)]
-    )
-    return Form(centre, radius + through(layer, total, 0 * total)[2], symbols)
+    linear, single, total = _linear(layer, np.float64), _linear(layer, np.float32), form.total()
+    symbols = [single.apply(form.symbols[i : i + CHUNK], bias=False) for i in range(0, len(form.symbols), CHUNK)]
+    return Form(centre, radius + through(linear, total, 0 * total)[2], np.concatenate(symbols))
+
+
+def _linear(layer, dtype):
+    """A copy of an affine layer, of this dtype, that adds nothing."""
+    other = copy.copy(layer)
+    other.params = {name: value.astype(dtype) for name, value in layer.params.items() if name != "bias"}
+    other.buffers = {name: (value * (name != "mean")).astype(dtype) for name, value in layer.buffers.items()}
+    return other
