@@ -61,7 +61,7 @@ class Problem:
         search = module.Search(*self.args, self.row, **options)
         trees = []
         for domains in itertools.count(1, 3):
-            trees.append(search.run(lambda: 1.0, domains))
+            trees.append(search.run(lambda: 1.0, max_domains=domains))
             if search.tree is not None:
                 assert all(t.status == "timeout" and t.proof is None and t.image is None for t in trees[:-1])
                 return trees[-1], len(trees)
@@ -623,7 +623,10 @@ BUGS = {
     "beta with the wrong sign": ("-signs * values)", "signs * values)"),
     "beta climbs the wrong way": ("part.relus, 0) * z, -signs * z)", "part.relus, 0) * z, signs * z)"),
     "a lost child": ("np.flatnonzero(~done)])", "np.flatnonzero(~done)[::2]])"),
-    "a search that goes on without what is open": ("self._push(domains)\n        elif", "self._push(domains[1:])\n        elif"),
+    "a search that goes on without what is open": (
+        "self._push(domains)\n        elif",
+        "self._push(domains[1:])\n        elif",
+    ),
     "the same side twice": ("np.array([1, -1], signs.dtype)", "np.array([1, 1], signs.dtype)"),
     "the clamp on the wrong side": ("np.where(sign > 0, np.maximum(low, 0), low)", "np.where(sign < 0, 0 * low, low)"),
     "NaN counts as proved": ("if bound > self.limit:", "if not bound <= self.limit:"),

@@ -512,7 +512,9 @@ def test_it_stops_when_it_should(monkeypatch):
         tree = case.search(threshold=threshold, cpu_limit=limit)
         monkeypatch.undo()
         assert tree.status == "timeout" and tree.proof is None
-        assert min(limit, seconds) <= tree.seconds <= min(limit, 10 * seconds) + 10  # each look at this clock is a second
+        assert (
+            min(limit, seconds) <= tree.seconds <= min(limit, 10 * seconds) + 10
+        )  # each look at this clock is a second
 
 
 def test_a_program_that_is_not_solved_ends_the_search(monkeypatch):
