@@ -61,7 +61,7 @@ class Problem:
         search = module.Search(*self.args, self.row, **options)
         trees = []
         for domains in itertools.count(1, 3):
-            trees.append(search.run(lambda: 1.0, domains))
+            trees.append(search.run(lambda: 1.0, max_domains=domains))
             if search.tree is not None:
                 assert all(t.status == "timeout" and t.proof is None and t.image is None for t in trees[:-1])
                 return trees[-1], len(trees)

@@ -196,7 +196,7 @@ def check_logits(logits, labels, *, least: int = 2, loss: str = "this attack") -
 
 
 # The options that count something, with the least that has a meaning: no step is the start alone, no run is no attack.
-COUNTS = {"batch_size": 1, "restarts": 1, "targets": 1, "every": 1, "steps": 0, "queries": 0, "draws": 0}
+COUNTS = {"batch_size": 1, "restarts": 1, "targets": 1, "every": 1, "first": 0, "steps": 0, "queries": 0, "draws": 0}
 
 
 def check_options(name: str, options: dict) -> None:

@@ -6,14 +6,18 @@ from .objectives import cross_entropy_each
 
 
 @attack()
-def pgd(batch: Batch, *, step_size: float | None = None, steps: int = 20, restarts: int = 1, random_start: bool = True):
+def pgd(
+    batch: Batch, *, step_size: float | None = None, steps: int = 20, restarts: int = 1, first: int = 0,
+    random_start: bool = True,
+):  # fmt: skip
     """(adversarial, fooled): images (N, H, W, C) within eps of x and in [0, 1]; does the model err on them (N,)?
 
     Each step goes ``step_size`` (by default 2/255 in linf, 2.5 eps / steps in l2) along the steepest ascent of the
     cross-entropy, then back into ball and box. An image counts as fooled by any iterate of any restart, and leaves the
     batch at once; one that the model gets wrong to begin with is its own adversarial image; one that is never fooled
     comes back unchanged. Random starts (uniform in the linf ball; on the l2 sphere) are drawn for each (seed, id,
-    restart); ids are 0 ... N-1 by default. ``progress(done, robust)`` is called after each batch.
+    restart), which are numbered from ``first`` on; ids are 0 ... N-1 by default. ``progress(done, robust)`` is called
+    after each batch.
 
     A success is confirmed by a fresh forward pass, ball (in real arithmetic) and box. Images, logits and gradients
     that are NaN, and infinite logits, fool nobody.
@@ -23,7 +27,7 @@ def pgd(batch: Batch, *, step_size: float | None = None, steps: int = 20, restar
     """
     if step_size is None:
         step_size = 2 / 255 if batch.ball.name == "linf" else 2.5 * batch.ball.eps / max(steps, 1)
-    return _descend(batch, step_size, steps, restarts, random_start)
+    return _descend(batch, step_size, steps, range(first, first + restarts), random_start)
 
 
 @attack()
@@ -32,13 +36,13 @@ def fgsm(batch: Batch):
 
     In l2 the step goes along the gradient. Nothing is drawn: ``seed`` and ``ids`` are there to be like the others.
     """
-    return _descend(batch, batch.ball.eps, steps=1, restarts=1, random_start=False)
+    return _descend(batch, batch.ball.eps, steps=1, restarts=range(1), random_start=False)
 
 
 def _descend(batch, step_size, steps, restarts, random_start):
     model, ball, xp = batch.model, batch.ball, array_module(batch.x)
     adversarial, fooled = batch.x.copy(), xp.zeros(len(batch.x), bool)
-    for restart in range(restarts):
+    for restart in restarts:
         left = xp.flatnonzero(~fooled)
         if len(left) == 0:
             break

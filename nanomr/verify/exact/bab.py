@@ -21,7 +21,8 @@ from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collap
 
 CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
 ROOT_STEPS = 40  # of climbing, before anything is split
-ROUNDS, ENOUGH = 4, 0.8  # of drawing in a domain's bounds, while what is missing to its proof shrinks to that share
+ROUNDS, ENOUGH = 4, 0.8  # of drawing in the root's bounds, while what is missing to the proof shrinks to that share;
+AGAIN = 0.8  # ... and a domain's, once, where less than that share is missing of what was when they last were
 MOST = 50_000  # domains: some 70 bytes of memory each for every unstable ReLU
 STEP = 0.5  # CPU seconds that a batch of domains may take, so that a search stops when it should
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
@@ -156,11 +157,12 @@ class Frame(NamedTuple):
     high: np.ndarray
     upper: np.ndarray
     offset: np.ndarray
+    gap: float = np.inf  # what was missing to the proof when they were drawn in
 
     @classmethod
-    def of(cls, low, high) -> "Frame":
+    def of(cls, low, high, gap: float = np.inf) -> "Frame":
         lines = Lines.around(low, high)
-        return cls(low, high, lines.upper.astype(np.float32), lines.offset.astype(np.float32))
+        return cls(low, high, lines.upper.astype(np.float32), lines.offset.astype(np.float32), gap)
 
 
 class Domain(NamedTuple):
@@ -237,16 +239,18 @@ def branch_and_bound(
     installed or its answer lies within rounding of the threshold.
     """
     end = time.process_time() + cpu_limit
-    return Search(chain, low, high, relus, row, **options).run(lambda: end - time.process_time(), max_domains)
+    return Search(chain, low, high, relus, row, **options).run(
+        lambda: end - time.process_time(), max_domains=max_domains
+    )
 
 
 class Search:
     """The tree of :func:`branch_and_bound`; it grows while it is let (:meth:`run`), and goes on where it stopped.
 
     ``threshold``; ``start``: slopes to begin with, (1, ...) each, as from
-    :func:`~nanomr.verify.bounds.crown.alpha_crown`. Up to ``batch`` of the worst domains are taken at once: the ReLUs'
-    bounds in each are drawn in to its images with margin <= threshold (:func:`restrict`), for at most ``rounds`` times;
-    what that does not prove is split, and the children climb for ``steps`` steps.
+    :func:`~nanomr.verify.bounds.crown.alpha_crown`. The ReLUs' bounds at the root are drawn in to the images with
+    margin <= threshold (:func:`restrict`), for at most ``rounds`` times. Then up to ``batch`` of the worst domains are
+    taken at once, drawn in where that is due (AGAIN), and split, and the children climb for ``steps`` steps.
 
     ``tree``: the last word, once there is one: "proved", "candidate", or "timeout" where the search has given up.
     ``nearest`` (H, W, C): where the smallest margin was seen so far, or None.
@@ -274,16 +278,16 @@ class Search:
             self.tree = Tree("timeout", None, np.nan, None, 0, 0.0)
         self.seconds = time.process_time() - begin
 
-    def run(self, left: Callable[[], float], max_domains: float = MOST) -> Tree:
+    def run(self, left: Callable[[], float], stop: Callable[[], float] | None = None, *, max_domains=MOST) -> Tree:
         """Go on while ``left()``, seconds of any clock, is above 0, and there are less than ``max_domains`` domains.
 
-        It gives up for good with MOST.
+        It gives up for good with MOST. A linear program has until ``stop()`` is 0 (by default ``left``).
         """
         begin = time.process_time()
         if self.visited == 0 and self.tree is None:
             self._begin()
         while self.tree is None and left() > 0:
-            before, taken = time.process_time(), self._grow(left, max_domains)
+            before, taken = time.process_time(), self._grow(stop or left, max_domains)
             self.pace = (time.process_time() - before) / taken
             if self.visited >= max_domains:
                 break
@@ -309,7 +313,7 @@ class Search:
         self.scale = scale + 0.1 * scale.mean() if scale.size else scale
         self._keep([self.first], climb(self.net, signs, values, self.scale, ROOT_STEPS, self.target, chords))
 
-    def _grow(self, left, max_domains) -> int:
+    def _grow(self, stop, max_domains) -> int:
         """Take the worst domains, draw them in, split them. How many?"""
         size = min(self.batch, max(1, int(STEP / self.pace))) if self.pace else self.batch
         taken = [heapq.heappop(self.heap)[2] for _ in self.heap[:size]]
@@ -320,7 +324,7 @@ class Search:
             self._push(domains)
         elif self.tree is None:
             whole = [(d.signs != 0).all() for d in domains]
-            self._leaves([d for d, on in zip(domains, whole, strict=True) if on], left)
+            self._leaves([d for d, on in zip(domains, whole, strict=True) if on], stop)
             if self.tree is None:
                 self._split([d for d, on in zip(domains, whole, strict=True) if not on])
         return len(taken)
@@ -382,8 +386,11 @@ class Search:
 
     def _narrow(self, domains: list[Domain]) -> list[Domain]:
         """What is left of ``domains``, drawn in and not yet proved."""
-        left, active, gaps = [], domains, np.full(len(domains), np.inf)
-        for _ in range(self.rounds):
+        due = [self.limit - d.bound < AGAIN * d.frame.gap for d in domains]
+        left = [d for d, on in zip(domains, due, strict=True) if not on]
+        active = [d for d, on in zip(domains, due, strict=True) if on]
+        gaps = np.full(len(active), np.inf)
+        for _ in range(self.rounds if self.visited == 1 else min(self.rounds, 1)):
             drawn = []
             for domain, part in zip(active, self._bounds_64(active), strict=True):
                 *known, multipliers = restrict(self.exact, part, *domain.bounds, self.limit)
@@ -396,7 +403,8 @@ class Search:
                     continue
                 stable = (domain.signs == 0) & ((known[0] >= SLACK_64) | (known[1] <= -SLACK_64))
                 signs = np.where(stable, np.where(known[0] > 0, 1, -1), domain.signs).astype(np.int8)
-                drawn.append(Domain(node, signs, np.where(stable, 0, domain.values), Frame.of(*known)))
+                frame = Frame.of(*known, gap=self.limit - domain.bound)
+                drawn.append(Domain(node, signs, np.where(stable, 0, domain.values), frame))
             gaps = gaps[[d is not None for d in drawn]]
             drawn = [d for d in drawn if d is not None]
             if not drawn:
@@ -413,10 +421,10 @@ class Search:
                 break
         return left + active
 
-    def _leaves(self, domains: list[Domain], left):
+    def _leaves(self, domains: list[Domain], stop):
         """Domains in which every ReLU is split: decided by a linear program, or the search gives up."""
         for domain in domains:
-            beta, y = _solve_leaf(self.exact, domain.signs.astype(np.float64), self.threshold, left())
+            beta, y = _solve_leaf(self.exact, domain.signs.astype(np.float64), self.threshold, stop())
             if y is not None:
                 self._candidate(y)
             closed = beta is not None and self._close([domain._replace(values=beta.astype(np.float32), bound=np.inf)])

@@ -161,12 +161,9 @@ def excluding(problem: Problem, cuts: Cuts, duals: Duals, low, high, limit: floa
 
 
 class Program:
-    """min margin over (y, z, a): z = weight v + bias, a >= z, a below its chord and the cuts.
+    """min margin over (y, z, a): z = weight v + bias, a >= z, a below its chord and the cuts."""
 
-    ``basis``: of a program with the same cuts and other bounds, from :meth:`keep`; the simplex method begins there.
-    """
-
-    def __init__(self, problem: Problem, low, high, cuts: Cuts, basis=None):
+    def __init__(self, problem: Problem, low, high, cuts: Cuts):
         import highspy
 
         self.problem, self.low, self.high = problem, low, high
@@ -190,7 +187,6 @@ class Program:
         lp.a_matrix_.value_ = np.concatenate([value, *pairs])
         status = highspy.HighsModelStatus
         self.optimal, self.infeasible, self.interrupted = status.kOptimal, status.kInfeasible, status.kInterrupt
-        self.basic = highspy.HighsBasisStatus.kBasic
         self.highs = highspy.Highs()
         for name, option in OPTIONS.items():
             self.highs.setOptionValue(name, option)
@@ -198,11 +194,6 @@ class Program:
         left = self.left = [lambda: np.inf]  # no reference to self, which would keep the program alive
         self.highs.cbSimplexInterrupt.subscribe(lambda event: not left[0]() > 0 and event.interrupt())
         self.add(cuts)
-        if basis is not None:
-            columns, rows = basis
-            start = highspy.HighsBasis()
-            start.col_status, start.row_status, start.valid = columns, rows, True
-            self.highs.setBasis(start)
 
     def add(self, cuts: Cuts):
         """More rows: cuts."""
@@ -236,14 +227,6 @@ class Program:
     def stopped(self) -> bool:
         return self.highs.getModelStatus() == self.interrupted
 
-    def keep(self):
-        """(which cuts (K,) hold with equality, the basis of a program with these alone)."""
-        basis, first = self.highs.getBasis(), 3 * self.units
-        rows = list(basis.row_status)
-        tight = [row != self.basic for row in rows[first:]]
-        rows = rows[:first] + [row for row, on in zip(rows[first:], tight, strict=True) if on]
-        return np.array(tight, bool), (list(basis.col_status), rows) if basis.valid else None
-
     def _duals(self, rows) -> Duals:
         _, below, chord, cuts = np.split(np.array(rows), np.array([1, 2, 3]) * self.units)
         return Duals(*(np.maximum(m, 0).astype(np.float32) for m in (below, -chord, -cuts)))
@@ -259,26 +242,26 @@ def _compressed(matrix):
 
 
 class Node(NamedTuple):
-    """A node of the tree: its number, bounds (U,) of the units' inputs, the numbers of the cuts to begin with, and the
-    basis to begin from."""
+    """A node of the tree: its number, bounds (U,) of the units' inputs, and the numbers of the cuts to begin with."""
 
     number: int
     low: np.ndarray
     high: np.ndarray
     cuts: np.ndarray
-    basis: tuple | None = None
 
 
 class Bounded(NamedTuple):
-    """What the programs of a node said: the best bound, how it came about, which cuts, and where to split; and with
-    which cuts and basis others begin."""
+    """What the programs of a node said: the best bound, how it came about, which cuts, and where to split."""
 
     part: Part
     duals: Duals
     cuts: np.ndarray
     unit: int
-    kept: np.ndarray
-    basis: tuple | None
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The cuts that children begin with: those that pull."""
+        return self.cuts[self.duals.cuts > 0]
 
 
 def search(chain: Chain, low, high, relus, row, *, threshold: float = 0.0, cpu_limit: float = 60.0) -> Tree:
@@ -303,7 +286,7 @@ class Search:
         begin = time.process_time()
         self.chain, self.low, self.high, self.row = chain, low, high, np.asarray(row, np.float64)[None]
         self.threshold, self.limit = threshold, threshold + SLACK_64 * (1 + abs(threshold))
-        self.tree, self.nearest, self.margin, self.left = None, None, np.inf, None
+        self.tree, self.nearest, self.margin, self.stop = None, None, np.inf, None
         self.visited, self.worst, self.least, self.tie = 0, -np.inf, np.inf, count(1)
         if all(np.isfinite(side).all() for r in relus for side in r):
             self.box, net = Box.between(low, high), collapse(chain, low, high, relus, self.row[0])
@@ -315,9 +298,12 @@ class Search:
             self.tree = Tree("timeout", None, np.nan, None, 0, 0.0)
         self.seconds = time.process_time() - begin
 
-    def run(self, left: Callable[[], float]) -> Tree:
-        """Go on while ``left()``, seconds of any clock, is above 0."""
-        begin, self.left = time.process_time(), left
+    def run(self, left: Callable[[], float], stop: Callable[[], float] | None = None) -> Tree:
+        """Go on while ``left()``, seconds of any clock, is above 0.
+
+        Between programs: HiGHS would begin anew. While one is solved, only ``stop()`` counts (by default ``left``).
+        """
+        begin, self.stop = time.process_time(), stop or left
         while self.tree is None and left() > 0:
             next(self.growing, None)
         self.seconds += time.process_time() - begin
@@ -361,7 +347,7 @@ class Search:
                     del self.proof.rows[node.number]
                     for sign in (1, -1):
                         number = self.proof.add(node.number, int(sign * (net.units[found.unit] + 1)))
-                        child = Node(number, node.low.copy(), node.high.copy(), found.kept, found.basis)
+                        child = Node(number, node.low.copy(), node.high.copy(), found.kept)
                         (child.low if sign > 0 else child.high)[found.unit] = 0
                         heapq.heappush(self.heap, (bound, next(self.tie), child))
                     break
@@ -369,7 +355,7 @@ class Search:
                 bounds = *_, multipliers = restrict(net, found.part, node.low, node.high, self.limit)
                 number = self.proof.add(node.number, 0)
                 self.proof.multipliers.append(multipliers.astype(np.float32))
-                node = Node(number, *bounds[:2], found.kept, found.basis)
+                node = Node(number, *bounds[:2], found.kept)
                 if is_empty(node.low, node.high):
                     nothing = np.zeros((3, len(net.units)), np.float32)
                     self.proof.rows[number] = Duals(*nothing[:2], nothing[2, :0]), node.cuts[:0]
@@ -380,7 +366,7 @@ class Search:
         """Bounded or None, by programs with more and more cuts; a counterexample ends the search."""
         self.visited += 1
         problem, at, best, d = self.problem, node.cuts, None, self.low.size
-        program = Program(problem, node.low, node.high, self.pool[at], node.basis)
+        program = Program(problem, node.low, node.high, self.pool[at])
         for attempt in range(PASSES):
             solution = yield from self._solution(program, SECONDS if best else 10 * SECONDS)
             if solution is None:
@@ -388,8 +374,7 @@ class Search:
             v, z, duals = solution
             if v is None:  # the node has no image
                 duals = excluding(problem, self.pool[at], duals, node.low, node.high, self.limit)
-                part = evaluate(problem, self.pool[at], duals, node.low, node.high)
-                found = Bounded(part, duals, at, -1, at, None)
+                found = Bounded(evaluate(problem, self.pool[at], duals, node.low, node.high), duals, at, -1)
                 return found if self._closed(found) else best
             part, gap = evaluate(problem, self.pool[at], duals, node.low, node.high), np.inf
             if best is None or part.bound[0] > best.part.bound[0]:
@@ -397,8 +382,7 @@ class Search:
                 cost = np.bincount(self.pool.units[at], duals.cuts, len(z)) + duals.chord
                 unstable = (node.low < 0) & (node.high > 0)
                 loss = np.where(unstable, cost * (v[d:] - np.maximum(z, 0)) + 1e-9 * (node.high - node.low), -1)
-                tight, basis = program.keep()
-                best = Bounded(part, duals, at, int(loss.argmax()) if unstable.any() else -1, at[tight], basis)
+                best = Bounded(part, duals, at, int(loss.argmax()) if unstable.any() else -1)
             x = np.clip(self.box.centre + v[:d].reshape(self.low.shape) * self.box.radius, self.low, self.high)
             margin = inner(self.row, self.chain.forward(x)[0])[0]
             if margin < self.margin:
@@ -418,14 +402,13 @@ class Search:
 
     def _solution(self, program: Program, seconds: float):
         """What :meth:`Program.solve` says within so many CPU seconds, if need be of several turns."""
-        while seconds > 0:
+        solution = None
+        while solution is None and seconds > 0:
             yield
             begin = time.process_time()
-            solution = program.solve(lambda s=seconds, b=begin: min(s - (time.process_time() - b), self.left()))
-            seconds -= time.process_time() - begin
-            if solution is not None or not program.stopped:
-                return solution
-        return None
+            solution = program.solve(lambda s=seconds, b=begin: min(s - (time.process_time() - b), self.stop()))
+            seconds = seconds - (time.process_time() - begin) if program.stopped else 0
+        return solution
 
 
 def _arrays(proof: Proof, pool: Cuts, pixels: int, limit: float) -> dict[str, np.ndarray]:

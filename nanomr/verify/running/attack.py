@@ -38,10 +38,11 @@ def counterexamples(model, chain: Chain, box, candidates, labels):
 
 
 def paper_pgd(
-    model, chain: Chain, x, labels, eps: float, *, seed: int = 0, ids=None, steps: int = 20, restarts: int = 10
-):
-    """(adversarial, broken (N,) bool) of Table 1's PGD: 20 steps of 2/255, 10 restarts."""
-    adversarial, fooled = pgd(model, x, labels, eps, steps=steps, restarts=restarts, seed=seed, ids=ids)
+    model, chain: Chain, x, labels, eps: float, *, seed: int = 0, ids=None, steps: int = 20, first: int = 0,
+    restarts: int = 10,
+):  # fmt: skip
+    """(adversarial, broken (N,) bool) of Table 1's PGD: 20 steps of 2/255, 10 restarts; or those from ``first`` on."""
+    adversarial, fooled = pgd(model, x, labels, eps, steps=steps, first=first, restarts=restarts, seed=seed, ids=ids)
     adversarial, real = counterexamples(model, chain, strict_box(x, eps), adversarial, labels)
     return adversarial, fooled & real
 
