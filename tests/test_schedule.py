@@ -229,7 +229,8 @@ def test_the_solvers_process_is_killed_when_the_clock_says_so(monkeypatch):
         kill = join = close = lambda *_: None
 
     monkeypatch.setattr(milp, "_prepare", lambda *_: (None, None, None))
-    monkeypatch.setattr(milp, "_cpu_seconds", lambda _, spent=itertools.count(): 0.01 * next(spent))
+    spent = itertools.count()
+    monkeypatch.setattr(milp, "_cpu_seconds", lambda _: 0.01 * next(spent))
     for options in (dict(cpu_limit=1e9, left=lambda: -1.0), dict(cpu_limit=0.0)):
         solver._process, solver._connection, begin = Process(), Connection(), time.monotonic()
         answer = solver.decide(None, None, None, None, None, **options)
