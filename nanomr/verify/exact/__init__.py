@@ -1,1 +1,1 @@
-"""Solvers that decide one rival exactly: trees, linear programs with hulls, the MILP."""
+"""Solvers that decide one margin: trees, linear programs with hulls, the MILP; and the input box in parts."""

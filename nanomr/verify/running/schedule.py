@@ -1,7 +1,7 @@
 """One margin, settled: trees and linear programs in turns, each going on where it stopped, and the MILP late.
 
 Which of them decides a margin cannot be told before, and the difference is a factor of a hundred either way. So the
-slices double: what would take one of them s seconds alone takes a few times s. ``docs/verification-schedule.md``.
+slices double: what would take one of them s seconds alone takes a few times s. ``docs/verification.md``.
 """
 
 from collections.abc import Callable
