@@ -64,6 +64,7 @@ def children(signs, values, relus, unit):
     return signs, values
 
 
+@np.errstate(invalid="ignore")  # as :func:`climb`
 def branch(net: Collapsed, signs, values, target: float, chords=None):
     """(children's signs, values; the units (S,)): two for each domain, which must have a unit left to split.
 
@@ -309,7 +310,8 @@ class Search:
     def _begin(self):
         self.visited = 1
         signs, values, chords = _stack([self.first])
-        scale = abs(backward(self.net, signs, values).relus)
+        with np.errstate(invalid="ignore"):  # as :func:`climb`
+            scale = abs(backward(self.net, signs, values).relus)
         self.scale = scale + 0.1 * scale.mean() if scale.size else scale
         self._keep([self.first], climb(self.net, signs, values, self.scale, ROOT_STEPS, self.target, chords))
 

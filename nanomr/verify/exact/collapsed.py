@@ -161,6 +161,9 @@ class Climb(NamedTuple):
     y: np.ndarray
 
 
+# Nothing is claimed in float32; and OpenBLAS (0.3.31, AVX-512) computes with what it happens to read beside a float32
+# matrix of five columns: the products are right, but a signalling NaN there raises the flag.
+@np.errstate(invalid="ignore")
 def climb(net: Collapsed, signs, values, scale, steps: int, target: float, chords=None) -> Climb:
     """Adam on alpha and beta together, projected; the best of ``steps`` + 1 points. A bound > target is left alone."""
     best, kept = np.full(len(values), -np.inf, values.dtype), values.copy()
