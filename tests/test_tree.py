@@ -232,11 +232,11 @@ def broken(model, low, high, relus, draw, count=6):
 
 @every_network
 @fewer(0.4)
-@given(seed=seeds, eps=st.sampled_from([0.0, 1e-6, 0.01, 0.05, 0.3, 1.0]))
-def test_no_point_breaks_a_form_nor_what_crown_makes_of_it(network, seed, eps):
+@given(seed=seeds, eps=st.sampled_from([0.0, 1e-6, 0.01, 0.05, 0.3, 1.0]), most=st.sampled_from([0, 4, np.inf]))
+def test_no_point_breaks_a_form_nor_what_crown_makes_of_it(network, seed, eps, most):
     draw = np.random.default_rng(seed)
     setting = Setting(NETWORKS[network](draw), draw, eps, most=0)
-    known = forms(setting.tree, setting.low, setting.high)
+    known = forms(setting.tree, setting.low, setting.high, most)
     assert broken(setting.model, setting.low, setting.high, known, draw) <= 1e-9
     box_and_rows = setting.low, setting.high, setting.rows, setting.owner
     setting.relus = crown(setting.tree, setting.low, setting.high, 5, known)
@@ -262,6 +262,14 @@ def test_where_nothing_is_unstable_a_form_is_exact_but_for_what_float32_rounds(n
         np.testing.assert_allclose(0.5 * (b - a)[0], exact, rtol=1e-3, atol=1e-12)
         assert (0.5 * (d - c)[0] >= exact - 1e-12).all()
     assert any(((d - c) > 1.05 * (b - a)).any() for (a, b), (c, d) in zip(found, plain, strict=True))
+
+
+def test_rows_on_the_way_make_forms_narrower(rng):
+    """As a rule: with other slopes, a form may be wider somewhere."""
+    model = SUMS["two"](rng)
+    low, high = box(model, rng, 0.02)
+    plain, narrow = (forms(Tree(model), low, high, most)[-1] for most in (0, np.inf))
+    assert (narrow[1] - narrow[0]).sum() < 0.99 * (plain[1] - plain[0]).sum()
 
 
 def test_float32_is_charged(rng, monkeypatch):

@@ -11,15 +11,16 @@ The symbols are float32, and what that rounds is charged to the error; the rest 
 """
 
 import copy
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from ..chain import Stage
-from .crown import Lines
+from .crown import Box, Lines, one_by_one
 from .interval import propagate
 from .rounding import gamma, through
-from .tree import Relus, Sum, Tree
+from .tree import Relus, Sum, Tree, lower
 
 CHUNK = 128  # symbols at once: what a layer makes of them should not need much room beside them
 
@@ -38,42 +39,60 @@ class Form(NamedTuple):
         ]
 
 
-def forms(tree: Tree, low, high) -> list[tuple]:
-    """[(low, high) (B, ...) of each layer of ReLUs' input] over the boxes of images [low, high], (B, H, W, C) each."""
+def forms(tree: Tree, low, high, most: float = 0) -> list[tuple]:
+    """[(low, high) (B, ...) of each layer of ReLUs' input] over the boxes of images [low, high], (B, H, W, C) each.
+
+    Where at most ``most`` of a layer's ReLUs are left unstable in an image, these get CROWN bounds before the form goes
+    on, if they are better: two passes each, back through all that is before them.
+    """
     low, high = (np.asarray(end, tree.dtype) for end in (low, high))
-    each = [_bounds(tree, low[i : i + 1], high[i : i + 1]) for i in range(len(low))]
+    each = [_bounds(tree, low[i : i + 1], high[i : i + 1], most) for i in range(len(low))]
     return [tuple(np.concatenate(ends) for ends in zip(*layer, strict=True)) for layer in zip(*each, strict=True)]
 
 
-def _bounds(tree, low, high):
+def _bounds(tree, low, high, most):
     centre, radius = 0.5 * (low + high), 0.5 * (high - low)
     at = np.flatnonzero(~(radius == 0))  # NaN moves, too
     symbols = np.zeros((max(len(at), 1), radius.size), np.float32)
     symbols[np.arange(len(at)), at] = radius.ravel()[at]
-    found: list[tuple] = []
-    _forth(tree.steps, Form(centre, gamma(1) * radius, symbols.reshape(-1, *radius.shape[1:])), found)
-    return found
+    form, walk = Form(centre, gamma(1) * radius, symbols.reshape(-1, *radius.shape[1:])), _Walk(centre, radius, most)
+    walk.forth(tree.steps, [], form)
+    return walk.found
 
 
-def _forth(steps, form: Form, found) -> Form:
-    for step in steps:
-        match step:
-            case Stage():
-                for layer in step.layers:
-                    form = _through(layer, form)
-            case Relus():
-                total = form.total()
-                low, high = (form.centre + side * (total + form.radius) for side in (-1, 1))
-                found.append((low, high))
-                line = Lines.around(low, high)
-                slope, strip = line.upper, 0.5 * line.offset
-                radius = slope * (form.radius + gamma(2) * total) + strip
-                form = Form(slope * form.centre + strip, radius, form.symbols * slope.astype(np.float32))
-            case Sum():
-                (a, b) = (_forth(branch, form, found) for branch in step.branches)
-                radius = a.radius + b.radius + gamma(1) * (a.total() + b.total())
-                form = Form(a.centre + b.centre, radius, a.symbols + b.symbols)
-    return form
+class _Walk:
+    """What has been found on the way: bounds of each layer of ReLUs' input, and lines."""
+
+    def __init__(self, centre, radius, most):
+        self.box, self.most, self.found, self.lines = Box(centre, radius), most, [], []
+
+    def forth(self, steps, before, form: Form) -> Form:
+        """The form behind ``steps``, from the one in front; ``before``: the steps between it and the image."""
+        for step in steps:
+            match step:
+                case Stage():
+                    for layer in step.layers:
+                        form = _through(layer, form)
+                case Relus():
+                    form = self.relus(before, form)
+                case Sum():
+                    a, b = (self.forth(branch, before, form) for branch in step.branches)
+                    radius = a.radius + b.radius + gamma(1) * (a.total() + b.total())
+                    form = Form(a.centre + b.centre, radius, a.symbols + b.symbols)
+            before = [*before, step]
+        return form
+
+    def relus(self, before, form: Form) -> Form:
+        total = form.total()
+        low, high = (form.centre + side * (total + form.radius) for side in (-1, 1))
+        if self.most:
+            one_by_one(partial(lower, before), self.box, self.lines, low, high, self.most)
+        line = Lines.around(low, high)
+        self.found.append((low, high))
+        self.lines.append(line)
+        slope, strip = line.upper, 0.5 * line.offset
+        radius = slope * (form.radius + gamma(2) * total) + strip
+        return Form(slope * form.centre + strip, radius, form.symbols * slope.astype(np.float32))
 
 
 def _through(layer, form: Form) -> Form:
