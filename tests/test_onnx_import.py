@@ -25,11 +25,8 @@ def sizes(dims):
     return [n if isinstance(n, int) else 1 for n in dims]
 
 
-def agrees(path, rng, tolerance=1e-6, images=3):
-    """Reads the file; its logits are onnxruntime's, relative to the largest, also after a checkpoint; the network.
-
-    1e-6: float32's 6e-8, times a few for the order of the sums.
-    """
+def agrees(path, rng, tolerance=1e-5, images=3):
+    """(the network in the file, images, its logits), if these are onnxruntime's to 1e-5 of the largest."""
     model, order = read_onnx(path)
     assert sorted(order) == list(range(np.prod(model.input_shape)))
     data = Path(path).read_bytes()
