@@ -27,7 +27,7 @@ def arguments():
     parser.add_argument("--images", type=int, default=100, help="the first test images (%(default)s)")
     parser.add_argument("--eps", default=EPS, help="linf radii, ascending (%(default)s)")
     text = "a layer with more unstable ReLUs in an image is not tightened by CROWN (%(default)s)"
-    parser.add_argument("--most", type=int, default=64, help=text)
+    parser.add_argument("--most", type=int, default=512, help=text)
     parser.add_argument("--batch", type=int, default=4, help="images at once (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads of kernels and BLAS (all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the JSON line here too")
@@ -85,7 +85,7 @@ def main():
         return tree.interval_margins(network, *box_and_rows)
 
     def crown(low, high, rows, owner):
-        return tree.margins(network, low, high, rows, owner, args.most, forms(network, low, high))
+        return tree.margins(network, low, high, rows, owner, 0, forms(network, low, high, args.most))
 
     left, reports = {"interval": right, "crown": right}, []
     for eps in radii:

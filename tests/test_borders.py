@@ -30,6 +30,7 @@ from nanomr.layers import (
     PairBatch,
     PreActBlock,
     ReLU,
+    Residual,
     Sequential,
 )
 from nanomr.ops import cpu, reference
@@ -112,6 +113,7 @@ LAYERS = {
     "Sequential": (chain, IMAGE, (ANY, H, W, C), {}),
     "PreActBlock": (lambda: PreActBlock(C, C), IMAGE, FREE, {"train": True}),
     "PreActBlock, projection": (lambda: PreActBlock(C, K, 2), IMAGE, FREE, {}),
+    "Residual": (lambda: Residual({"body": Conv2d(C, C, 1)}), IMAGE, FREE, {}),
     "Model": (lambda: model(), IMAGE, (ANY, H, W, C), {}),
 }
 PAIRS = ("Linear", "Conv2d", "Normalize", "Flatten", "AveragePool2d", "ReLU", "Sequential", "Model")

@@ -35,6 +35,12 @@ def own():
         "norm": layers.Normalize((0.4, 0.5), (0.2, 0.3)),
         "conv": layers.Conv2d(2, 4, 3, 2, (0, 1, 1, 2), bias=False),
         "block": layers.PreActBlock(4, 6, 2),
+        "sum": layers.Residual(
+            {"body": layers.Sequential({"conv": layers.Conv2d(6, 6, 1, bias=False), "relu": layers.ReLU()})}
+        ),
+        "both": layers.Residual(
+            {"body": layers.Conv2d(6, 6, 3, 1, 1, bias=False), "shortcut": layers.Conv2d(6, 6, 1, bias=False)}
+        ),
         "end": layers.Sequential(
             {"bn": layers.BatchNorm2d(6, eps=1e-3), "relu": layers.ReLU(), "flatten": layers.Flatten()}
         ),

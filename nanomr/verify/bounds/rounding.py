@@ -43,8 +43,8 @@ def float32_errors(chain: Chain, low, high, relus, rows, owner):
             largest, error = np.maximum(relus[k - 1][1], 0), np.where(relus[k - 1][1] + error < 0, 0, error)
         own.append([])
         for layer in stage.layers:
-            largest, passed, rounding = through(layer, largest, error)
-            error = passed + rounding
+            largest, through, rounding = _through(layer, largest, error)
+            error = through + rounding
             own[k].append(rounding)
     total, a = np.zeros(len(rows)), rows
     for k in reversed(range(len(chain.stages))):
@@ -72,35 +72,35 @@ def _dot(layer, largest, error, terms):
 
 
 @singledispatch
-def through(layer: Affine, largest, error):
+def _through(layer: Affine, largest, error):
     """(largest |output|, the input's error at the output, the layer's own rounding) from (largest |input|, error)."""
     raise NotImplementedError(f"no rounding error for {type(layer).__name__}")
 
 
-@through.register
+@_through.register
 def _(layer: Conv2d, largest, error):
     return _dot(layer, largest, error, int(np.prod(layer.params["weight"].shape[:3])))
 
 
-@through.register
+@_through.register
 def _(layer: Linear, largest, error):
     return _dot(layer, largest, error, len(layer.params["weight"]))
 
 
-@through.register
+@_through.register
 def _(layer: Normalize, largest, error):  # (x - mean) times 1 / std, which is rounded as well: three roundings
     mean, scale = abs(layer.buffers["mean"]), abs(1 / layer.buffers["std"])
     size, through = (largest + mean) * scale, error * scale
     return size, through, gamma(4) * (size + through) + TINY
 
 
-@through.register
+@_through.register
 def _(layer: AveragePool2d, largest, error):
     size, through = layer.apply(largest), layer.apply(error)
     window = layer.window or largest.shape[1]
     return size, through, gamma(window * window + 1) * (size + through) + TINY
 
 
-@through.register
+@_through.register
 def _(layer: Flatten, largest, error):
     return layer.apply(largest), layer.apply(error), layer.apply(0 * error)

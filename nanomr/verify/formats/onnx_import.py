@@ -251,7 +251,10 @@ class _Import:
         elif not hasattr(self, f"_{op.lower()}"):
             self._refuse("it can be imported only of constants and shapes")
         else:
-            self.values[node.output[0]] = getattr(self, f"_{op.lower()}")()
+            try:
+                self.values[node.output[0]] = getattr(self, f"_{op.lower()}")()
+            except (ArithmeticError, IndexError, KeyError, MemoryError, TypeError, ValueError) as error:
+                self._refuse(f"it makes no sense here: {(str(error) or repr(error)).splitlines()[0]}")
 
     def _refuse(self, why):
         name = f" {self.node.name!r}" if self.node.name else ""
@@ -351,6 +354,7 @@ class _Import:
         if mode != b"constant" or any(value) or axes is not None or min(pads, default=-1) < 0:
             self._refuse("only padding with zeros, on all axes, can be imported")
         sides = list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True))
+        self._room(prod(n + sum(side) for n, side in zip(self._value().order.shape, sides, strict=True)))
         return self._moved(lambda order: np.pad(order, sides, constant_values=-1))
 
     # --- products -----------------------------------------------------------------------------------------------------
@@ -384,6 +388,7 @@ class _Import:
         if step.shape[2] != channels * group:
             self._refuse(f"it takes images of {channels * group} channels, what it gets has {step.shape[2]}")
         rows, columns = ((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
+        self._room(out * channels * group * rows * columns)
         dense = np.zeros((group, out // group, group, channels, rows, columns), np.float32)  # gaps, and other groups
         for g in range(group):
             dense[g, :, g, :, :: dilations[0], :: dilations[1]] = np.split(weight, group)[g]
@@ -396,6 +401,10 @@ class _Import:
             return np.broadcast_to(self._weights(i), (1, out))[0]
         except ValueError:
             self._refuse(f"its bias has the shape {self._constant(i).shape}, it has {out} outputs")
+
+    def _room(self, size):
+        if size > LARGEST:
+            self._refuse(f"it asks for {size} numbers, {LARGEST} at most can be imported")
 
     def _stride(self):
         strides = self.attributes.get("strides", [1, 1])
@@ -512,6 +521,7 @@ class _Import:
         return self._mean(step, around, kernel)
 
     def _mean(self, step, around, kernel):
+        self._room(step.shape[2] ** 2 * prod(kernel))
         weight = np.eye(step.shape[2], dtype=np.float32)[:, :, None, None] * np.ones(kernel, np.float32)
         return self._convolution(weight / np.float32(prod(kernel)), step, around)
 
