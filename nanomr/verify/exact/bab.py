@@ -23,7 +23,7 @@ CHILDREN = 16  # units whose two children are bounded, not yet optimised, before
 ROOT_STEPS = 40  # of climbing, before anything is split
 ROUNDS, ENOUGH = 4, 0.8  # of drawing in the root's bounds, while what is missing to the proof shrinks to that share;
 AGAIN = 0.8  # ... and a domain's, once, where less than that share is missing of what was when they last were
-MOST = 50_000  # domains: some 70 bytes of memory each for every unstable ReLU
+MOST = 100_000  # domains: some 20 bytes of memory each for every unstable ReLU
 STEP = 0.5  # CPU seconds that a batch of domains may take, so that a search stops when it should
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
 
