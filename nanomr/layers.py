@@ -540,13 +540,18 @@ class Residual(Layer):
         results = [branch.forward(x, train=train, tap=tap) for branch in self.children.values()]
         terms = [y for y, _ in results] + [x][: 2 - len(results)]
         check(self, "the second branch", terms[1], terms[0].shape, terms[0].dtype)
-        return terms[0] + terms[1], [cache for _, cache in results]
+        return _sum(*terms), [cache for _, cache in results]
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         branches = zip(self.children.values(), cache, strict=True)
         terms = [branch.backward(dy, kept, param_grads, input_grad) for branch, kept in branches]
         terms += [dy][: 2 - len(terms)]
-        return terms[0] + terms[1] if input_grad else None
+        return _sum(*terms) if input_grad else None
+
+
+def _sum(a, b):
+    """a + b; in bfloat16, which CuPy does not add, by way of float32: rounded once, as everywhere."""
+    return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype) if a.dtype.itemsize == 2 else a + b
 
 
 class PreActBlock(Layer):

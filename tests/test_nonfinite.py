@@ -246,7 +246,7 @@ def test_every_attack_has_the_same_signature_and_refuses_the_same(name):
     ]  # fmt: skip
     own_options = {key for key, p in parameters} - {"model", "x", "labels", "eps", *shared}
     bad = {"steps": (-1, 1.5), "restarts": (0, -1), "targets": (0,), "queries": (-1,), "draws": (-1,), "loss": ("x",),
-           "step_size": (-1, np.nan, np.inf), "random_start": ()}  # fmt: skip
+           "step_size": (-1, np.nan, np.inf), "random_start": (), "first": (-1, 0.5)}  # fmt: skip
     changes += [{option: value} for option in own_options for value in bad[option]]
     for change in changes:
         arguments = dict(x=x, labels=labels, eps=0.1) | change
