@@ -17,11 +17,13 @@ import os
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
+import numba
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .. import __version__, checkpoint, cli, metrics, plots
@@ -424,10 +426,22 @@ def keep_line(folder: Path, log: Path, record: dict, proof: dict, text: str | No
     checkpoint.append_jsonl(log, record)
 
 
+@contextmanager
+def _one_thread():
+    """As the workers have: the products are small, and further threads would wait, on this process's CPU time."""
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        numba.set_num_threads(threads)
+
+
 def _decided(args, lines, options):
     """What :func:`instances.run_line` says of each line, as they are done: here, or in --jobs processes."""
     if args.jobs == 1 or len(lines) < 2:
-        with milp.Solver() as solver:
+        with milp.Solver() as solver, _one_thread():
             for line in lines:
                 yield instances.run_line(line, options, solver)
         return
