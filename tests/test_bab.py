@@ -307,9 +307,9 @@ def test_leaves_with_everything_split_are_solved_exactly(network):
             audit(problem, problem.solve(threshold=threshold, steps=0, rounds=0), minima, threshold)
 
 
-# With cold caches, in one run of several, a matmul of this test reported an invalid value. In float32 OpenBLAS raises that
-# flag by itself (collapsed.climb); in float64, as here, why is not known. So every array is asked for NaN instead, which is
-# the stronger question.
+# With cold caches, in one run of several, a matmul of this test reported an invalid value. In float32 OpenBLAS raises
+# that flag by itself (collapsed.climb); in float64, as here, why is not known. So every array is asked for NaN instead,
+# which is the stronger question.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @every_network
 @fewer(0.5)

@@ -277,9 +277,13 @@ def check(args) -> int:
         f"  {found['float32']} proved for the deployed float32 network too, in any order of summation\n"
         f"  {found['counterexamples']} counterexamples checked: in the box, without tolerance, and misclassified"
     )
+    return _hold(args.check, found, "image")
+
+
+def _hold(folder: Path, found: dict, kind: str) -> int:
     if wrong := found["contradictions"] + found["refused"]:
-        first = f"image {wrong[0]['id']}: {wrong[0]['reason']}"
-        raise UserError(f"{args.check}: {len(wrong)} results do not hold; check.json names them. {first}")
+        first = f"{kind} {wrong[0]['id']}: {wrong[0]['reason']}"
+        raise UserError(f"{folder}: {len(wrong)} results do not hold; check.json names them. {first}")
     return 0
 
 
@@ -335,10 +339,7 @@ def check_list(folder: Path) -> int:
         f"  {found['counterexamples']} counterexamples checked: in the box, exactly, and violating the property\n"
         f"  {found['compared']} networks compared with onnxruntime's logits"
     )
-    if wrong := found["contradictions"] + found["refused"]:
-        first = f"line {wrong[0]['id']}: {wrong[0]['reason']}"
-        raise UserError(f"{folder}: {len(wrong)} results do not hold; check.json names them. {first}")
-    return 0
+    return _hold(folder, found, "line")
 
 
 def show(paths: list[Path]) -> int:
