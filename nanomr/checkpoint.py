@@ -69,22 +69,34 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], met
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays (writable, native byte order) and the metadata of a safetensors file.
 
-    A file that another tool wrote has metadata ``{}``. Raises UserError when the file is missing, cut short, damaged,
-    not safetensors, or holds a dtype that NumPy lacks.
+    bfloat16 comes as float32, of which it is the upper half. A file that another tool wrote has metadata ``{}``. Raises
+    UserError when the file is missing, cut short, damaged, not safetensors, or holds a dtype that NumPy lacks.
     """
     data = _read(path)
     try:
-        tensors = safetensors.numpy.load(data)
+        tensors = {name: _array(**view) for name, view in safetensors.deserialize(data)}
         length = int.from_bytes(data[:8], "little")
         text = (json.loads(data[8 : 8 + length]).get("__metadata__") or {}).get(_KEY, "{}")
         metadata = json.loads(text)
         if not isinstance(metadata, dict):
             raise ValueError("the metadata is not a JSON object")
-    except KeyError as error:  # bfloat16, float8
+    except KeyError as error:  # float8
         raise UserError(f"{path}: dtype {error.args[0]} is not supported; convert the tensors to float32") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {_what_is_wrong(data)}") from error
     return tensors, metadata
+
+
+_SIZES = {"F": (2, 4, 8), "I": (1, 2, 4, 8), "U": (1, 2, 4, 8), "C": (8,)}  # bytes
+_DTYPES = {"BOOL": "?"} | {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind, sizes in _SIZES.items() for n in sizes}
+
+
+def _array(dtype: str, shape, data: bytearray) -> np.ndarray:
+    """A tensor of a file. Raises KeyError, with its name, for a dtype that NumPy lacks."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    values = np.frombuffer(data, _DTYPES[dtype])
+    return values.astype(values.dtype.newbyteorder("="), copy=False).reshape(shape)
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

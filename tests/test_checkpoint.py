@@ -128,10 +128,25 @@ def test_corrupt_metadata_is_refused(tmp_path, text):
     assert "damaged" in message(tmp_path / "m.safetensors")
 
 
-def test_bfloat16_is_named(tmp_path):
-    header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
-    (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    assert "BF16 is not supported; convert the tensors to float32" in message(tmp_path / "b.safetensors")
+def raw_file(path, dtype, data):
+    """A safetensors file of one tensor "w", written by hand."""
+    tensor = {"dtype": dtype, "shape": [len(data) // 2], "data_offsets": [0, len(data)]}
+    header = json.dumps({"w": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def test_bfloat16_comes_as_float32(tmp_path):
+    bits = np.array([0x3F80, 0xC049, 0x0001, 0x8000, 0x7F80, 0x7F7F], "<u2")  # 1, -pi, least, -0, infinity, greatest
+    w = load_tensors(raw_file(tmp_path / "b.safetensors", "BF16", bits.tobytes()))[0]["w"]
+    assert w.dtype == np.float32 and w.tolist() == [1, -3.140625, 2.0**-133, 0, np.inf, 2.0**128 - 2.0**120]
+    assert np.signbit(w[3]) and w.flags.writeable
+
+
+def test_a_dtype_that_numpy_lacks_is_named(tmp_path):
+    path = raw_file(tmp_path / "b.safetensors", "F8_E4M3", b"\0\0")
+    path.write_bytes(path.read_bytes().replace(b'"shape": [1]', b'"shape": [2]'))
+    assert "F8_E4M3 is not supported; convert the tensors to float32" in message(path)
 
 
 @pytest.mark.parametrize(

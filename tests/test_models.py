@@ -455,6 +455,26 @@ def test_load_is_the_inverse_of_save(kind, tmp_path, rng):
         np.testing.assert_array_equal(loaded.forward(x)[0], model.forward(x)[0])
 
 
+@every_model
+def test_a_file_of_half_the_size_holds_the_weights_rounded_to_bfloat16(kind, tmp_path, rng):
+    """Round to nearest, ties to even, in the upper 16 bits; running statistics stay as they are."""
+    model = prepare(MODELS[kind](5), rng, np.float32)
+    model.save(tmp_path / "whole.safetensors")
+    model.save(tmp_path / "model.safetensors", precision="bf16", epoch=3)
+    loaded = mr.load(tmp_path)
+    assert load_tensors(tmp_path / "model.safetensors")[1]["epoch"] == 3
+    saved = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "model")]
+    assert abs(saved[0] - saved[1] - 2 * model.weights.size) < 200  # but for the headers
+    bits = model.weights.view(np.uint32).astype(np.uint64)
+    expected = ((bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)).astype(np.uint32) << 16
+    np.testing.assert_array_equal(loaded.weights.view(np.uint32), expected)
+    assert not np.array_equal(loaded.weights, model.weights)
+    for name, value in slots(model, "buffers").items():
+        np.testing.assert_array_equal(slots(loaded, "buffers")[name], value)
+    with pytest.raises(ValueError, match="fp32 or bf16, not 'tf32'"):
+        model.save(tmp_path / "model.safetensors", precision="tf32")
+
+
 def test_state_dict_is_a_copy():
     model = MODELS["mlp"]()
     state = model.state_dict()

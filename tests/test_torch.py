@@ -315,11 +315,12 @@ def test_clipping_the_gradient_is_pytorchs(rng):
 @each_network
 def test_a_saved_network_loads_in_pytorch(name, rng, tmp_path):
     model, _ = couple(name, np.float32, rng)
-    model.save(tmp_path / "model.safetensors", epoch=3)
-    for path in (tmp_path / "model.safetensors", tmp_path):
-        net = torch_twin.load(path).double().eval()  # strict: every name must be there
-        x = images(model, 4, rng)
-        assert_close(model.forward(x)[0], net(nchw(x)), 1e-4)
+    for precision in ("bf16", "fp32"):
+        model.save(tmp_path / "model.safetensors", precision, epoch=3)
+        for path in (tmp_path / "model.safetensors", tmp_path):
+            net = torch_twin.load(path).double().eval()  # strict: every name must be there
+            x = images(model, 4, rng)
+            assert_close(mr.load(path).forward(x)[0], net(nchw(x)), 1e-4)
 
 
 @each_network
