@@ -12,6 +12,7 @@ from nanomr.attacks.common import L1, L2, Linf, project_l1
 from nanomr.attacks.objectives import cross_entropy_each
 from nanomr.attacks.pgd import ascend
 from nanomr.attacks.wasserstein import ascend as wasserstein_ascend
+from nanomr.backend import to_numpy
 from nanomr.data import Dataset
 from nanomr.layers import BatchNorm2d, Conv2d, Flatten, Linear, ReLU
 from nanomr.losses import kl_divergence, max_mahalanobis
@@ -257,7 +258,7 @@ def test_images_stay_in_ball_and_box(name, dtype, seed, eps):
 @given(seed=seeds, eps=st.floats(0.01, 0.5))
 def test_msds_images_are_in_one_of_the_balls(dtype, seed, eps):
     model, (x, labels) = network(seed % 1000, dtype), batch(seed, dtype=dtype)
-    settings = now("msd", eps, eps_l2=1.5 * eps, eps_l1=4 * eps, step_l1=2 * eps)
+    settings = now("msd", eps, eps_l2=1.5 * eps, eps_l1=4 * eps, step_size=1.0, step_l1=2 * eps)
     found = adversarial.union_ascent(model, x, labels, draws(seed)(rng.METHOD), settings)
     inside = [ball.inside(x, found) for ball in (Linf(eps), L2(1.5 * eps), L1(4 * eps))]
     assert np.any(inside, 0).all() and found.dtype == dtype
@@ -267,11 +268,11 @@ def test_msd_ends_at_the_worst_of_what_it_saw():
     """More steps are never better for the network; each ball is the worst for some image."""
     model, (x, labels) = network(3), batch(3, n=40)
 
-    def found(steps, eps_l1=1.3):
-        settings = now("msd", steps=steps, eps_l2=0.4, eps_l1=eps_l1, step_l1=0.3)
+    def found(steps, eps_l1=1.3, step_size=0.1):
+        settings = now("msd", steps=steps, eps_l2=0.4, eps_l1=eps_l1, step_l1=0.3, step_size=step_size)
         return adversarial.union_ascent(model, x, labels, draws()(rng.METHOD), settings)
 
-    losses = [cross_entropy_each(model.forward(found(steps))[0], labels)[0] for steps in (1, 2, 5, 10)]
+    losses = [cross_entropy_each(model.forward(found(steps, step_size=1))[0], labels)[0] for steps in (1, 2, 5, 10)]
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(losses))
     assert (losses[-1] > losses[0]).any()
     for eps_l1, used in ((1.3, [0, 1]), (1.8, [0, 2])):
@@ -428,6 +429,18 @@ def test_odd_input_is_refused(name):
     for bad in (labels[:-1], labels + 0.5, labels - 5):
         with pytest.raises(ValueError):
             step(name, model, x, bad)
+
+
+@names
+def test_a_step_on_a_device_is_the_cpus(cupy, name):
+    """The same draws, and so the same images but for rounding (the projection onto a Wasserstein ball stops early)."""
+    here, there, (x, labels) = network(), network().to("gpu"), batch(n=4)
+    few = {"steps": 1} if name == "wasserstein" else {}
+    expected = step(name, here, x, labels, **few)
+    found = step(name, there, cupy.asarray(x), cupy.asarray(labels), **few)
+    for key, value in expected.items():
+        assert float(found[key]) == pytest.approx(float(value), rel=1e-6), key
+    np.testing.assert_allclose(to_numpy(there.gradients), here.gradients, rtol=1e-4, atol=1e-8)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
