@@ -65,10 +65,9 @@ def read_rows(path: Path) -> list[dict]:
     return [DEFAULTS | row for row in rows]
 
 
-def command(row: dict, args) -> list[str]:
-    """The flags of train_cifar.py for the row: what the table's reader would type."""
-    flags = ["--method", row["method"], "--data", args.data, "--device", args.device, "--no-download"]
-    flags += ["--data-dir", args.data_dir] if args.data_dir else []
+def command(row: dict, data_name: str) -> list[str]:
+    """The flags of train_cifar.py for the row: what the table's reader would type, but for this machine's."""
+    flags = ["--method", row["method"], "--data", data_name]
     for name in ("epochs", "seed", "eps"):
         flags += [f"--{name}", str(row[name])]
     for name, value in row["constants"].items():
@@ -84,7 +83,8 @@ def configure(row: dict, number: int, args, dataset):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            flags = training.parser().parse_args(command(row, args))
+            here = ["--device", args.device, "--no-download", *(["--data-dir", args.data_dir] if args.data_dir else [])]
+            flags = training.parser().parse_args(command(row, args.data) + here)
         return training.configure(flags, args.device, dataset).checked()
     except SystemExit:
         reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
@@ -113,7 +113,10 @@ def measure(row: dict, config, dataset, args) -> dict:
     """The row's line. Everything that it stands on is kept in its folder, so that it is begun but once."""
     folder = folder_of(row, config, args)
     line = {"row": row, "judge": judge_of(args), "data": dataset.name, "source": dataset.source, "quick": args.quick}
-    line |= {"command": command(row, args), "config": {k: v for k, v in asdict(config).items() if k != "architecture"}}
+    line |= {
+        "command": " ".join(command(row, args.data)),
+        "config": {k: v for k, v in asdict(config).items() if k != "architecture"},
+    }
     trainer = Trainer(config, dataset, folder, args.device)
     if (folder / "last.safetensors").exists():
         trainer.resume()
