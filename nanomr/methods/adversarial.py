@@ -69,8 +69,8 @@ def mmc(model, x, labels, draw, now) -> dict:
 def msd(model, x, labels, draw, now) -> dict:
     """Cross-entropy at the worst image that ``steps`` multi-steepest descents came by (Maini, Wong, Kolter 2020).
 
-    A step goes up the loss in linf, l2 and l1, each into its own ball, and on from the worst of the three.
-    ``docs/derivations/msd.md``.
+    A step goes up the loss in linf, l2 and l1, each into its own ball, and on from the worst of the three. While eps
+    grows, all radii do. ``docs/derivations/msd.md``.
     """
     labels = check_labels(labels, len(x))
     return standard_step(model, union_ascent(model, x, labels, draw(rng.METHOD), now), labels)
@@ -80,11 +80,11 @@ def union_ascent(model, x, labels, generator, now):
     """The images (N, H, W, C) that :func:`msd` learns from: each in one of the three balls, and in the box."""
     xp = array_module(x)
     rows, current, best, worst = xp.arange(len(x)), x, x, xp.full(len(x), -float("inf"))
-    plain = Linf(now["eps"]), L2(now["eps_l2"])
+    plain, eps_l1 = (Linf(now["eps"]), L2(now["ramp"] * now["eps_l2"])), now["ramp"] * now["eps_l1"]
     for _ in range(int(now["steps"])):
         gradient = input_gradient(model, current, lambda z: cross_entropy_each(z, labels)[1])
-        balls = *plain, L1(now["eps_l1"], int(generator.integers(5, 21)))
-        sizes = *(now["step_size"] * ball.eps for ball in plain), now["step_l1"]
+        balls = *plain, L1(eps_l1, int(generator.integers(5, 21)))
+        sizes = *(now["step_size"] * ball.eps for ball in plain), now["ramp"] * now["step_l1"]
         three = xp.stack(
             [b.step(x, current, gradient, xp.full(len(x), size, x.dtype)) for b, size in zip(balls, sizes, strict=True)]
         )
