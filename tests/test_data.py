@@ -403,7 +403,11 @@ def test_an_archive_that_lacks_something(server, tmp_path):
 @pytest.mark.parametrize(
     "body",
     [b"not an archive", gzip.compress(b"not a tar"), archive_of(tiny_files())[:-3000]],
-    ids=["not gzip", "gzip of no tar", "cut short"],  # not the bytes: gzip writes the second into them, and workers differ
+    ids=[
+        "not gzip",
+        "gzip of no tar",
+        "cut short",
+    ],  # not the bytes: gzip writes the second into them, and workers differ
 )
 def test_an_archive_that_cannot_be_unpacked(server, tmp_path, body):
     server.body = body
