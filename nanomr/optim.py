@@ -120,6 +120,24 @@ def ramp_schedule(config, epoch: float) -> dict:
     }
 
 
+def cyclic_schedule(config, epoch: float) -> dict:
+    """Fast adversarial training's lr, to its peak in the middle of the run and back to 0; eps by :func:`_warmed`."""
+    done = epoch / max(config.epochs, 1)
+    return {"lr": config.lr * (1 - abs(2 * done - 1)), **_warmed(config, done)}
+
+
+def steps_schedule(config, epoch: float) -> dict:
+    """Madry et al.'s lr, a tenth from the middle of the run on, a hundredth at its end; eps by :func:`_warmed`."""
+    done = epoch / max(config.epochs, 1)
+    return {"lr": config.lr * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01), **_warmed(config, done)}
+
+
+def _warmed(config, done: float) -> dict:
+    """eps grows over the first quarter of the run: at full eps from the start the small network learns nothing."""
+    ramp = min(1.0, 4 * done)
+    return {"eps": config.eps * ramp, "ramp": ramp}
+
+
 class Recipe(NamedTuple):
     """A schedule, and what a run by it does unless it is told otherwise. ``defaults``: of Config's fields, None
     where they depend on the network."""
@@ -139,5 +157,15 @@ RECIPES = {
         ramp_schedule,
         "eps from 0, slowly at first; lr in three steps",
         dict(optimizer="adamw", lr=1e-3, weight_decay=1e-5, clip=10.0, pad=2),
+    ),
+    "cyclic": Recipe(
+        cyclic_schedule,
+        "eps full after a quarter; lr up to the middle, and down",
+        dict(optimizer="sgd", lr=None, weight_decay=5e-4, clip=None, pad=4),
+    ),
+    "steps": Recipe(
+        steps_schedule,
+        "eps full after a quarter; lr in three steps of ten",
+        dict(optimizer="sgd", lr=None, weight_decay=2e-4, clip=None, pad=4),
     ),
 }

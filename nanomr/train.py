@@ -26,6 +26,7 @@ from .data import Dataset
 from .errors import NoClass, UserError
 from .graph import Replayed
 from .methods import METHODS
+from .methods.adversarial import overfitted
 from .methods.manifold import at_corners, standard_step
 from .models import InBfloat16, InTf32
 from .ops import bfloat16, gpu, ops_for
@@ -349,6 +350,8 @@ class Trainer:
         if len(self.log) == 1:
             bar.write(line(None, self.method.reports))
         bar.write(line(record, self.method.reports))
+        if "warning" in record:
+            bar.write(f"warning: {record['warning']} (held-out accuracy {record['fgsm']:.1%}, {record['pgd10']:.1%})")
         self._stop_on_collapse()
 
     def _record(self) -> dict:
@@ -358,7 +361,7 @@ class Trainer:
         few, few_labels = self.held[:500], self.held_labels[:500]
         finished = self.finished()
         model = LOOKS.get(config.precision, lambda model: model)(finished)
-        return {
+        record = {
             "epoch": round(epoch),
             **dict(zip(self.names, (to_numpy(self.totals) / steps).tolist(), strict=True)),
             "accuracy": metrics.accuracy(model, self.held, self.held_labels),
@@ -370,6 +373,13 @@ class Trainer:
             "kernel": self.kernel,
             **(self._kernels() if self.device == "gpu" else {}),
         }
+        if config.method == "fgsm":
+            record["fgsm"] = metrics.robust_accuracy(
+                model, few, few_labels, config.eps, steps=1, step_size=config.eps, random_start=False
+            )
+            if overfitted(record["fgsm"], record["pgd10"], len(self.dataset.classes)):
+                record["warning"] = "catastrophic overfitting: one step of an attack hardly fools it, ten steps do"
+        return record
 
     def _kernels(self) -> dict:
         """How steps are taken on this GPU: which functions are not our own kernels, is a step one CUDA graph, and which

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from . import manifold
+from . import adversarial, manifold
 from .manifold import manifold_step, standard_step
 
 __all__ = ["METHODS", "Constant", "Method", "manifold_step", "standard_step"]
@@ -61,9 +61,41 @@ class Method(NamedTuple):
 
 
 _PAIR = dict(reports=("intrinsic", "hamming"), recipe="paper")
+_START = {"start": Constant(1.0, "share of the ball that it begins in", high=1.0)}
+_STEPS = {"steps": Constant(10, "of the attack", low=1), "step_size": Constant(0.25, "of the attack, in eps")}
 METHODS: dict[str, Method] = {
     "manifold": Method(manifold.manifold, "the paper's: both regularisers, on corner pairs", corners=True, **_PAIR),
     "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
     "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
     "standard": Method(manifold.standard, "cross-entropy alone", corners=False, **_PAIR),
-}
+    "fgsm": Method(
+        adversarial.fgsm, "adversarial images of a single step (Wong et al. 2020)",
+        {"step_size": Constant(1.25, "of the attack, in eps")} | _START, recipe="cyclic",
+    ),
+    "pgd": Method(adversarial.pgd, "adversarial images of several (Madry et al.)", _STEPS | _START, recipe="steps"),
+    "trades": Method(
+        adversarial.trades, "agreement with the worst image (Zhang et al. 2019)",
+        {"beta": Constant(6.0, "weight of the divergence")} | _STEPS, reports=("kl",), recipe="steps",
+    ),
+    "mmc": Method(
+        adversarial.mmc, "logits at fixed centres (Pang et al. 2020)",
+        {"norm": Constant(10.0, "length of the centres")}, recipe="steps",
+    ),
+    "msd": Method(
+        adversarial.msd, "the worst images of linf, l2 and l1 balls (Maini et al. 2020)",
+        {
+            "steps": Constant(50, "of the attack", low=1),
+            "step_size": Constant(0.1, "of linf and l2, in their radii"), "step_l1": Constant(1.0, "of l1"),
+            "eps_l2": Constant(0.5, "radius of the l2 ball"), "eps_l1": Constant(12.0, "radius of the l1 ball"),
+        }, recipe="cyclic",
+    ),
+    "wasserstein": Method(
+        adversarial.wasserstein, "images whose mass is moved (Wong et al. 2019); slow",
+        {
+            "steps": Constant(50, "of the attack", low=1), "step_size": Constant(0.1, "of each pixel"),
+            "radius": Constant(0.01, "of the ball that it begins with", low=1e-6),
+            "factor": Constant(1.5, "that the radius grows by", low=1), "every": Constant(5, "so many steps", low=1),
+            "regularization": Constant(3000.0, "of the projection: larger blurs less", low=1),
+        }, recipe="steps",
+    ),
+}  # fmt: skip
