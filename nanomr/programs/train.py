@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     text = "random crops (4 pixels of padding) and flips, of uint8 images; default: not for your own"
     g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help=text)
 
-    text = "what is not given is the recipe's, and the recipe the method's; schedules are scaled to --epochs"
+    text = "what is not given is the recipe's, the recipe the method's, scaled to --epochs"
     g = p.add_argument_group("optimisation", text)
     text = "; ".join(f"{name}: {recipe.help}" for name, recipe in optim.RECIPES.items())
     g.add_argument("--recipe", choices=optim.RECIPES, default=None, help=text)
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--ramp-from", type=share, default=Config.ramp_from, help=text)
     text = "of --recipe ramp: the share of the run from which on eps is full"
     g.add_argument("--ramp-to", type=share, default=Config.ramp_to, help=text)
-    text = "default: adamw with --recipe ramp, sgd with paper"
+    text = "default: adamw with --recipe ramp, sgd with the others"
     g.add_argument("--optimizer", choices=("sgd", "adamw"), default=None, help=text)
     g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 30 for others")
     g.add_argument(
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--lr", type=non_negative, default=None, help="peak; default: " + _defaults("lr"))
     g.add_argument("--momentum", type=share, default=0.9, help="of sgd")
-    text = "gamma_K, on all parameters; default: 5e-4, 1e-5 (ramp)"
+    text = "gamma_K, on all parameters; default: 5e-4, 2e-4 (steps), 1e-5 (ramp)"
     g.add_argument("--weight-decay", type=non_negative, default=None, help=text)
     g.add_argument(
         "--clip", type=non_negative, default=None, help="gradient norm, 0 for none; default: " + _defaults("clip")
