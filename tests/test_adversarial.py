@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import programs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +19,11 @@ from nanomr.layers import BatchNorm2d, Conv2d, Flatten, Linear, ReLU
 from nanomr.losses import kl_divergence, max_mahalanobis
 from nanomr.methods import METHODS, adversarial
 from nanomr.models import Model
+from nanomr.optim import SGD
+from nanomr.programs import train as train_program
 from nanomr.testing.strategies import fewer, seeds
 from nanomr.train import Config, Trainer
+from nanomr.verify import interval
 
 NAMES = ("fgsm", "pgd", "trades", "mmc", "msd", "wasserstein")
 names = pytest.mark.parametrize("name", NAMES)
@@ -337,13 +341,11 @@ def test_l1_steps_stay_in_ball_and_box(dtype, seed, eps, size, k):
 @given(seed=seeds, k=st.integers(1, 6))
 def test_an_l1_step_gains_most(seed, k):
     """Against every other choice of k coordinates: the linear program's corners are such choices."""
-    from itertools import combinations
-
     draw = np.random.default_rng(seed)
     x, gradient, size = draw.uniform(0.3, 0.7, (1, 2, 3, 1)), draw.standard_normal((1, 2, 3, 1)), 0.2
     change = L1(100.0, k).step(x, x, gradient, np.array([size])) - x
     assert abs(change).sum() == pytest.approx(size, rel=1e-6) and abs(change).max() <= size / k * (1 + 1e-9)
-    best = max(abs(gradient.ravel()[list(c)]).sum() * size / k for c in combinations(range(6), k))
+    best = max(abs(gradient.ravel()[list(c)]).sum() * size / k for c in itertools.combinations(range(6), k))
     assert (gradient * change).sum() == pytest.approx(best, rel=1e-6)
 
 
@@ -386,9 +388,6 @@ def test_training_the_rotated_layer_is_rotating_the_trained_one():
 
 
 def test_a_network_trained_on_centres_is_verified_as_it_is(tmp_path):
-    from nanomr.optim import SGD
-    from nanomr.verify import interval
-
     model, (x, labels) = network(1, np.float32), batch(1, n=12, dtype=np.float32)
     optimizer = SGD(model, clip=1.0)
     for i in range(300):
@@ -443,6 +442,21 @@ def test_a_step_on_a_device_is_the_cpus(cupy, name):
     np.testing.assert_allclose(to_numpy(there.gradients), here.gradients, rtol=1e-4, atol=1e-8)
 
 
+@given(epochs=st.integers(1, 300), done=st.floats(0, 1))
+def test_eps_grows_for_a_quarter_of_the_run_and_lr_is_the_recipes(epochs, done):
+    for recipe, shape in (
+        ("cyclic", lambda d: 1 - abs(2 * d - 1)),
+        ("steps", lambda d: 10.0 ** -((d >= 0.5) + (d >= 0.75))),
+    ):
+        config = Config({}, "pgd", "toy", epochs, recipe=recipe, lr=0.2)
+        found = config.schedule(done * epochs)
+        done_ = done * epochs / epochs  # as it is rounded there
+        assert found["lr"] == pytest.approx(0.2 * shape(done_), abs=1e-12)
+        assert found["ramp"] == pytest.approx(min(1, 4 * done_)) and found["eps"] == pytest.approx(
+            8 / 255 * found["ramp"]
+        )
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +494,21 @@ def test_each_trains_on_shapes10_and_goes_on_bit_for_bit(name, tmp_path):
     assert second.step == 1
     second.run()
     assert outcome(tmp_path / "resumed") == outcome(tmp_path / "straight")
+
+
+@names
+def test_the_program_runs_each_with_its_constants(name, tmp_path, monkeypatch, capsys):
+    programs.isolate(monkeypatch, tmp_path, train=80, test=20)
+    call = programs.caller(train_program, monkeypatch, capsys)
+    constant = "steps=2" if "steps" in METHODS[name].constants else f"{next(iter(METHODS[name].constants))}=0.5"
+    flags = "--model mlp --device cpu --hold-out 20 --batch-size 30 --epochs 1 --test-images 0 --out run".split()
+    code, _, err = call("--method", name, "--constant", constant, *flags)
+    assert code == 0, err
+    config = checkpoint.read_json("run/config.json")["config"]
+    key, _, value = constant.partition("=")
+    assert config["method"] == name and config["recipe"] == METHODS[name].recipe
+    assert config["constants"] == METHODS[name].filled({}) | {key: float(value)}
+    programs.assert_one_error_line(call("--method", name, "--constant", "nonsense=1", *flags), "nonsense", key)
 
 
 def test_a_run_of_fgsm_warns_of_catastrophic_overfitting(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from nanomr import checkpoint, plots
 from nanomr.errors import UserError
+from nanomr.methods import METHODS
 from nanomr.programs import attack as attacking
 from nanomr.programs import verify as verifying
 from nanomr.train import Trainer
@@ -301,6 +303,16 @@ def test_the_page_is_what_the_results_say():
     assert ("Nothing has been run yet." in text) == (not table1.shown(results))
     for name, network, clean, verified in table1.PUBLISHED:
         assert f"| {name} | {network} | {clean} | {verified} |" in text
+
+
+def test_the_page_states_the_constants_and_recipes_that_methods_have():
+    lines_ = table1.PAGE.read_text(encoding="utf-8").splitlines()
+    rows = {match[1]: line for line in lines_ if (match := re.match(r"\| `(\w[\w-]*)` \|", line))}
+    assert {"fgsm", "pgd", "trades", "mmc", "msd", "wasserstein"} <= rows.keys()
+    for name in rows.keys() & METHODS.keys():
+        assert f"| `{METHODS[name].recipe}` |" in rows[name]
+        for key, constant in METHODS[name].constants.items():
+            assert f"`{key}` {constant.default:g}" in rows[name], name
 
 
 def test_draw_writes_page_and_picture_and_changes_no_other_line(run, monkeypatch, capsys):
