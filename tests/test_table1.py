@@ -207,6 +207,28 @@ def test_a_killed_row_goes_on_and_nothing_is_done_twice(run, monkeypatch, place)
     assert without_clocks(lines()[0]) == without_clocks(lines("straight.jsonl")[0])
 
 
+def test_what_an_attack_broke_is_not_at_most_verified_and_a_contradiction_stops_it(run):
+    run([ROW])
+    line, (folder,) = lines()[0], Path("runs/table1").iterdir()
+    place = folder / "test-quick"
+    verdicts, attacks = place / "verify" / "results.jsonl", place / "autoattack" / "per_image.jsonl"
+    records, broken = lines(verdicts), lines(attacks)
+    open_ = next(r["id"] for r in records if r["verdict"] in ("verified", "attacked"))
+    for record in records:
+        if record["id"] == open_:
+            record |= {"verdict": "timeout", "verified_float32": False}
+    checkpoint.write_jsonl(verdicts, records)
+    verified = sum(r["verdict"] == "verified" for r in records) / TEST
+    for by, upper in ((None, verified + 1 / TEST), ("square", verified)):
+        checkpoint.write_jsonl(attacks, [r | ({"by": by} if r["id"] == open_ else {}) for r in broken])
+        checkpoint.write_jsonl(place / "pgd" / "per_image.jsonl", [{"id": open_, "by": None}])
+        assert table1.at_most(place) == pytest.approx(upper)
+    assert line["proofs"]["upper"] <= line["autoattack"]["robust"]
+    checkpoint.write_jsonl(verdicts, [r | {"verdict": "verified", "verified_float32": True} for r in records])
+    with pytest.raises(UserError, match="both verified and broken"):
+        table1.at_most(place)
+
+
 def test_half_a_line_is_written_anew(run):
     run([ROW])
     whole = Path("table1.jsonl").read_bytes()
