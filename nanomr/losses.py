@@ -27,6 +27,38 @@ def cross_entropy(logits, labels):
     return value, gradient * (1.0 / n)
 
 
+def kl_divergence(z, z_moved):
+    """(mean over the batch of KL(softmax(z) || softmax(z_moved)), gradient by z, gradient by z_moved). (N, K) logits.
+
+    ``derivations/trades.md``. ValueError for other shapes.
+    """
+    check("kl_divergence", "z", z, ("N", "K"))
+    check("kl_divergence", "z_moved", z_moved, z.shape, z.dtype)
+    xp, share = array_module(z), 1.0 / len(z)
+    log_p, log_q = (a - a.max(1, keepdims=True) for a in (z, z_moved))
+    log_p, log_q = (a - xp.log(xp.exp(a).sum(1, keepdims=True)) for a in (log_p, log_q))
+    p, gap = xp.exp(log_p), log_p - log_q
+    each = (p * gap).sum(1, keepdims=True)
+    return each.sum() * share, p * (gap - each) * share, (xp.exp(log_q) - p) * share
+
+
+def max_mahalanobis(logits, labels, norm=10.0):
+    """(mean over the batch of |z - mu_label|^2, its gradient by the logits). logits (N, K), labels (N,) ints in [0, K).
+
+    mu are Pang et al.'s (2020) K centres, ``norm`` long and as far apart as can be, and z the logits, in coordinates in
+    which the nearest centre is that of the largest logit. ``derivations/mmc.md``. ValueError for other shapes, labels.
+    """
+    check("max_mahalanobis", "logits", logits, ("N", "K"))
+    xp, (n, classes) = array_module(logits), logits.shape
+    labels = check_labels(labels, n, classes)
+    if classes < 2:
+        raise ValueError("max_mahalanobis needs at least 2 classes")
+    scale = norm * (classes / (classes - 1)) ** 0.5
+    difference = logits + scale / classes
+    difference[xp.arange(n), labels] -= scale
+    return (difference * difference).sum() * (1.0 / n), difference * (2.0 / n)
+
+
 def intrinsic(f_plus, f_minus):
     """(mean over the batch of |f+ - f-|^2, gradient by f+, gradient by f-). (N, K) logits at opposite corners.
 

@@ -5,7 +5,8 @@ A resumed run, and a run on another device, draw the same numbers.
 
 import numpy as np
 
-INIT, SHUFFLE, AUGMENT, CORNERS, ATTACK, DATA = range(6)  # the streams
+# the streams; METHOD: what a step draws beside corners, ATTACK: what an evaluation does
+INIT, SHUFFLE, AUGMENT, CORNERS, ATTACK, DATA, METHOD = range(7)
 
 
 def _philox(seed, stream, step):

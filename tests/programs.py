@@ -32,12 +32,17 @@ def command_of(module):
 
 def caller(module, monkeypatch, capsys):
     """call(*arguments) -> (exit code, stdout, stderr) of the program, in this process."""
+    return caller_of(module.main, command_of(module), monkeypatch, capsys)
+
+
+def caller_of(main, name, monkeypatch, capsys):
+    """The same of any ``main``, started as ``name``."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [command_of(module), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            cli.run(module.main)
+            cli.run(main)
         return stopped.value.code, *capsys.readouterr()
 
     return call

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import nanomr as mr
 from nanomr.gradcheck import GradientError
 from nanomr.layers import PairBatch, ReLU
-from nanomr.losses import Hamming, cross_entropy, hamming, intrinsic
+from nanomr.losses import Hamming, cross_entropy, hamming, intrinsic, kl_divergence, max_mahalanobis
 from nanomr.manifold import laplacian, resampled_laplacian
 from nanomr.ops import reference
 from nanomr.testing.strategies import fewer, seeds
@@ -41,6 +41,10 @@ def _pair(g, shape):
 LOSSES = {
     "cross-entropy": Loss(
         lambda f: cross_entropy(f, _labels(*f.shape)), lambda g, s: [g.standard_normal((s[0], s[1] + 1))]
+    ),
+    "kl divergence": Loss(kl_divergence, lambda g, s: g.standard_normal((2, s[0], s[1] + 1))),
+    "max-mahalanobis": Loss(
+        lambda f: max_mahalanobis(f, _labels(*f.shape)), lambda g, s: [5 * g.standard_normal((s[0], s[1] + 1))]
     ),
     "intrinsic": Loss(intrinsic, _pair),
     "hamming, batch": Loss(lambda a, b: hamming(a, b, alpha=2.0), _pair),
@@ -127,6 +131,26 @@ def test_gradient_checks_catch_mutants(kind, mutant, method):
 def test_laplacians_keep_the_dtype(dtype, rng):
     f, weights = rng.standard_normal((3, 2)).astype(dtype), rng.random((3, 3)).astype(dtype)
     assert [a.dtype for a in laplacian(f, weights)] == [dtype, dtype]
+
+
+# --- the divergence of two softmaxes ----------------------------------------------------------------------------------
+
+
+@given(shape=sizes, seed=seeds)
+def test_the_divergence_is_its_sum_of_logarithms_and_no_gradient_moves_a_constant(shape, seed):
+    z, moved = np.random.default_rng(seed).standard_normal((2, *shape))
+    p, q = (np.exp(a) / np.exp(a).sum(1, keepdims=True) for a in (z, moved))
+    value, by_z, by_moved = kl_divergence(z, moved)
+    assert value == pytest.approx((p * np.log(p / q)).sum(1).mean(), abs=1e-14) and value >= -1e-15
+    np.testing.assert_allclose([by_z.sum(1), by_moved.sum(1)], 0, atol=1e-14)
+    assert all(abs(a).max() < 1e-15 for a in kl_divergence(z, z))
+
+
+def test_the_divergence_of_confident_logits_is_finite():
+    """1e4 is beyond exp's range, in float32 and float64, and probabilities are 0."""
+    z = np.array([[1e4, 0, -1e4], [0, 1e4, 0]], np.float32)
+    value, *gradients = kl_divergence(z, z[::-1].copy())
+    assert value == pytest.approx(1e4) and all(np.isfinite(g).all() for g in gradients)
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------

@@ -371,7 +371,7 @@ OPERATIONS = {
     "crop_flip": Operation(arguments(images(n=(1, 4), size=(1, 9)), _crops), ones_for(reference.crop_flip)),
 }
 ELSEWHERE = {"batchnorm_relu", "batchnorm_relu_hamming", "batchnorm_relu_backward"}  # bf16.py, in both dtypes
-ELSEWHERE |= {"conv2d_shape", "sgd_update", "corners", "linf_bounds"}  # numbers, an update, bits: own tests
+ELSEWHERE |= {"conv2d_shape", "sgd_update", "adamw_update", "corners", "linf_bounds"}  # numbers, bits: own tests
 
 
 def test_every_function_is_compared():
@@ -574,6 +574,26 @@ def test_sgd_update(backend, size, momentum, decay, seed):
     np.testing.assert_allclose(to_numpy(args[2]), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(to_numpy(args[0]), w - 0.1 * expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(to_numpy(args[1]), gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(size=st.integers(1, 300), decay=st.sampled_from([0.0, 1e-2]), seed=seeds)
+def test_adamw_update(backend, size, decay, seed):
+    """Three steps, in place; the gradients are only read."""
+    module, xp = load(backend)
+    g = np.random.default_rng(seed)
+    w, *gradients = (_normal(g, size) for _ in range(4))
+    found = [xp.asarray(a) for a in (w.copy(), np.zeros_like(w), np.zeros_like(w))]
+    expected, mean, square = w.astype(np.float64), np.zeros(size), np.zeros(size)
+    for t, gradient in enumerate(gradients, 1):
+        given_ = xp.asarray(gradient)
+        module.adamw_update(found[0], given_, *found[1:], t, 0.01, 0.9, 0.99, decay)
+        np.testing.assert_array_equal(to_numpy(given_), gradient)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.99 * square + 0.01 * gradient.astype(np.float64) ** 2
+        way = mean / (1 - 0.9**t) / (np.sqrt(square / (1 - 0.99**t)) + 1e-8)
+        expected = (1 - 0.01 * decay) * expected - 0.01 * way
+    for a, b in zip(found, (expected, mean, square), strict=True):
+        np.testing.assert_allclose(to_numpy(a), b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

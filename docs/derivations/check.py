@@ -11,6 +11,7 @@ import numpy as np
 
 from nanomr import layers, losses, manifold, models
 from nanomr.attacks import objectives
+from nanomr.attacks.common import project_l1
 from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
@@ -86,6 +87,25 @@ def pooling():
 def cross_entropy():
     labels = np.array([0, 9, 3, 3, 7])
     yield "complex", _function(lambda z: losses.cross_entropy(z, labels), 3 * _normal(5, 10))
+
+
+def trades():
+    yield "complex", _function(losses.kl_divergence, 2 * _normal(5, 10), 2 * _normal(5, 10, seed=1))
+
+
+def mmc():
+    labels = np.array([0, 9, 3, 3, 7])
+    yield "complex", _function(lambda z: losses.max_mahalanobis(z, labels), 3 * _normal(5, 10))
+
+
+def msd():
+    y, eps = _normal(3, 4, 4, 2), 5.0
+
+    def value(y):
+        return ((y - project_l1(y, eps)) ** 2).sum((1, 2, 3)) / 2
+
+    assert (value(y) > 0).all()  # outside, where there is something to check
+    yield "central", _vjp(value, lambda dy: dy[:, None, None, None] * (y - project_l1(y, eps)), y, method="central")
 
 
 def dlr():
@@ -355,8 +375,8 @@ def input_split():
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
-        linear, convolution, relu, batchnorm, pooling, cross_entropy, dlr, sinkhorn, intrinsic, hamming, laplacian,
-        pair_batch, crown, beta_crown, hull, input_split,
+        linear, convolution, relu, batchnorm, pooling, cross_entropy, trades, mmc, dlr, msd, sinkhorn, intrinsic,
+        hamming, laplacian, pair_batch, crown, beta_crown, hull, input_split,
     )
 }  # fmt: skip
 

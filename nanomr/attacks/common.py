@@ -122,6 +122,64 @@ class L2:
         return in_box & (self.distance(x0, x) <= self.eps * (1 - _slack(x)))
 
 
+class L1:
+    """{x: |x - x0|_1 <= eps} in real arithmetic, within the box [0, 1]. ``coordinates``: so many move in a step.
+
+    ``docs/derivations/msd.md`` derives step and projection. For training (MSD): no evaluation offers it.
+    """
+
+    name = "l1"
+
+    def __init__(self, eps: float, coordinates: int = 20):
+        self.eps, self.coordinates = eps, coordinates
+
+    def project(self, x0, x):
+        """First onto the ball, then onto the box (which may lead further inside the ball)."""
+        xp = array_module(x)
+        eps = self.eps * (1 - 4 * float(np.finfo(x.dtype).eps) - _slack(x))  # as in L2
+        change = project_l1(x.astype(np.float64) - x0.astype(np.float64), eps)
+        norm = abs(change).reshape(len(x), -1).sum(1)  # which the long sums of the projection leave a little beside eps
+        change = (change * per_image(eps / xp.maximum(norm, max(eps, 1e-300)), x)).astype(x.dtype)
+        moved = x0 + change
+        moved = xp.where(abs(moved - x0) > abs(change), xp.nextafter(moved, x0), moved)
+        return xp.clip(moved, 0, 1)
+
+    def step(self, x0, x, gradient, size):
+        """``x`` moved by ``size`` (N,) along the steepest ascent whose coordinates move equally far, and projected.
+
+        Those with the largest gradient move, of the ones that have so much room in the box.
+        """
+        xp, each, k = array_module(x), size / self.coordinates, min(self.coordinates, x[0].size)
+        room = xp.where(gradient > 0, 1 - x, x)
+        worth = xp.where(room > per_image(each, x), abs(gradient), 0).reshape(len(x), -1)
+        chosen = xp.argpartition(worth, -k, axis=1)[:, -k:]
+        rows, sign = xp.arange(len(x))[:, None], xp.zeros_like(worth)
+        sign[rows, chosen] = xp.sign(gradient.reshape(worth.shape)[rows, chosen]) * (worth[rows, chosen] > 0)
+        return self.project(x0, x + sign.reshape(x.shape) * per_image(each, x))
+
+    def distance(self, x0, x):
+        """|x - x0|_1 of each image, (N,) float64."""
+        return abs(x.astype(np.float64) - x0.astype(np.float64)).reshape(len(x), -1).sum(1)
+
+    def inside(self, x0, x):
+        """Which images are in ball and box? (N,) bool. Not those whose distance is eps up to float64's rounding."""
+        in_box = ((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1)
+        return in_box & (self.distance(x0, x) <= self.eps * (1 - _slack(x)))
+
+
+def project_l1(change, eps: float):
+    """The nearest points to ``change`` (N, ...) with an l1 norm of at most eps: sign(c) max(|c| - tau, 0).
+
+    tau >= 0 is where the norm is eps: of the descending sizes s_1, s_2, ..., the r that stay above it have
+    s_1 + ... + s_r - r tau = eps (Duchi et al. 2008). ``docs/derivations/msd.md``.
+    """
+    xp, size = array_module(change), abs(change)
+    falling = -xp.sort(-size.reshape(len(change), -1), axis=1)
+    tau = (falling.cumsum(1) - eps) / xp.arange(1, falling.shape[1] + 1)  # if exactly so many stayed
+    tau = xp.maximum(tau.max(1), 0)  # of which the right one is the largest
+    return xp.sign(change) * xp.maximum(size - per_image(tau, change), 0)
+
+
 def _slack(x):
     """A bound on the relative error of :func:`l2`: differences, squares, a sum and a root, each rounded in float64."""
     return (x[:1].size + 8) * 2.0**-53
@@ -151,6 +209,12 @@ def logits_of(model, x):
             "checkpoint"
         )
     return logits
+
+
+def input_gradient(model, x, climbed, train: bool = False):
+    """The gradient by ``x`` of a loss; ``climbed``: logits -> its gradient by them. Parameters get none."""
+    logits, cache = model.forward(x, train=train)
+    return model.backward(climbed(logits), cache, param_grads=False)
 
 
 def predictions(model, x, batch_size: int = 250):

@@ -1,7 +1,7 @@
 """Projected gradient descent (Madry et al. 2018), as the paper's Table 1 uses it, and its single step, FGSM."""
 
 from ..backend import array_module
-from .common import PGD, Batch, attack, misclassified
+from .common import PGD, Batch, attack, input_gradient, misclassified
 from .objectives import cross_entropy_each
 
 
@@ -63,3 +63,15 @@ def _descend(batch, step_size, steps, restarts, random_start):
             sizes = xp.full(len(base), step_size, base.dtype)
             current = ball.step(base, current, gradient, sizes)
     return adversarial, fooled
+
+
+def ascend(model, ball, x, start, climbed, size: float, steps: int, train: bool = False):
+    """The image after ``steps`` steps of ``size`` up the loss from ``start``, all of it (N, H, W, C), in ball and box.
+
+    What adversarial training learns from: nobody leaves early, and nobody is asked whether the model errs. ``climbed``:
+    logits -> the gradient of the loss by them. ``train``: batch norms use the batch's statistics, and note them.
+    """
+    sizes = array_module(x).full(len(x), size, x.dtype)
+    for _ in range(steps):
+        start = ball.step(x, start, input_gradient(model, start, climbed, train), sizes)
+    return start

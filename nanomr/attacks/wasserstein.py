@@ -79,7 +79,7 @@ def wasserstein(
     found = xp.full(len(x), float("inf"))
 
     def run(batch):
-        images, at = _attack(batch.model, batch.x, batch.labels, radii, step_size, regularization)
+        images, at = ascend(batch.model, batch.x, batch.labels, radii, step_size, regularization)
         found[batch.rows] = at
         return images, xp.isfinite(at)
 
@@ -89,21 +89,23 @@ def wasserstein(
     return adversarial, xp.where(fooled, xp.where(found < float("inf"), found, start), float("inf"))
 
 
-def _attack(model, x, labels, radii, step_size, regularization):
-    """(adversarial, radius) for images that the model gets right."""
+def ascend(model, x, labels, radii, step_size, regularization, train=False):
+    """(images, radius) for images that the model gets right: each as it first fooled the model, and inf for one that
+    did not, as it came out of the last step. ``train``: the network in training mode, as adversarial training has it.
+    """
     xp = array_module(x)
     adversarial, found = x.copy(), xp.full(len(x), float("inf"))
     left, current, plan = xp.arange(len(x)), x, None
     for step, radius in enumerate(radii):
         if step == 0:
-            logits, cache = model.forward(current)
+            logits, cache = model.forward(current, train=train)
         _, gradient = cross_entropy(logits, labels[left])
         gradient = model.backward(gradient, cache, param_grads=False)
         lost = ~xp.isfinite(gradient).reshape(len(left), -1).all(1)
         moved = current + x.dtype.type(step_size) * xp.sign(xp.where(per_image(lost, x), 0, gradient))
         projection = project(x[left], moved, radius, regularization=regularization, start=plan)
         current = xp.clip(projection.images, 0, 1).astype(x.dtype)
-        logits, cache = model.forward(current)
+        logits, cache = model.forward(current, train=train)
         hit = misclassified(logits, labels[left]) & ~lost
         plan = projection.psi, projection.beta
         gone = hit | lost
@@ -112,7 +114,8 @@ def _attack(model, x, labels, radii, step_size, regularization):
             left, current, plan = left[~gone], current[~gone], tuple(value[~gone] for value in plan)
             if len(left) == 0:
                 break
-            logits, cache = model.forward(current)  # the cache is for those that are left
+            logits, cache = model.forward(current, train=train)  # the cache is for those that are left
+    adversarial[left] = current
     return adversarial, found
 
 
