@@ -15,9 +15,13 @@ def corner_pairs(x, eps: float, seed: int, step: int):
     Drawn afresh for each (seed, step), equal on every device. ``eps`` in pixel units ([0, 1]).
     """
     check("corner_pairs", "x", x, (...,))
-    xp = array_module(x)
-    words = rng.words(seed, rng.CORNERS, step, -(-x.size // 64))
-    return ops_for(x).corners(xp.asarray(words), x.shape, eps).astype(x.dtype, copy=False)
+    return corners_of(x, eps, rng.words(seed, rng.CORNERS, step, -(-x.size // 64)))
+
+
+def corners_of(x, eps: float, words):
+    """The same of ``words``, one random uint64 for each 64 numbers of x."""
+    words = array_module(x).asarray(words)
+    return ops_for(x).corners(words, x.shape, eps).astype(x.dtype, copy=False)
 
 
 def heat_kernel(x, scale: float):

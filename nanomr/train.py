@@ -1,7 +1,8 @@
 """The training loop: batches, schedules, log, checkpoints, resume.
 
 A run folder holds ``config.json``, ``log.jsonl`` (a line an epoch), ``model.safetensors`` (the network),
-``last.safetensors`` (the network, the momentum and where the run stands) and ``curves.png``.
+``last.safetensors`` (the network, the optimiser's vectors and where the run stands) and ``curves.png``. The saved
+network is as its method finishes it (:class:`nanomr.methods.Method`), the last one as it is trained.
 
 Every random draw is a function of (seed, step), so that a resumed run continues bit for bit.
 """
@@ -12,7 +13,8 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
 from .errors import NoClass, UserError
 from .graph import Replayed
-from .manifold import corner_pairs
-from .methods import METHODS, manifold_step, standard_step
+from .methods import METHODS
+from .methods.manifold import at_corners, standard_step
 from .models import InBfloat16, InTf32
 from .ops import bfloat16, gpu, ops_for
 
@@ -57,37 +59,67 @@ class Config:
     hamming_norm: str = "batch"  # or "sample"
     augment: bool = True
     precision: str = "fp32"  # or "bf16", on a GPU also "tf32": of what a step multiplies; weights are float32
+    constants: dict = field(default_factory=dict)  # of the method itself, by name; its defaults for those that lack
+    optimizer: str = "sgd"  # or "adamw"
+    recipe: str = "paper"  # optim.RECIPES
+    ramp_from: float = 0.02  # of recipe "ramp": shares of the run between which eps grows
+    ramp_to: float = 0.6
+    pad: int = 4  # black pixels around an image, within which it is cropped
 
     def checked(self) -> "Config":
         """Itself. Raises ValueError when a value, which may come from a file, is not of its field's type and range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63
-            if not (number if field.type in (int, float) else True) or not isinstance(
-                value, int | float if field.type is float else field.type
+            if not (number if one.type in (int, float) else True) or not isinstance(
+                value, int | float if one.type is float else one.type
             ):
-                raise ValueError(f"{field.name} cannot be {str(value)[:40]!r}")
-        choices = {"method": METHODS, "hamming_norm": ("batch", "sample"), "precision": ("fp32", *LOOKS)}
+                raise ValueError(f"{one.name} cannot be {str(value)[:40]!r}")
+        choices = {
+            **{"method": METHODS, "hamming_norm": ("batch", "sample"), "precision": ("fp32", *LOOKS)},
+            **{"optimizer": ("sgd", "adamw"), "recipe": optim.RECIPES},
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)[:40]!r}, not one of {', '.join(known)}")
         if self.batch_size < 1:
             raise ValueError("batch_size must be 1 or more")
+        method = METHODS[self.method]
+        try:
+            method.filled(self.constants)
+        except ValueError as error:
+            raise ValueError(f"constants of {self.method}: {error}") from None
+        if method.corners is None and self.precision != "fp32":
+            raise ValueError(f"precision is {self.precision!r}, and {self.method} is trained in fp32")
         return self
 
     def schedule(self, epoch: float) -> dict:
-        """lr, eps, gamma_i, gamma_h at a fractional epoch (appendix B, scaled to this run's length)."""
+        """What changes with the fractional epoch, by the recipe: lr, eps, and of the paper's methods gamma_i, gamma_h
+        (appendix B, scaled to this run's length), of others ramp, how far eps has come."""
+        now = optim.RECIPES[self.recipe].schedule(self, epoch)
+        if METHODS[self.method].corners is None:
+            return now
         factor = optim.gamma_factor(epoch, self.epochs, self.gamma_factor)
         return {
-            "lr": optim.learning_rate(epoch, self.epochs, self.lr),
-            "eps": optim.epsilon(epoch, self.epochs, self.eps_start, self.eps),
+            **{"lr": now["lr"], "eps": now["eps"]},
             "gamma_i": factor * self.gamma_i if self.method in ("manifold", "intrinsic") else 0.0,
             "gamma_h": factor * self.gamma_h if self.method in ("manifold", "hamming") else 0.0,
         }
 
+    @property
+    def fixed(self) -> dict:
+        """What a step is told beside the schedule: the constants."""
+        constants = METHODS[self.method].filled(self.constants)
+        return {"alpha": self.alpha, "hamming_norm": self.hamming_norm, "eps_end": self.eps, **constants}
 
+
+# what a config.json of an earlier version lacks, and was
+LATER = ("precision", "optimizer", "recipe", "ramp_from", "ramp_to", "pad")
+EARLIER = {"constants": {}} | {name: getattr(Config, name) for name in LATER}
 LOOKS = {"tf32": InTf32, "bf16": InBfloat16}  # how the log looks at the network, by precision
-SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")
+SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")  # of the paper's methods, on a GPU
+TERMS = {"cross_entropy": "cross-entropy", "hamming": "Hamming term", "gradient_norm": "gradient"}  # what is said of it
+GAMMAS = {"intrinsic": "gamma_i", "hamming": "gamma_h"}  # each term's weight
 
 
 class Interrupted(Exception):
@@ -97,8 +129,9 @@ class Interrupted(Exception):
 class Trainer:
     """One run. ``Trainer(config, dataset, folder, device).run()`` trains to the end and returns the model.
 
-    On a GPU a step needs nothing from the host (:meth:`device_step`); with ``graph`` it is replayed as a CUDA graph,
-    in bf16: cuBLAS, which the other precisions need, cannot be captured.
+    On a GPU a step of the paper's methods needs nothing from the host (:meth:`device_step`); with ``graph`` it is
+    replayed as a CUDA graph, in bf16: cuBLAS, which the other precisions need, cannot be captured. Other methods draw
+    on the host there, too.
     """
 
     def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu", graph: bool = True):
@@ -120,15 +153,27 @@ class Trainer:
         self.held, self.held_labels = to_device(held, device), to_device(held_labels, device)
         self.steps_per_epoch = len(images) // config.batch_size  # the last, incomplete batch is left for another epoch
         self.model = models.build(config.architecture, config.seed).to(device)
-        self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, config.clip or None)
+        self.method, self.fixed = METHODS[config.method], config.fixed
+        if self.method.begin:
+            self.method.begin(self.model, rng.generator(config.seed, rng.INIT, 2))
+        clip = config.clip or None
+        if config.optimizer == "adamw":
+            self.optimizer = optim.AdamW(self.model, weight_decay=config.weight_decay, clip=clip)
+        else:
+            self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, clip)
         self.step, self.seconds, self.log = 0, 0.0, []
         self.kernel = "gpu" if device == "gpu" else ops_for(self.model.weights).kernel(config.precision)
-        self.totals = to_device(np.zeros(5), device)  # of what train_step returns, over the epoch so far
+        self.names = ("loss", "cross_entropy", *self.method.reports, "gradient_norm")  # of what train_step returns
+        self.captured = device == "gpu" and self.method.corners is not None
+        self.totals = to_device(np.zeros(len(self.names)), device)  # of that, over the epoch so far
         self._order = (-1, None)  # an epoch and its order
         # the most that the two weighted regularisers were, as multiples of the cross-entropy
         self.peaks = to_device(np.zeros(2), device)
         if device == "gpu":
             self.labels = self.labels.astype(np.int32)
+        if self.captured:
+            if config.pad != Config.pad or config.optimizer != "sgd":
+                raise UserError(f"on a GPU {config.method} is trained by SGD, and crops with 4 pixels of padding")
             self.counter = to_device(np.zeros(1, np.uint64), device)  # which step comes next
             self.order = to_device(np.zeros(self.steps_per_epoch * config.batch_size, np.int32), device)
             self.schedule = to_device(np.zeros((self.steps_per_epoch, 4), np.float32), device)
@@ -139,31 +184,34 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int):
-        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped. On a CPU."""
+        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped."""
         config, n = self.config, self.config.batch_size
         epoch, i = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffled(epoch))
-        index = self._order[1][i * n : (i + 1) * n]
+        index = to_device(self._order[1][i * n : (i + 1) * n], self.device)
         if not config.augment:
             return metrics.as_float(self.images[index]), self.labels[index]
-        draw = rng.generator(config.seed, rng.AUGMENT, step)
-        top, left, flip = draw.integers(0, 9, n), draw.integers(0, 9, n), draw.random(n) < 0.5
-        return ops_for(self.model.weights).crop_flip(self.images, index, top, left, flip), self.labels[index]
+        draw, places = rng.generator(config.seed, rng.AUGMENT, step), 2 * config.pad + 1
+        drawn = draw.integers(0, places, n), draw.integers(0, places, n), draw.random(n) < 0.5
+        drawn = [to_device(v, self.device) for v in drawn]
+        x = ops_for(self.model.weights).crop_flip(self.images, index, *drawn, config.pad)
+        return x, self.labels[index]
 
     def _shuffled(self, epoch):
         return rng.generator(self.config.seed, rng.SHUFFLE, epoch).permutation(len(self.images))
 
     def train_step(self) -> np.ndarray:
-        """Step, update; [loss, cross-entropy, intrinsic, hamming, gradient norm]. On a CPU."""
+        """Step, update; the numbers of ``names``. On a CPU, and of methods that draw on the host."""
         now = self.config.schedule(self.step / self.steps_per_epoch)
         x, labels = self.batch(self.step)
-        rho = corner_pairs(x, now["eps"], self.config.seed, self.step) if self.config.method != "standard" else None
-        x, rho = self._rounded(x), self._rounded(rho)
-        values = np.array([0.0 if v is None else v for v in self._update(x, labels, rho, now)], dtype=float)
+        draw = partial(rng.generator, self.config.seed, step=self.step)
+        parts = self.method.step(self.model, self._rounded(x), labels, draw, now | self.fixed)
+        parts["gradient_norm"] = self.optimizer.step(now["lr"])
+        values = np.array([float(parts.get(name, 0.0)) for name in self.names])
         self.step += 1
-        ratios = values[2:4] * np.array([now["gamma_i"], now["gamma_h"]]) / values[1]
-        if not self.peaks.max() > 10:  # the first one did it
+        if self.device == "cpu" and self.method.corners is not None and not self.peaks.max() > 10:  # the first one did
+            ratios = values[2:4] * np.array([now[name] for name in GAMMAS.values()]) / values[1]
             self.peaks = np.fmax(self.peaks, ratios)
         return values
 
@@ -176,30 +224,22 @@ class Trainer:
         else:
             x = metrics.as_float(self.images[index])
         scalars = {name: now[i] for i, name in enumerate(SCHEDULED)}
-        rho = None
-        if config.method != "standard":
-            rho = gpu.draw_corners(x.shape, scalars["eps"], config.seed, self.counter)
-        values = self._update(self._rounded(x), labels, self._rounded(rho), scalars)
-        gpu.end_step(values, now, self.totals, self.peaks, self.counter)
+        if self.method.corners:
+            rho = self._rounded(gpu.draw_corners(x.shape, scalars["eps"], config.seed, self.counter))
+            parts = at_corners(self.model, self._rounded(x), labels, rho, scalars | self.fixed)
+        else:
+            parts = standard_step(self.model, self._rounded(x), labels)
+        parts["gradient_norm"] = self.optimizer.step(scalars["lr"])
+        gpu.end_step([parts.get(name) for name in self.names], now, self.totals, self.peaks, self.counter)
 
     def _rounded(self, x):
         """Pictures in the precision of this run."""
-        return ops_for(x).cast(x, bfloat16()) if self.config.precision == "bf16" and x is not None else x
-
-    def _update(self, x, labels, rho, now) -> list:
-        """One step of the optimiser: [loss, cross-entropy, intrinsic or None, hamming or None, gradient norm]."""
-        if rho is None:
-            parts = standard_step(self.model, x, labels)
-        else:
-            per_sample, alpha = self.config.hamming_norm == "sample", self.config.alpha
-            parts = manifold_step(self.model, x, labels, rho, now["gamma_i"], now["gamma_h"], alpha, per_sample)
-        norm = self.optimizer.step(now["lr"])
-        return [parts.get(name) for name in ("loss", "cross_entropy", "intrinsic", "hamming")] + [norm]
+        return ops_for(x).cast(x, bfloat16()) if self.config.precision == "bf16" else x
 
     def advance(self):
         """One step, added to ``totals``."""
-        if self.device == "cpu":
-            self.totals += self.train_step()
+        if not self.captured:
+            self.totals += to_device(self.train_step(), self.device)
             return
         epoch = self.step // self.steps_per_epoch
         if self._order[0] != epoch:
@@ -240,7 +280,8 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Train to the last epoch. Raises UserError on NaN or collapse, Interrupted on Ctrl-C, the run saved.
+        """Train to the last epoch; the network, finished. Raises UserError on NaN or collapse, Interrupted on Ctrl-C,
+        the run saved.
 
         The folder is this process's alone meanwhile: a UserError, when another trains in it.
         """
@@ -281,7 +322,11 @@ class Trainer:
                 if interrupted:
                     done = f"stopped after {self.step} of {total} steps and saved"
                     raise Interrupted(f"{done}: go on with --resume {self.folder}")
-        return self.model
+        return self.finished()
+
+    def finished(self):
+        """The network that is saved for use: the model itself, unless the method makes another one of it."""
+        return self.method.finish(self.model) if self.method.finish else self.model
 
     def open_folder(self):
         """Make the run folder. Raises UserError when that is not possible."""
@@ -302,23 +347,23 @@ class Trainer:
         self.totals[...], self.seconds = 0, 0.0
         self.save()
         if len(self.log) == 1:
-            bar.write(line())
-        bar.write(line(record))
+            bar.write(line(None, self.method.reports))
+        bar.write(line(record, self.method.reports))
         self._stop_on_collapse()
 
     def _record(self) -> dict:
         """The epoch's line in the log: means over its steps, and the held-out images (training images without any)."""
         config, steps = self.config, self.steps_per_epoch
-        loss, ce, pair, hamming, norm = (to_numpy(self.totals) / steps).tolist()
         epoch = self.step / steps
         few, few_labels = self.held[:500], self.held_labels[:500]
-        model = LOOKS.get(config.precision, lambda model: model)(self.model)
+        finished = self.finished()
+        model = LOOKS.get(config.precision, lambda model: model)(finished)
         return {
             "epoch": round(epoch),
-            **{"loss": loss, "cross_entropy": ce, "intrinsic": pair, "hamming": hamming, "gradient_norm": norm},
+            **dict(zip(self.names, (to_numpy(self.totals) / steps).tolist(), strict=True)),
             "accuracy": metrics.accuracy(model, self.held, self.held_labels),
             "pgd10": metrics.robust_accuracy(model, few, few_labels, config.eps, steps=10, seed=config.seed),
-            **metrics.stability(self.model, few, config.eps, config.seed),
+            **metrics.stability(finished, few, config.eps, config.seed),
             **config.schedule(epoch),
             "seconds": round(self.seconds, 2),
             "images_per_s": steps * config.batch_size / self.seconds,
@@ -338,7 +383,7 @@ class Trainer:
         totals, weights = to_numpy(self.totals), self.model.weights
         if not seen and np.isfinite(totals).all() and array_module(weights).isfinite(weights).all():
             return
-        names = ("loss", "cross-entropy", "intrinsic term", "Hamming term", "gradient")
+        names = [TERMS.get(name, name.replace("_", " ") + " term" * (name != "loss")) for name in self.names]
         bad = [name for name, value in zip(names, totals, strict=True) if not math.isfinite(value)]
         first = (bad[1] if len(bad) > 1 else bad[0]) if bad else seen or "weights"
         peaks = to_numpy(self.peaks)
@@ -358,10 +403,12 @@ class Trainer:
         last = self.log[-2:]
         if len(last) < 2 or any(r["accuracy"] > chance or r["unstable"] > 1e-3 for r in last):
             return
-        weighted = {
-            "intrinsic (--gamma-i)": max(r["gamma_i"] * r["intrinsic"] for r in self.log),
-            "Hamming (--gamma-h)": max(r["gamma_h"] * r["hamming"] for r in self.log),
-        }
+        weighted = {"": 0.0}
+        if self.method.corners is not None:
+            weighted = {
+                "intrinsic (--gamma-i)": max(r["gamma_i"] * r["intrinsic"] for r in self.log),
+                "Hamming (--gamma-h)": max(r["gamma_h"] * r["hamming"] for r in self.log),
+            }
         name = max(weighted, key=weighted.get)
         if weighted[name] < 0.01:
             raise UserError(
@@ -379,9 +426,9 @@ class Trainer:
     def save(self):
         """Write ``last.safetensors`` (all that a resumed run needs) and ``model.safetensors``."""
         state = {"step": self.step, "totals": to_numpy(self.totals).tolist(), "seconds": self.seconds}
-        tensors = self.model.state_dict() | {"optimizer.velocity": self.optimizer.velocity}
+        tensors = self.model.state_dict() | {f"optimizer.{k}": v for k, v in self.optimizer.state.items()}
         metadata = {"architecture": self.config.architecture, "state": state, "config": asdict(self.config)}
-        self.model.save(
+        self.finished().save(
             self.folder / "model.safetensors", epoch=self.step / self.steps_per_epoch, data=self.config.data
         )  # first: what a kill leaves behind here, the resumed run writes again
         checkpoint.save_tensors(self.folder / "last.safetensors", tensors, metadata)
@@ -391,15 +438,15 @@ class Trainer:
         path, log = self.folder / "last.safetensors", self.folder / "log.jsonl"
         tensors, metadata = checkpoint.load_tensors(path)
         earlier = metadata.get("config") if isinstance(metadata.get("config"), dict) else {}
-        if {"precision": "fp32"} | earlier != asdict(self.config):  # runs of before there was a choice
+        if EARLIER | earlier != asdict(self.config):  # runs of before there was a choice
             raise UserError(f"{path} belongs to another configuration than config.json: restore one of the two")
         records = checkpoint.read_jsonl(log) if os.path.lexists(log) else []
-        if not all(_finite(record.get(key)) for record in records for key in LOGGED):
+        if not all(_finite(record.get(key)) for record in records for key in self._logged()):
             raise UserError(f"{log} holds lines that are not of a run's log: restore or delete it")
-        velocity = tensors.pop("optimizer.velocity", np.empty(0))
-        if velocity.shape != self.optimizer.velocity.shape:
-            raise UserError(f"{path} is for another network")
-        for name, value in (*tensors.items(), ("optimizer.velocity", velocity)):
+        for name, value in self.optimizer.state.items():
+            if tensors.get(f"optimizer.{name}", np.empty(0)).shape != value.shape:
+                raise UserError(f"{path} is for another network")
+        for name, value in tensors.items():
             if not np.isfinite(value).all():
                 raise UserError(
                     f"{path} is damaged: {name} holds NaN or infinity; restore it, or train anew with --out"
@@ -408,11 +455,13 @@ class Trainer:
         step, seconds, totals = (state.get(key) for key in ("step", "seconds", "totals"))
         most = self.config.epochs * self.steps_per_epoch
         fine = type(step) is int and 0 <= step <= most and _finite(seconds) and seconds >= 0
-        if not (fine and isinstance(totals, list) and len(totals) == 5 and all(map(_finite, totals))):
+        if not (fine and isinstance(totals, list) and len(totals) == len(self.names) and all(map(_finite, totals))):
             raise UserError(f"{path} is damaged: it does not say where the run stands; restore it")
+        kept = {name: tensors.pop(f"optimizer.{name}") for name in self.optimizer.state}
         self.model.load_state_dict(tensors)
-        self.optimizer.velocity[...] = to_device(velocity, self.device)
-        self.step, self.seconds = step, seconds
+        for name, value in kept.items():
+            self.optimizer.state[name][...] = to_device(value, self.device)
+        self.step, self.seconds, self.optimizer.steps = step, seconds, step
         self.totals[...] = to_device(np.array(totals), self.device)
         epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
         self.log = [r for r in records if r["epoch"] <= epochs]
@@ -421,24 +470,30 @@ class Trainer:
         if before != self.kernel:
             print(f"note: the run began with another kernel ({before}; here: {self.kernel}): not bit for bit the same")
 
+    def _logged(self) -> tuple:
+        """What a resumed run reads of the log."""
+        return ("epoch", "accuracy", "unstable", *(self.method.corners is not None) * (*GAMMAS, *GAMMAS.values()))
+
     def plot(self) -> Path | None:
         """Draw ``curves.png``; None without matplotlib or without an epoch to draw."""
         return plots.curves(self.log, self.folder / "curves.png") if self.log else None
 
 
-LOGGED = ("epoch", "accuracy", "unstable", "intrinsic", "hamming", "gamma_i", "gamma_h")  # what a resumed run reads
 # Titles, keys and formats of what is printed of a record, what matters most first: log.jsonl has it all.
 COLUMNS = (
     ("epoch", "epoch", "5d"), ("  loss", "loss", "6.3f"), (" clean", "accuracy", "6.1%"), ("PGD-10", "pgd10", "6.1%"),
-    ("unstable", "unstable", "8.1%"), ("    CE", "cross_entropy", "6.3f"), ("intrinsic", "intrinsic", "9.1e"),
-    ("hamming", "hamming", "7.1e"), ("    lr", "lr", "6.4f"), (" img/s", "images_per_s", "6.0f"),
+    ("unstable", "unstable", "8.1%"), ("    CE", "cross_entropy", "6.3f"), ("    lr", "lr", "6.4f"),
+    (" img/s", "images_per_s", "6.0f"),
 )  # fmt: skip
 
 
-def line(record: dict | None = None) -> str:
-    """A record of the log as a row of a table, or the table's head: as many columns as the terminal has room for."""
-    cells = [title if record is None else format(record[key], form) for title, key, form in COLUMNS]
-    widths = np.cumsum([1 + len(title) for title, _, _ in COLUMNS]) - 1
+def line(record: dict | None = None, reports=("intrinsic", "hamming")) -> str:
+    """A record of the log as a row of a table, or the table's head: as many columns as the terminal has room for.
+    ``reports``: of the method's step."""
+    own = [(f"{name:>7}", name, f"{max(len(name), 7)}.1e") for name in reports]
+    columns = [*COLUMNS[:6], *own, *COLUMNS[-2:]]
+    cells = [title if record is None else format(record[key], form) for title, key, form in columns]
+    widths = np.cumsum([1 + len(title) for title, _, _ in columns]) - 1
     return " ".join(cells[: max(1, int((widths < shutil.get_terminal_size().columns).sum()))])
 
 

@@ -14,6 +14,7 @@ from nanomr import checkpoint, metrics, models, train
 from nanomr.data import Dataset
 from nanomr.errors import UserError
 from nanomr.layers import BatchNorm2d
+from nanomr.methods import manifold
 from nanomr.train import Config, Interrupted, Trainer
 
 ARCHITECTURE = models.mlp((48, 12, 3), input_shape=(4, 4, 3), mean=(0.5,) * 3, std=(0.25,) * 3).architecture
@@ -456,7 +457,7 @@ def poison(monkeypatch, step, **terms):
         return poisoned
 
     for name in ("manifold_step", "standard_step"):
-        monkeypatch.setattr(train, name, wrap(getattr(train, name)))
+        monkeypatch.setattr(manifold, name, wrap(getattr(manifold, name)))
 
 
 NAMES = {"cross_entropy": "cross-entropy", "intrinsic": "intrinsic term", "hamming": "Hamming term"}

@@ -2,8 +2,8 @@
 
 Images are NHWC. ``x`` input, ``z`` pre-activation, ``y`` output, ``dy -> dx, dw, db`` gradients of a scalar loss.
 Convolution weights are (kh, kw, C, Cout), linear weights (in, out); ``padding`` is (top, bottom, left, right).
-No function changes its arguments, except ``sgd_update``. ``plus`` (None: nothing) has the shape of the result and is
-added to it: a residual sum, which a GPU's kernel does on its way to memory.
+No function changes its arguments, except ``sgd_update`` and ``adamw_update``. ``plus`` (None: nothing) has the
+shape of the result and is added to it: a residual sum, which a GPU's kernel does on its way to memory.
 """
 
 import math
@@ -305,6 +305,16 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     velocity *= momentum
     velocity += g + weight_decay * w
     w -= lr * velocity
+
+
+def adamw_update(w, g, mean, square, t, lr, beta1, beta2, weight_decay, eps=1e-8):
+    """In place, PyTorch's convention, at step t = 1, 2, ...: w <- (1 - lr weight_decay) w; running means
+    m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2, which began at 0: m_hat = m / (1 - beta1^t),
+    v_hat likewise; w <- w - lr m_hat / (sqrt(v_hat) + eps)."""
+    w *= 1 - lr * weight_decay
+    mean += (1 - beta1) * (g - mean)
+    square += (1 - beta2) * (g * g - square)
+    w -= (lr / (1 - beta1**t)) * mean / ((square / (1 - beta2**t)) ** 0.5 + eps)
 
 
 def norm(x):

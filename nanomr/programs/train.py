@@ -4,6 +4,7 @@ nanomr train                     # shapes10, offline: two minutes
 nanomr train --data cifar10      # 100 epochs of the small network
 nanomr train --data cifar10 --device gpu   # PreActResNet18
 nanomr train --data mine.npz     # images and labels of your own
+nanomr train --method standard   # another method: they are listed below
 nanomr train --resume runs/small-shapes10-manifold-0
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoint, cli, metrics, models
+from .. import checkpoint, cli, metrics, models, optim
 from ..backend import to_device, use_device
 from ..errors import UserError
 from ..methods import METHODS
@@ -56,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     text = "preact_resnet18: channels of its first stage; 32 is a quarter of the arithmetic (default: 64)"
     g.add_argument("--width", type=positive, default=None, help=text)
     g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
-    g.add_argument("--method", choices=METHODS, default="manifold", help="which terms are added to the cross-entropy")
+    text = "what a step minimises, see below (default: manifold)"
+    g.add_argument("--method", choices=METHODS, default="manifold", metavar="NAME", help=text)
+    text = "a constant of the method's own, see below; may be given several times"
+    g.add_argument("--constant", type=_constant, action="append", default=[], metavar="NAME=VALUE", help=text)
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
 
@@ -71,23 +75,33 @@ def parser() -> argparse.ArgumentParser:
     text = "random crops (4 pixels of padding) and flips, of uint8 images; default: not for your own"
     g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help=text)
 
-    g = p.add_argument_group("optimisation", "schedules are the paper's (appendix B), scaled to --epochs")
+    text = "what is not given is the recipe's, and the recipe the method's; schedules are scaled to --epochs"
+    g = p.add_argument_group("optimisation", text)
+    text = "; ".join(f"{name}: {recipe.help}" for name, recipe in optim.RECIPES.items())
+    g.add_argument("--recipe", choices=optim.RECIPES, default=None, help=text)
+    text = "of --recipe ramp: the share of the run with which eps begins to grow"
+    g.add_argument("--ramp-from", type=share, default=Config.ramp_from, help=text)
+    text = "of --recipe ramp: the share of the run from which on eps is full"
+    g.add_argument("--ramp-to", type=share, default=Config.ramp_to, help=text)
+    text = "default: adamw with --recipe ramp, sgd with paper"
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), default=None, help=text)
     g.add_argument("--epochs", type=natural, default=None, help="default: 100 for cifar10, 30 for others")
     g.add_argument(
         "--batch-size", type=positive, default=128, help="clean images; the regularisers see three times as many"
     )
     g.add_argument("--lr", type=non_negative, default=None, help="peak; default: " + _defaults("lr"))
-    g.add_argument("--momentum", type=share, default=0.9, help="of SGD")
-    g.add_argument("--weight-decay", type=non_negative, default=5e-4, help="gamma_K, on all parameters")
+    g.add_argument("--momentum", type=share, default=0.9, help="of sgd")
+    text = "gamma_K, on all parameters; default: 5e-4, 1e-5 (ramp)"
+    g.add_argument("--weight-decay", type=non_negative, default=None, help=text)
     g.add_argument(
         "--clip", type=non_negative, default=None, help="gradient norm, 0 for none; default: " + _defaults("clip")
     )
 
-    g = p.add_argument_group("regularisers")
+    g = p.add_argument_group("regularisers", "eps is every method's, the others the paper's")
     g.add_argument(
         "--eps", type=cli.linf_radius, default=8 / 255, help="radius of the Linf ball at the end, pixels in [0, 1]"
     )
-    g.add_argument("--eps-start", type=cli.linf_radius, default=2 / 255, help="at the beginning")
+    g.add_argument("--eps-start", type=cli.linf_radius, default=2 / 255, help="at the beginning, by --recipe paper")
     g.add_argument("--gamma-i", type=non_negative, default=None, help="intrinsic; default: " + _defaults("gamma_i"))
     g.add_argument("--gamma-h", type=non_negative, default=None, help="Hamming; default: " + _defaults("gamma_h"))
     g.add_argument("--gamma-factor", type=non_negative, default=10.0, help="both grow by this factor")
@@ -109,11 +123,31 @@ def parser() -> argparse.ArgumentParser:
         "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
     )
     g.add_argument("--test-images", type=natural, default=1000, help="for the attack in the closing table; 0: no table")
+    p.add_argument_group("methods", "\n".join(_methods()))
     return p
 
 
+def _methods():
+    """A line for each method, and one for each constant of its own."""
+    for name, method in METHODS.items():
+        yield f"{name:12} {method.help}"
+        yield from (f"{'':14}{key}={c.default:g}: {c.help}" for key, c in method.constants.items())
+
+
+def _constant(text: str) -> tuple[str, float]:
+    """An argparse type: NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as kappa=0.2")
+    return name, cli.fraction(value)
+
+
 def _defaults(name: str) -> str:
-    return ", ".join(f"{values[name]:g} ({model})" for model, values in DEFAULTS.items())
+    values = [f"{values[name]:g} ({model})" for model, values in DEFAULTS.items()]
+    values += [
+        f"{recipe.defaults[name]:g} ({key})" for key, recipe in optim.RECIPES.items() if recipe.defaults.get(name)
+    ]
+    return ", ".join(values)
 
 
 def configure(args, device: str, dataset) -> Config:
@@ -138,17 +172,29 @@ def configure(args, device: str, dataset) -> Config:
         }[model]().architecture
     except ValueError as error:
         raise UserError(f"--model {model} does not fit {dataset.name}: {error}") from None
-    defaults = DEFAULTS.get(f"{model} on {'shapes10' if own else args.data}", DEFAULTS[model])
+    of_model = DEFAULTS.get(f"{model} on {'shapes10' if own else args.data}", DEFAULTS[model])
     hold_out = min(len(dataset.train_images) // 10, 5000) if own else HOLD_OUT[args.data]
-    chosen = {k: getattr(args, k) if getattr(args, k) is not None else v for k, v in defaults.items()}
+    if args.ramp_from > args.ramp_to:
+        raise UserError(f"--ramp-from {args.ramp_from:g} is behind --ramp-to {args.ramp_to:g}: swap the two")
+    method, recipe = METHODS[args.method], args.recipe or METHODS[args.method].recipe
+    defaults = {k: v for k, v in optim.RECIPES[recipe].defaults.items() if v is not None}
+    chosen = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in (of_model | defaults).items()}
+    try:
+        constants = method.filled(dict(args.constant))
+    except ValueError as error:
+        raise UserError(f"--constant, with --method {args.method}: {error}") from None
+    paired = method.corners is not None
+    if not paired and args.precision not in (None, "fp32"):
+        raise UserError(f"--method {args.method} is trained in fp32: leave out --precision {args.precision}")
     return Config(
         architecture=architecture, method=args.method, data=dataset.source["file"] if own else args.data,
         epochs=EPOCHS.get(args.data, 30) if args.epochs is None else args.epochs,
         hold_out=hold_out if args.hold_out is None else args.hold_out,
         batch_size=args.batch_size, train_images=args.train_images, seed=args.seed, momentum=args.momentum,
-        weight_decay=args.weight_decay, eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor,
-        alpha=args.alpha, hamming_norm=args.hamming_norm, augment=not own if args.augment is None else args.augment,
-        precision=args.precision or ("bf16" if device == "gpu" else "fp32"), **chosen,
+        eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor, constants=constants, recipe=recipe,
+        ramp_from=args.ramp_from, ramp_to=args.ramp_to, alpha=args.alpha, hamming_norm=args.hamming_norm,
+        augment=not own if args.augment is None else args.augment,
+        precision=args.precision or ("bf16" if device == "gpu" and paired else "fp32"), **chosen,
     )  # fmt: skip
 
 

@@ -43,4 +43,4 @@ from .normalization import (  # noqa: F401
     batchnorm_statistics,
     scale_channels,
 )
-from .training import corners, crop_flip, norm, sgd_update  # noqa: F401
+from .training import adamw_update, corners, crop_flip, norm, sgd_update  # noqa: F401

@@ -23,6 +23,20 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
 
 
 @njit(parallel=True, **FLAGS)
+def _adamw_update(w, g, mean, square, keep, take1, take2, rate, debias, eps, chunks):
+    for t in prange(chunks):
+        for i in range(len(w) * t // chunks, len(w) * (t + 1) // chunks):
+            mean[i] += take1 * (g[i] - mean[i])
+            square[i] += take2 * (g[i] * g[i] - square[i])
+            w[i] = keep * w[i] - rate * mean[i] / (np.sqrt(square[i] * debias) + eps)
+
+
+def adamw_update(w, g, mean, square, t, lr, beta1, beta2, weight_decay, eps=1e-8):
+    scalars = 1 - lr * weight_decay, 1 - beta1, 1 - beta2, lr / (1 - beta1**t), 1 / (1 - beta2**t), eps
+    _adamw_update(w, g, mean, square, *(np.float32(v) for v in scalars), threads())
+
+
+@njit(parallel=True, **FLAGS)
 def _sum_squares(x, partial):
     for t in prange(len(partial)):
         total = _ZERO

@@ -1,15 +1,15 @@
-"""What one training step minimises: its value and its gradient, added to ``model.gradients``.
+"""The paper's objective, and cross-entropy alone.
 
     cross-entropy(clean) + gamma_i intrinsic(pair) + gamma_h hamming(pair)          section 5.4, "the final objective"
 
 The ambient term gamma_K |w|^2 is the optimiser's weight decay.
 """
 
-from .borders import check_labels
-from .layers import PairBatch
-from .losses import Hamming, of_logits
-
-METHODS = ("manifold", "intrinsic", "hamming", "standard")
+from .. import rng
+from ..borders import check_labels
+from ..layers import PairBatch
+from ..losses import Hamming, of_logits
+from ..manifold import corners_of
 
 
 def standard_step(model, x, labels) -> dict:
@@ -37,3 +37,20 @@ def manifold_step(model, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, pe
     model.backward(gradient, cache, input_grad=False)
     loss = ce + gamma_i * pair + gamma_h * tap.value
     return {"loss": loss, "cross_entropy": ce, "intrinsic": pair, "hamming": tap.value}
+
+
+def standard(model, x, labels, draw, now) -> dict:
+    """:func:`standard_step`, as ``METHODS`` has it."""
+    return standard_step(model, x, labels)
+
+
+def manifold(model, x, labels, draw, now) -> dict:
+    """:func:`manifold_step` at the corners of this step's draw, as ``METHODS`` has it."""
+    words = draw(rng.CORNERS).bit_generator.random_raw(-(-x.size // 64))
+    return at_corners(model, x, labels, corners_of(x, now["eps"], words), now)
+
+
+def at_corners(model, x, labels, rho, now) -> dict:
+    """:func:`manifold_step` with the constants of ``now``: the part of a step that follows its draws."""
+    per_sample = now["hamming_norm"] == "sample"
+    return manifold_step(model, x, labels, rho, now["gamma_i"], now["gamma_h"], now["alpha"], per_sample)

@@ -1,0 +1,69 @@
+"""What one training step minimises: ``METHODS``, by name.
+
+Every step function has one face:
+
+    step(model, x, labels, draw, now) -> {"loss", "cross_entropy", ...}
+
+It adds the gradient of the loss to ``model.gradients``, and returns floats or 0-d arrays: the loss, the cross-entropy
+of the clean images, and what else its ``Method.reports`` names. x (N, H, W, C), labels (N,). ``draw(stream)`` is a
+NumPy generator of (seed, stream, step), see :mod:`nanomr.rng`: a step draws from nothing else. ``now`` holds what the
+schedule says ("eps", "lr", and "ramp", how far eps has come, from 0 to 1; of the paper's methods "gamma_i" and
+"gamma_h" instead), the method's constants by name, and "eps_end".
+
+A method is a function with this face in a file of this package, and a line here.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from . import manifold
+from .manifold import manifold_step, standard_step
+
+__all__ = ["METHODS", "Constant", "Method", "manifold_step", "standard_step"]
+
+
+class Constant(NamedTuple):
+    """A number that a method has for itself: what it is by default, and between which it lies."""
+
+    default: float
+    help: str
+    low: float = 0.0
+    high: float = float("inf")
+
+
+class Method(NamedTuple):
+    step: Callable
+    help: str
+    constants: Mapping[str, Constant] = MappingProxyType({})
+    reports: tuple[str, ...] = ()  # what its step names beside "loss" and "cross_entropy"
+    recipe: str = "ramp"  # the one of optim.RECIPES that it is trained by
+    corners: bool | None = None  # the paper's, whose steps run on a GPU without the host: does it draw corners there?
+    begin: Callable | None = None  # begin(model, generator): the weights that it begins with; None: as they were made
+    finish: Callable | None = None  # finish(model) -> the network that is saved for use; None: the model itself
+    certifies: bool = False  # do its bounds prove something? Then the log counts what they prove
+
+    def filled(self, given: dict) -> dict:
+        """Every constant's value: the ``given`` ones, the others' defaults. Raises ValueError, listing those that there
+        are, for one that the method does not have or that is out of its range."""
+        for name, value in given.items():
+            if name not in self.constants:
+                raise ValueError(f"{name[:40]!r} is not one of its constants: {self.listed()}")
+            low, high = self.constants[name].low, self.constants[name].high
+            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+            if not (number and low <= value <= high):
+                raise ValueError(f"{name} is a number from {low:g} to {high:g}, not {str(value)[:40]!r}")
+        return {name: constant.default for name, constant in self.constants.items()} | given
+
+    def listed(self) -> str:
+        """Its constants, in words."""
+        return ", ".join(f"{name}={c.default:g} ({c.help})" for name, c in self.constants.items()) or "it has none"
+
+
+_PAIR = dict(reports=("intrinsic", "hamming"), recipe="paper")
+METHODS: dict[str, Method] = {
+    "manifold": Method(manifold.manifold, "the paper's: both regularisers, on corner pairs", corners=True, **_PAIR),
+    "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
+    "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
+    "standard": Method(manifold.standard, "cross-entropy alone", corners=False, **_PAIR),
+}
