@@ -15,6 +15,7 @@ The contract of every layer:
   so is an empty batch. bfloat16 and float32 may meet, other dtypes may not.
 """
 
+import copy
 import inspect
 import math
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import rng
+from .backend import array_module
 from .borders import WEIGHTS, check, check_plus, check_triple, four_sides, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
@@ -54,6 +56,28 @@ class PairBatch(NamedTuple):
         """The gradient with respect to (x, rho), from the one with respect to the 3N batch."""
         check_triple("PairBatch.gradient", d_full)
         return PairBatch(*ops_for(d_full).contract_pair(d_full))
+
+
+class Box(NamedTuple):
+    """What activations may be: within ``radius`` (N, ...) of the centres. ``docs/derivations/interval.md``.
+
+    ``points``: the centres (N, ...), or [x; centres] (2N, ...) with the clean batch x, whose statistics a batch norm in
+    training takes. A linear map acts on points as on images, on radii by its absolute values. In backward: the
+    gradients by both.
+    """
+
+    points: object
+    radius: object
+
+    def checked(self) -> "Box":
+        """Itself, if there are one or two points for each radius."""
+        check("a Box", "radius", self.radius, (...,))
+        n = len(self.radius) * (1 + (len(getattr(self.points, "shape", ())) and len(self.points) != len(self.radius)))
+        check("a Box", "points", self.points, (n, *self.radius.shape[1:]), self.radius.dtype, mixed=())
+        return self
+
+    def relu(self) -> "Box":
+        return Box(*ops_for(self.points).relu_box(*self))
 
 
 class Normalized(NamedTuple):
@@ -199,9 +223,35 @@ class Affine(Layer):
         if isinstance(x, PairBatch):
             x.checked()
             return PairBatch(self.apply(x.x), self.apply(x.rho, bias=False)), x
+        if isinstance(x, Box):
+            x.checked()
+            absolute = self.absolute()
+            return Box(self.apply(x.points), absolute.apply(x.radius, bias=False)), (x, absolute)
         return self.apply(x), x
 
+    def absolute(self) -> "Affine":
+        """The layer with A's absolute values, which acts on radii."""
+        other = copy.copy(self)
+        other.grads, other.params = {}, {name: abs(value) for name, value in self.params.items() if name == "weight"}
+        other.buffers = {name: abs(value) for name, value in self.buffers.items()}  # Normalize's std
+        return other
+
+    def _box_backward(self, dy, cache, param_grads, input_grad):
+        """A^T and |A|^T; a weight's gradient by the radii has its sign."""
+        x, absolute = cache
+        if param_grads and self.params:
+            absolute.grads = {}
+            absolute.accumulate_from(x.radius, dy.radius, bias=False)
+            self.accumulate_from(x.points, dy.points)
+            sign = array_module(x.radius).sign(self.params["weight"])
+            self.accumulate(weight=sign * absolute.grads["weight"])
+        if input_grad:
+            return Box(self.transpose(dy.points, x.points), absolute.transpose(dy.radius, x.radius))
+        return None
+
     def backward(self, dy, cache, param_grads=True, input_grad=True):
+        if isinstance(dy, Box):
+            return self._box_backward(dy, cache, param_grads, input_grad)
         pair = isinstance(cache, PairBatch)
         if pair != isinstance(dy, PairBatch):
             raise ValueError(f"{self} takes a PairBatch as dy exactly where its input was one, not {type(dy).__name__}")
@@ -406,10 +456,12 @@ class ReLU(Layer):
                 return ops_for(z.x).batchnorm_relu(*z), (z, None, None)
             z = z if getattr(tap, "takes_normalized", False) else z.full()
         else:
-            check(self, "z", z.checked().x if isinstance(z, PairBatch) else z, (...,))
+            check(self, "z", z.checked()[0] if isinstance(z, PairBatch | Box) else z, (...,))
         if tap is not None:
             y, record = tap.forward(z)
             return y, (z, tap, record)
+        if isinstance(z, Box):
+            return z.relu(), (z, None, None)
         if isinstance(z, PairBatch):
             y = z.full()
             return ops_for(y).relu(y), (z, None, None)
@@ -419,6 +471,9 @@ class ReLU(Layer):
         if not input_grad:
             return None
         z, tap, record = cache
+        if isinstance(z, Box):
+            dz = Box(*ops_for(z.points).relu_box_backward(*dy, *z))
+            return dz if tap is None else tap.backward(dz, z, record)
         like, n = (z, 1) if not isinstance(z, tuple) else (z.x, 1 + 2 * isinstance(z, PairBatch))
         check(self, "dy", dy, (n * len(like), *like.shape[1:]), like.dtype)
         if tap is not None:
@@ -447,9 +502,11 @@ class BatchNorm2d(Layer):
         self.buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def forward(self, x, train=False, tap=None):
+        if isinstance(x, Box):
+            return self._box_forward(x.checked(), train)
         for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
             check(self, name, value, (self.channels,), getattr(self.params["weight"], "dtype", None))
-        check(self, "x", x, ("N", "H", "W", self.channels), self.params["weight"].dtype, WEIGHTS)
+        check(self, "x", x, (..., self.channels), self.params["weight"].dtype, WEIGHTS)
         ops, fused = ops_for(x), None
         if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
             fused = ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers)
@@ -469,7 +526,35 @@ class BatchNorm2d(Layer):
         y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
         return y if self.before_relu else y.full(), (x, mean, inv_std, train)
 
+    def _box_forward(self, box, train):
+        """The clean batch's statistics for all: radii are scaled by |gamma| inv_std."""
+        clean = box.points[: len(box.points) // 2]
+        if train and len(clean) != len(box.radius):
+            raise ValueError(f"in training {self} takes a Box with the clean batch: points [x; centres]")
+        y, (_, mean, inv_std, _) = self.forward(clean if train else box.points, train)
+        gamma = self.params["weight"]
+        y = ops_for(gamma).batchnorm(box.points, gamma, self.params["bias"], mean, inv_std)
+        return Box(y, ops_for(gamma).scale_channels(box.radius, abs(gamma) * inv_std)), (box, mean, inv_std, train)
+
+    def _box_backward(self, dy, cache, param_grads, input_grad):
+        box, mean, inv_std, train = cache
+        n, ops, gamma = len(box.radius), ops_for(box.points), self.params["weight"]
+        dgamma, dbeta = ops.batchnorm_parameter_gradient(dy.points, box.points, mean, inv_std)
+        of_radius, _ = ops.batchnorm_parameter_gradient(dy.radius, box.radius, 0 * mean, inv_std)
+        dgamma = dgamma + array_module(gamma).sign(gamma) * of_radius
+        if param_grads:
+            self.accumulate(weight=dgamma, bias=dbeta)
+        if not input_grad:
+            return None
+        dx = ops.scale_channels(dy.points, gamma * inv_std)
+        if train:  # mean and variance move with the clean batch, and with them everything
+            args = box.points[:n], gamma, mean, inv_std, dgamma, dbeta
+            dx[:n] = ops.batchnorm_backward(dy.points[:n], *args)
+        return Box(dx, ops.scale_channels(dy.radius, abs(gamma) * inv_std))
+
     def backward(self, dy, cache, param_grads=True, input_grad=True, plus=None):
+        if isinstance(dy, Box):
+            return self._box_backward(dy, cache, param_grads, input_grad)
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]
         check(self, "dy", dy.dy if isinstance(dy, BehindReLU) else dy, x.shape, x.dtype)

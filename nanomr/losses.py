@@ -92,6 +92,31 @@ def of_logits(logits, labels, gamma_i=None):
     return value, pair, gradient
 
 
+def rivals_gain(radius, weight, labels):
+    """(N, K): by how much each class's logit may gain on the label's, sum_f |W_fj - W_fy| r_f, in the last layer's box.
+
+    radius (N, F), weight (F, K). Added to the centre's logits it makes the worst that there may be of all margins at
+    once: the last layer "elided" (``derivations/interval.md``). Cross-entropy does not see what all logits share.
+    """
+    check("rivals_gain", "radius", radius, ("N", "F"))
+    labels = check_labels(labels, len(radius), weight.shape[1])
+    difference = weight[None] - weight.T[labels][:, :, None]
+    return (abs(difference) * radius[:, :, None]).sum(1)
+
+
+def rivals_gain_backward(d_gain, radius, weight, labels):
+    """(d_radius, d_weight) of :func:`rivals_gain`."""
+    xp = array_module(radius)
+    difference = weight[None] - weight.T[labels][:, :, None]
+    d_radius = (abs(difference) * d_gain[:, None]).sum(2)
+    each = xp.sign(difference) * radius[:, :, None] * d_gain[:, None]
+    d_weight = each.sum(0)
+    own = each.sum(2)
+    for k in range(weight.shape[1]):
+        d_weight[:, k] -= own[labels == k].sum(0)
+    return d_radius, d_weight
+
+
 def hamming(z_plus, z_minus, alpha=8.0, per_sample=False):
     """(H, dH/dz+, dH/dz-) of one layer: the l2 norm of |tanh(alpha z+) - tanh(alpha z-)|, over twice its elements.
 

@@ -19,6 +19,7 @@ from .errors import UserError
 from .layers import (
     AveragePool2d,
     BatchNorm2d,
+    Box,
     Conv2d,
     Flatten,
     Layer,
@@ -187,7 +188,7 @@ class Model(Sequential):
         A float32 model takes bfloat16 images too: activations are then bfloat16, weights and logits float32.
         Evaluation mode unless ``train=True``. Raises ValueError for another shape or dtype.
         """
-        for images in x if isinstance(x, PairBatch) else (x,):
+        for images in x if isinstance(x, PairBatch | Box) else (x,):
             check("the model", "images", images, ("N", *self.input_shape), self.dtype, BFLOAT16)
         self._settled()
         logits, cache = super().forward(x, train=train, tap=tap)
@@ -306,12 +307,20 @@ def mlp(sizes=(3072, 256, 256, 10), seed=0, input_shape=None, mean=(0.0,), std=(
 
 
 def small_cnn(
-    seed=0, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD, input_shape=(32, 32, 3)
+    seed=0,
+    kernel=4,
+    hidden=128,
+    classes=10,
+    mean=CIFAR_MEAN,
+    std=CIFAR_STD,
+    input_shape=(32, 32, 3),
+    batchnorm=False,
 ) -> Model:
     """The verification network: conv 16 and conv 32, stride 2, then fully connected ``hidden`` and ``classes``.
 
     ``kernel=4`` with padding 1 is Wong et al.'s (2018); ``kernel=5`` with TensorFlow's SAME padding is Xiao et al.'s
     (2019). The paper has 128 hidden units where they have 100. Images of ``input_shape`` = (H, W, C), at least 4x4.
+    ``batchnorm``: one behind each hidden layer, which then has no bias; :func:`fold` makes the network without of it.
     """
     if kernel not in (4, 5):
         raise ValueError(f"small_cnn: kernel must be 4 (Wong et al.) or 5 (Xiao et al.), not {kernel}")
@@ -321,12 +330,15 @@ def small_cnn(
     padding, image = 1 if kernel == 4 else (1, 2, 1, 2), (h // 4, w // 4, 32)
     children = {
         **_input(mean, std, hidden, classes),
-        "conv1": Conv2d(c, 16, kernel, 2, padding),
+        "conv1": Conv2d(c, 16, kernel, 2, padding, bias=not batchnorm),
+        **({"bn1": BatchNorm2d(16)} if batchnorm else {}),
         "relu1": ReLU(),
-        "conv2": Conv2d(16, 32, kernel, 2, padding),
+        "conv2": Conv2d(16, 32, kernel, 2, padding, bias=not batchnorm),
+        **({"bn2": BatchNorm2d(32)} if batchnorm else {}),
         "relu2": ReLU(),
         "flatten": Flatten(),
-        "fc1": Linear(math.prod(image), hidden, image=image),
+        "fc1": Linear(math.prod(image), hidden, bias=not batchnorm, image=image),
+        **({"bn3": BatchNorm2d(hidden)} if batchnorm else {}),
         "relu3": ReLU(),
         "fc2": Linear(hidden, classes),
     }
@@ -372,6 +384,33 @@ def preact_resnet18(
         children.update(bn=BatchNorm2d(channels, before_relu=True), relu=ReLU())
     children.update(pool=AveragePool2d(), flatten=Flatten(), linear=Linear(channels, classes))
     return Model(children, "preact_resnet18", input_shape, seed)
+
+
+def fold(model: Model) -> Model:
+    """The network in which every batch norm right behind a convolution or a linear layer is part of it, running
+    statistics and all; ``model`` itself where there is none. Evaluation mode's function, up to rounding."""
+    architecture, children, last = model.architecture, [], None
+    layers = architecture["layers"]
+    for name, layer in model.children.items():
+        if isinstance(layer, BatchNorm2d) and last and isinstance(last[1], Conv2d | Linear):
+            layers.pop(name)
+            layers[last[0]]["bias"] = True
+            children.append((*last, layer))
+        last = name, layer
+    if not children:
+        return model
+    device = "cpu" if array_module(model.weights) is np else "gpu"
+    folded = build(architecture).astype(model.dtype).to(device)
+    for name, layer in folded.children.items():
+        for kind in ("params", "buffers"):
+            for key, value in getattr(model.children[name], kind).items():
+                getattr(layer, kind)[key][...] = value
+    for name, layer, norm in children:
+        running = norm.buffers["running_mean"].astype(np.float64), norm.buffers["running_var"].astype(np.float64)
+        scale, params = norm.params["weight"] / (running[1] + norm.eps) ** 0.5, folded.children[name].params
+        params["weight"][...] = layer.params["weight"] * scale
+        params["bias"][...] = (layer.params.get("bias", 0.0) - running[0]) * scale + norm.params["bias"]
+    return folded
 
 
 BUILDERS = {"mlp": mlp, "small_cnn": small_cnn, "preact_resnet18": preact_resnet18}

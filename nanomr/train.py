@@ -25,7 +25,7 @@ from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
 from .errors import NoClass, UserError
 from .graph import Replayed
-from .methods import METHODS
+from .methods import METHODS, certified
 from .methods.adversarial import overfitted
 from .methods.manifold import at_corners, standard_step
 from .models import InBfloat16, InTf32
@@ -366,6 +366,11 @@ class Trainer:
             **dict(zip(self.names, (to_numpy(self.totals) / steps).tolist(), strict=True)),
             "accuracy": metrics.accuracy(model, self.held, self.held_labels),
             "pgd10": metrics.robust_accuracy(model, few, few_labels, config.eps, steps=10, seed=config.seed),
+            **(
+                {"ibp_verified": certified.verified(finished, self.held, self.held_labels, config.eps)}
+                if self.method.certifies
+                else {}
+            ),
             **metrics.stability(finished, few, config.eps, config.seed),
             **config.schedule(epoch),
             "seconds": round(self.seconds, 2),

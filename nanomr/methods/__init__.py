@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from . import adversarial, manifold
+from ..models import fold
+from . import adversarial, certified, manifold
 from .manifold import manifold_step, standard_step
 
 __all__ = ["METHODS", "Constant", "Method", "manifold_step", "standard_step"]
@@ -67,6 +68,18 @@ METHODS: dict[str, Method] = {
     "manifold": Method(manifold.manifold, "the paper's: both regularisers, on corner pairs", corners=True, **_PAIR),
     "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
     "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
+    "ibp": Method(
+        certified.ibp,
+        "interval bounds, batch norm folded (Gowal et al.; Shi et al.)",
+        {
+            "kappa": Constant(0.2, "weight of the clean cross-entropy at the end", high=1.0),
+            "balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning"),
+        },
+        reports=("interval", "balance"),
+        begin=certified.begin,
+        finish=fold,
+        certifies=True,
+    ),
     "standard": Method(manifold.standard, "cross-entropy alone", corners=False, **_PAIR),
     "fgsm": Method(
         adversarial.fgsm, "adversarial images of a single step (Wong et al. 2020)",

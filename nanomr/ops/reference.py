@@ -122,6 +122,22 @@ def relu_hamming_backward(dy, z, alpha, weight):
     return dz
 
 
+def relu_box(points, radius):
+    """([relu(x);] centres, radii) of the ReLU of [c - r, c + r]; points (N, ...) = c, or (2N, ...) = [x; c]."""
+    clean, c = points[: len(points) - len(radius)], points[len(points) - len(radius) :]
+    low, high = relu(c - radius), relu(c + radius)
+    return np.concatenate([relu(clean), 0.5 * (low + high)]), 0.5 * (high - low)
+
+
+def relu_box_backward(dpoints, dradius, points, radius):
+    """Its transpose: with a = [c - r > 0] and d = [c + r > 0], dc = ((a + d) dc' + (d - a) dr') / 2, dr likewise."""
+    k = len(points) - len(radius)
+    c, dc = points[k:], dpoints[k:]
+    high = np.where(c + radius > 0, 0.5 * (dc + dradius), dc.dtype.type(0))
+    low = np.where(c - radius > 0, 0.5 * (dc - dradius), dc.dtype.type(0))
+    return np.concatenate([relu_backward(dpoints[:k], points[:k]), low + high]), high - low
+
+
 # --- input normalisation ----------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ FLAGS_OF = {
     "kernel": "small",
     "jin_v1": "preact_resnet18",
     "width": "preact_resnet18",
+    "batch_norm": "small",
 }  # one model alone has a use
 WITH_RESUME = {"resume", "device", "no_graph", "kernels", "data_dir", "no_download", "test_images"}
 
@@ -54,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--model", choices=("small", "preact_resnet18", "mlp"), help=text)
     text = "small: 4 (the default) as Wong et al., 5 as Xiao et al."
     g.add_argument("--kernel", type=int, choices=(4, 5), default=None, help=text)
+    text = "small: one behind each hidden layer, folded into it when the network is saved by a method that proves "
+    text += "something; default: by such methods alone"
+    g.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "preact_resnet18: channels of its first stage; 32 is a quarter of the arithmetic (default: 64)"
     g.add_argument("--width", type=positive, default=None, help=text)
     g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
@@ -164,7 +168,12 @@ def configure(args, device: str, dataset) -> Config:
     options["input_shape"] = shape
     try:
         architecture = {
-            "small": lambda: models.small_cnn(kernel=args.kernel or 4, classes=classes, **options),
+            "small": lambda: models.small_cnn(
+                kernel=args.kernel or 4,
+                classes=classes,
+                batchnorm=METHODS[args.method].certifies if args.batch_norm is None else args.batch_norm,
+                **options,
+            ),
             "preact_resnet18": lambda: models.preact_resnet18(
                 jin_v1=args.jin_v1, width=args.width or 64, classes=classes, **options
             ),

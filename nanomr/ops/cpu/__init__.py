@@ -7,6 +7,7 @@ behind it. ``elementwise``, ``attacks``, ``training``: what touches each number 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
 
+from ..reference import relu_box, relu_box_backward  # noqa: F401  (as they are)
 from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
 from .elementwise import (  # noqa: F401
     average_pool,

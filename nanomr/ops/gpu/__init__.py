@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from .. import bfloat16  # noqa: F401  (offered from here)
-from ..reference import adamw_update, conv2d_shape, linf_bounds, linf_step, plane_step  # noqa: F401  (as they are)
+from ..reference import adamw_update, conv2d_shape, linf_bounds, linf_step, plane_step, relu_box, relu_box_backward  # noqa: F401  (as they are)
 from . import plain
 from .conv import (  # noqa: F401
     conv2d,

@@ -1,0 +1,120 @@
+"""Certified training: cross-entropy of the worst that bounds allow. ``docs/derivations/interval.md``."""
+
+import math
+
+import numpy as np
+
+from ..backend import array_module
+from ..borders import check_labels
+from ..layers import Box, Linear, Normalize, Sequential
+from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
+from ..metrics import as_float
+
+
+def box_around(x, eps) -> Box:
+    """The ball of radius eps within [0, 1], [x; its centre], and its radius."""
+    xp = array_module(x)
+    low, high = xp.maximum(x - eps, 0), xp.minimum(x + eps, 1)
+    return Box(xp.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low))
+
+
+def halves(model):
+    """(all layers but the last, the last one). ValueError unless that is linear."""
+    *names, last = model.children
+    if not isinstance(model.children[last], Linear):
+        raise ValueError(f"bounds on margins take a network that ends with a Linear layer, not {model.children[last]}")
+    model._settled()
+    return Sequential({name: model.children[name] for name in names}), model.children[last]
+
+
+class Balance:
+    """Shi et al.'s (2021) regulariser as a tap: boxes must not grow from the input (radius T0) on, nor their ReLUs be
+    mostly on or mostly off. Per ReLU layer relu(tau - T0/T) / tau, and the same of the ratios (below 1) of the sums and
+    the variances of the centres that are on and off; the mean over the layers."""
+
+    def __init__(self, first, layers, weight, tau=0.5):
+        self.first, self.layers, self.weight, self.tau, self.value = first, layers, weight, tau, 0.0
+
+    def forward(self, z):
+        xp, c, r = array_module(z.radius), z.points[-len(z.radius) :], z.radius
+        total, tau, k = r.size, self.tau, 1 / (self.tau * self.layers)
+        dc, dr = xp.zeros_like(c), xp.zeros_like(r)
+        size = float(r.mean())
+        if size > 0 and tau - self.first / size > 0:
+            self.value += k * (tau - self.first / size)
+            dr += k * self.first / size**2 / total
+        on, off = (c - r > 0).astype(c.dtype), (c + r < 0).astype(c.dtype)
+        away = c - c.mean()
+        gp, gq = self._hinge(float((c * on).mean()), float((-c * off).mean()), k)
+        dc += (gp / total) * on - (gq / total) * off
+        gp, gq = self._hinge(float((on * away**2).sum()), float((off * away**2).sum()), k)
+        e = 2 * away * (gp * on + gq * off)
+        dc += e - e.mean()
+        return z.relu(), (dc, dr)
+
+    def _hinge(self, p, q, k):
+        """Adds k relu(tau - min(p / q, q / p)); its derivatives by p and q."""
+        if not (p > 0 and q > 0) or min(p / q, q / p) >= self.tau:
+            return 0.0, 0.0
+        self.value += k * (self.tau - min(p / q, q / p))
+        return (-k / q, k * p / q**2) if p <= q else (k * q / p**2, -k / p)
+
+    def backward(self, dz, z, record):
+        dc, dr = record
+        dz.points[-len(z.radius) :] += self.weight * dc
+        return Box(dz.points, dz.radius + self.weight * dr)
+
+
+def ibp(model, x, labels, draw, now) -> dict:
+    """kappa CE(clean) + (1 - kappa) CE(worst margins by intervals) + balance (1 - ramp) Shi's regulariser; kappa goes
+    from 1 to ``now["kappa"]`` with the ramp. Gowal et al. 2018."""
+    check_labels(labels, len(x))
+    n, xp, (body, last) = len(x), array_module(x), halves(model)
+    box, ramp = box_around(x, now["eps"]), now["ramp"]
+    tap = None
+    if ramp < 1 and now["eps"] > 2e-4 * now["eps_end"] and now["balance"] > 0:  # smaller radii underflow in float32
+        radius, entry = box.radius, next(iter(model.children.values()))
+        if isinstance(entry, Normalize):
+            radius = entry.absolute().apply(radius, bias=False)
+        relus = sum(type(layer).__name__ == "ReLU" for _, layer in model.walk())
+        tap = Balance(float(radius.mean()), relus, now["balance"] * (1 - ramp))
+    features, cache = body.forward(box, train=True, tap=tap)
+    logits, at_last = last.forward(features.points)
+    gain = rivals_gain(features.radius, last.params["weight"], labels)
+    clean, d_clean = cross_entropy(logits[:n], labels)
+    worst, d_worst = cross_entropy(logits[n:] + gain, labels)
+    kappa = 1 - (1 - now["kappa"]) * ramp
+    d_worst *= 1 - kappa
+    points = last.backward(xp.concatenate([kappa * d_clean, d_worst]), at_last)
+    radius, d_weight = rivals_gain_backward(d_worst, features.radius, last.params["weight"], labels)
+    last.accumulate(weight=d_weight)
+    body.backward(Box(points, radius), cache, input_grad=False)
+    loss = kappa * clean + (1 - kappa) * worst
+    balance = tap.value if tap else 0.0
+    return {
+        **{"loss": loss + (tap.weight * balance if tap else 0.0), "cross_entropy": clean},
+        **{"interval": worst, "balance": balance},
+    }
+
+
+def begin(model, generator: np.random.Generator):
+    """Shi et al.'s weights, by which radii neither grow nor shrink: N(0, 2 pi / fan_in^2), but for the last layer."""
+    layers = [layer for _, layer in model.walk() if layer.fan_in]
+    for layer in layers[:-1]:
+        weight = layer.params["weight"]
+        drawn = generator.normal(0, math.sqrt(2 * math.pi) / layer.fan_in, weight.shape)
+        weight[...] = array_module(weight).asarray(drawn.astype(weight.dtype))
+
+
+def verified(model, images, labels, eps, batch_size=500) -> float:
+    """Share of uint8 ``images`` whose label float32 intervals prove within eps: a diagnostic, not the verifier's."""
+    (body, last), right = halves(model), 0
+    for i in range(0, len(images), batch_size):
+        y = labels[i : i + batch_size]
+        features, _ = body.forward(box_around(as_float(images[i : i + batch_size]), eps))
+        n, rows = len(y), array_module(y).arange(len(y))
+        worst = last.apply(features.points[n:]) + rivals_gain(features.radius, last.params["weight"], y)
+        own = worst[rows, y].copy()
+        worst[rows, y] = -np.inf
+        right += int((worst.max(1) < own).sum())
+    return right / len(images)

@@ -1,0 +1,175 @@
+"""Boxes through the layers, the elided last layer, Shi's regulariser, IBP's step, and folded batch norms."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nanomr as mr
+from nanomr import losses, models, rng
+from nanomr.gradcheck import GradientError, check_vjp
+from nanomr.layers import AveragePool2d, BatchNorm2d, Box, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
+from nanomr.methods import METHODS, certified
+from nanomr.testing import prepare
+from nanomr.testing.strategies import fewer, seeds
+
+LAYERS = {
+    "conv": lambda: Conv2d(2, 3, 3, 2, 1),
+    "linear": lambda: Sequential({"flatten": Flatten(), "fc": Linear(32, 5)}),
+    "normalize": lambda: Normalize((0.4, 0.1), (0.5, -0.25)),
+    "relu": ReLU,
+    "pool": lambda: AveragePool2d(2),
+    "batchnorm": lambda: BatchNorm2d(2),
+    "batchnorm of features": lambda: Sequential({"flatten": Flatten(), "bn": BatchNorm2d(32)}),
+}
+
+
+def a_box(g, shape=(3, 4, 4, 2)):
+    x = g.standard_normal(shape)
+    return Box(np.concatenate([x, x + 0.1 * g.standard_normal(shape)]), g.uniform(0.05, 1, shape))
+
+
+def check_box(layer, box, train=True):
+    """Finite differences of a layer at a box, by its points, its radius and every parameter."""
+    slots = [(below, name) for _, below in layer.walk() for name in below.params]
+
+    def run(points, radius, *params):
+        for (below, name), value in zip(slots, params, strict=True):
+            below.params[name] = value
+        return layer.forward(Box(points, radius), train=train)
+
+    def vjp(dpoints, dradius):
+        _, cache = run(*box, *params)
+        for below, _ in slots:
+            below.grads = {name: np.zeros_like(value) for name, value in below.params.items()}
+        dx = layer.backward(Box(dpoints, dradius), cache)
+        return (*dx, *(below.grads[name] for below, name in slots))
+
+    params = [below.params[name].copy() for below, name in slots]
+    return check_vjp(lambda *a: tuple(run(*a)[0]), vjp, [*box, *params])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@fewer(0.3)
+@given(seed=seeds, train=st.booleans())
+def test_the_gradient_of_a_layer_at_a_box(name, seed, train):
+    g = np.random.default_rng(seed)
+    layer = prepare(LAYERS[name](), g)
+    if name.startswith("batchnorm") and seed % 2:
+        next(iter(reversed([b for _, b in layer.walk()]))).params["weight"] *= -1
+    check_box(layer, a_box(g), train)
+
+
+@pytest.mark.parametrize("name", ["conv", "batchnorm", "relu"])
+def test_a_wrong_gradient_at_a_box_is_found(name, monkeypatch):
+    g = np.random.default_rng(0)
+    layer = prepare(LAYERS[name](), g)
+    right = layer.backward
+    layer.backward = lambda *a, **k: Box(*(d * (1 + 1e-4 * i) for i, d in enumerate(right(*a, **k))))
+    with pytest.raises(GradientError):
+        check_box(layer, a_box(g))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@fewer(0.3)
+@given(seed=seeds)
+def test_no_point_of_the_box_leaves_the_box_behind_the_layer(name, seed):
+    g = np.random.default_rng(seed)
+    layer, box = prepare(LAYERS[name](), g), a_box(g)
+    c, r = layer.forward(Box(box.points[3:], box.radius))[0]
+    for _ in range(5):
+        inside = box.points[3:] + box.radius * g.choice([-1, 1, 0.3], box.radius.shape)
+        assert (abs(layer.forward(inside)[0] - c) <= r + 1e-12).all()
+
+
+@fewer(0.5)
+@given(seed=seeds)
+def test_rivals_gain_is_the_most_and_its_gradient(seed):
+    g = np.random.default_rng(seed)
+    c, r, w, y = g.standard_normal((4, 6)), g.uniform(0, 1, (4, 6)), g.standard_normal((6, 3)), g.integers(0, 3, 4)
+    gain = losses.rivals_gain(r, w, y)
+    for n, k in np.ndindex(4, 3):  # reached at a corner, exactly
+        corner = c[n] + np.sign(w[:, k] - w[:, y[n]]) * r[n]
+        margin = (corner @ w)[k] - (corner @ w)[y[n]]
+        assert margin == pytest.approx((c[n] @ w)[k] - (c[n] @ w)[y[n]] + gain[n, k], abs=1e-12)
+    check_vjp(lambda r, w: losses.rivals_gain(r, w, y), lambda d: losses.rivals_gain_backward(d, r, w, y), [r, w])
+    with pytest.raises(GradientError):
+        right = losses.rivals_gain_backward
+        check_vjp(
+            lambda r, w: losses.rivals_gain(r, w, y), lambda d: (right(d, r, w, y)[0], right(d, r, -w, y)[1]), [r, w]
+        )
+
+
+def network(dtype=np.float64, seed=0):
+    g = np.random.default_rng(seed)
+    model = models.small_cnn(hidden=6, classes=3, input_shape=(8, 8, 3), batchnorm=True)
+    prepare(model, g)
+    return model.astype(dtype), g
+
+
+@pytest.mark.parametrize("ramp", [0.3, 1.0])
+@pytest.mark.parametrize("balance", [0.0, 5.0])
+def test_the_gradient_of_the_ibp_step(ramp, balance):
+    model, g = network()
+    x, labels = g.random((4, 8, 8, 3)), g.integers(0, 3, 4)
+    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, "kappa": 0.3, "balance": balance}
+
+    def loss(w):
+        model.weights = w
+        return np.asarray(METHODS["ibp"].step(model, x, labels, partial(rng.generator, 0), now)["loss"])
+
+    w = model.weights.copy()
+
+    def gradient(factor=1.0):
+        model.weights = w
+        model.zero_grad()
+        parts = METHODS["ibp"].step(model, x, labels, None, now)
+        assert set(parts) == {"loss", "cross_entropy", *METHODS["ibp"].reports}
+        assert balance == 0 or ramp == 1 or parts["balance"] > 0
+        return factor * model.gradients.copy()
+
+    found = gradient()
+    check_vjp(loss, lambda d: (d * found,), [w], directions=3)
+    with pytest.raises(GradientError):
+        wrong = found * (1 + 1e-3 * (np.arange(found.size) % 2))
+        check_vjp(loss, lambda d: (d * wrong,), [w])
+
+
+def test_a_folded_network_is_the_same_function_with_the_papers_architecture():
+    for seed in range(3):
+        model, g = network(np.float32, seed)
+        model.children["bn1"].params["weight"][::2] *= -1  # |s| and s differ
+        folded, x = models.fold(model), g.random((5, 8, 8, 3), np.float32)
+        expected = model.forward(x)[0]
+        np.testing.assert_allclose(folded.forward(x)[0], expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
+        plain = models.small_cnn(hidden=6, classes=3, input_shape=(8, 8, 3))
+        assert folded.architecture == plain.architecture
+        assert models.fold(plain) is plain
+        bounds = [certified.halves(m)[0].forward(certified.box_around(x, 0.05))[0].radius for m in (model, folded)]
+        np.testing.assert_allclose(*bounds, rtol=1e-4, atol=1e-5)
+        model.children["bn3"].buffers["running_var"][...] *= 1.1  # its negative control
+        assert abs(model.forward(x)[0] - expected).max() > 1e-4
+
+
+def test_what_intervals_verify_no_point_of_the_ball_contradicts():
+    model, g = network(np.float32)
+    images = g.integers(0, 256, (40, 8, 8, 3), np.uint8)
+    x = mr.metrics.as_float(images)
+    labels = model.forward(x)[0].argmax(1)
+    assert certified.verified(model, images, labels, 0.0) > 0.9
+    share = certified.verified(model, images, labels, 0.002)
+    assert share <= mr.metrics.robust_accuracy(model, images, labels, 0.002)
+    assert certified.verified(model, images, (labels + 1) % 3, 0.0) == 0
+
+
+def test_a_box_that_does_not_fit_is_refused():
+    model, g = network()
+    box = a_box(g, (3, 8, 8, 3))
+    with pytest.raises(ValueError, match="a Box takes points"):
+        model.forward(Box(box.points[:4], box.radius))
+    with pytest.raises(ValueError, match="clean batch"):
+        model.forward(Box(box.points[3:], box.radius), train=True)
+    with pytest.raises(ValueError, match="ends with a Linear"):
+        certified.halves(Sequential({"relu": ReLU()}))
