@@ -1,4 +1,4 @@
-"""The registry: every method trains, logs what its step names, and a run that was stopped ends as if it never had been."""
+"""The registry: every method trains and logs what its step names, and a stopped run ends as if it never had been."""
 
 import json
 from dataclasses import asdict, replace

@@ -371,7 +371,14 @@ OPERATIONS = {
     "crop_flip": Operation(arguments(images(n=(1, 4), size=(1, 9)), _crops), ones_for(reference.crop_flip)),
 }
 ELSEWHERE = {"batchnorm_relu", "batchnorm_relu_hamming", "batchnorm_relu_backward"}  # bf16.py, in both dtypes
-ELSEWHERE |= {"conv2d_shape", "sgd_update", "corners", "linf_bounds"}  # numbers, an update, bits: own tests
+ELSEWHERE |= {
+    "conv2d_shape",
+    "sgd_update",
+    "adamw_update",
+    "corners",
+    "linf_bounds",
+}  # numbers, updates, bits: own tests
+ELSEWHERE |= {"relu_box", "relu_box_backward"}  # the same function everywhere: test_interval.py
 
 
 def test_every_function_is_compared():
