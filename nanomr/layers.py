@@ -506,7 +506,9 @@ class BatchNorm2d(Layer):
             return self._box_forward(x.checked(), train)
         for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
             check(self, name, value, (self.channels,), getattr(self.params["weight"], "dtype", None))
-        check(self, "x", x, (..., self.channels), self.params["weight"].dtype, WEIGHTS)
+        features = len(getattr(x, "shape", ())) == 2  # (N, C), behind a linear layer
+        wanted = ("N", self.channels) if features else ("N", "H", "W", self.channels)
+        check(self, "x", x, wanted, self.params["weight"].dtype, WEIGHTS)
         ops, fused = ops_for(x), None
         if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
             fused = ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers)

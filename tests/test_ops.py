@@ -372,6 +372,7 @@ OPERATIONS = {
 }
 ELSEWHERE = {"batchnorm_relu", "batchnorm_relu_hamming", "batchnorm_relu_backward"}  # bf16.py, in both dtypes
 ELSEWHERE |= {"conv2d_shape", "sgd_update", "adamw_update", "corners", "linf_bounds"}  # numbers, bits: own tests
+ELSEWHERE |= {"relu_box", "relu_box_backward"}  # the same function everywhere: test_interval.py
 
 
 def test_every_function_is_compared():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import nanomr as mr
 from nanomr.methods import manifold_step
-from nanomr.optim import SGD, epsilon, gamma_factor, learning_rate, piecewise
+from nanomr.optim import SGD, AdamW, epsilon, gamma_factor, learning_rate, piecewise, smooth
 from nanomr.testing.strategies import fewer, seeds
 
 
@@ -46,6 +46,38 @@ def test_sgd_is_pytorchs(dtype, tolerance, momentum, weight_decay, clip, seed):
         np.testing.assert_allclose(optimiser.velocity, v, rtol=tolerance, atol=10 * tolerance)
         assert not model.gradients.any(), "the step clears the gradients"
         assert model.weights.dtype == optimiser.velocity.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-5)])
+@fewer(0.5)
+@given(weight_decay=st.sampled_from([0.0, 1e-5, 0.1]), seed=seeds)
+def test_adamw_is_pytorchs(dtype, tolerance, weight_decay, seed):
+    """Four steps at changing rates against the formula, and not against what forgets the bias of the means."""
+    rng = np.random.default_rng(seed)
+    model = net(dtype)
+    optimiser = AdamW(model, weight_decay=weight_decay)
+    w = model.weights.astype(np.float64)
+    m, v = 0 * w, 0 * w
+    biased = w.copy()
+    for t, lr in enumerate((0.01, 0.05, 0.0, 0.003), 1):
+        g = rng.standard_normal(w.size).astype(dtype)
+        model.gradients[...] = g
+        optimiser.step(lr)
+        g = g.astype(np.float64)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = w * (1 - lr * weight_decay) - lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        biased = biased * (1 - lr * weight_decay) - lr * m / (np.sqrt(v) + 1e-8)
+        np.testing.assert_allclose(model.weights, w, rtol=tolerance, atol=10 * tolerance)
+        assert not model.gradients.any() and model.weights.dtype == dtype
+    assert abs(model.weights - biased).max() > 1e-3
+
+
+@given(st.floats(-1, 2), st.floats(0.05, 0.95))
+def test_smooth_rises_from_0_to_1_without_a_kink(way, turn):
+    assert (
+        smooth(0, turn) == 0 and smooth(1, turn) == pytest.approx(1) and smooth(way, turn) <= smooth(way + 0.01, turn)
+    )
+    assert smooth(turn + 1e-6, turn) - smooth(turn - 1e-6, turn) < 1e-4
 
 
 def test_clipping_shortens_and_never_lengthens():

@@ -372,11 +372,46 @@ def input_split():
     yield "central", _vjp(value, lambda dy: vjp(dy, start), start, method="central")
 
 
+def interval():
+    chain = {
+        "conv": layers.Conv2d(2, 3, 3, 1, 1, bias=False), "bn": layers.BatchNorm2d(3), "relu": layers.ReLU(),
+        "pool": layers.AveragePool2d(2), "flatten": layers.Flatten(), "fc": layers.Linear(12, 5),
+    }  # fmt: skip
+    net = layers.Sequential(chain)
+    slots = [(layer, name) for layer in chain.values() for name in layer.params]
+    points, radius = _normal(4, 4, 4, 2), np.abs(_normal(2, 4, 4, 2, seed=1))
+    params = [_normal(*layer.params[name].shape, seed=i) for i, (layer, name) in enumerate(slots)]
+
+    def f(points, radius, *params):
+        for (layer, name), value in zip(slots, params, strict=True):
+            layer.params[name] = value
+        chain["bn"].buffers = {k: v.astype(float) for k, v in chain["bn"].buffers.items()}
+        return tuple(net.forward(layers.Box(points, radius), train=True)[0])
+
+    def vjp(*dy):
+        f(points, radius, *params)
+        _, cache = net.forward(layers.Box(points, radius), train=True)
+        for layer in chain.values():
+            layer.grads = {}
+        dx = net.backward(layers.Box(*dy), cache)
+        return (*dx, *(layer.grads[name] for layer, name in slots))
+
+    yield "central", _vjp(f, vjp, points, radius, *params, method="central")
+    labels, r, w = np.array([0, 2, 1]), np.abs(_normal(3, 4)), _normal(4, 3, seed=1)
+    yield (
+        "central",
+        _vjp(
+            lambda r, w: losses.rivals_gain(r, w, labels),
+            lambda d: losses.rivals_gain_backward(d, r, w, labels), r, w, method="central",
+        ),
+    )  # fmt: skip
+
+
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
         linear, convolution, relu, batchnorm, pooling, cross_entropy, trades, mmc, dlr, msd, sinkhorn, intrinsic,
-        hamming, laplacian, pair_batch, crown, beta_crown, hull, input_split,
+        hamming, laplacian, pair_batch, crown, beta_crown, hull, input_split, interval,
     )
 }  # fmt: skip
 

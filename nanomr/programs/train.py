@@ -76,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--hold-out", type=natural, default=None, help=text)
     g.add_argument("--train-images", type=natural, default=0, help="use only the first so many; 0: all")
-    text = "random crops (4 pixels of padding) and flips, of uint8 images; default: not for your own"
+    text = (
+        "random crops (4 pixels of padding, 2 by --recipe ramp) and flips, of uint8 images; default: not for your own"
+    )
     g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help=text)
 
     text = "what is not given is the recipe's, the recipe the method's, scaled to --epochs"
