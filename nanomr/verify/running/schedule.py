@@ -81,7 +81,8 @@ class _Run:
         while answer is None and active and left() > 0:
             for stage in list(active):
                 if stage not in searches:
-                    searches[stage] = SEARCHES[stage](*self.problem, threshold=threshold)
+                    told = {"tree": searches["bab"]} if "bab" in searches else {}
+                    searches[stage] = SEARCHES[stage](*self.problem, threshold=threshold, **told)
                 until = left() + searches[stage].seconds - due[stage]  # a program may have taken more than its due
                 trees[stage] = searches[stage].run(lambda until=until: min(left() - until, left()), left)
                 answer = self._heard(stage, searches[stage], trees[stage])
