@@ -15,8 +15,8 @@ from test_bab import BAND, LARGE, NETWORKS, TOLERANCE, Problem, linear_program, 
 
 from nanomr.verify.bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
 from nanomr.verify.chain import Chain
-from nanomr.verify.exact import hull
-from nanomr.verify.exact.collapsed import collapse
+from nanomr.verify.exact import bab, hull
+from nanomr.verify.exact.collapsed import backward, collapse
 
 every_network = pytest.mark.parametrize("network", LARGE)
 tiny_network = pytest.mark.parametrize("network", NETWORKS)
@@ -314,6 +314,114 @@ def test_a_hull_by_hand():
         (cut, hull.Duals(np.zeros(1), np.zeros(1), np.full(1, 2.0)), -4),  # a's coefficient is 1, and its least is 0
     ):
         assert hull.evaluate(problem, cuts, duals, *ends).bound[0] == bound
+
+
+# --- what is stable in a node -----------------------------------------------------------------------------------------
+
+
+def whole_program(case, low, high, cuts):
+    """The optimum of the program over all units, the stable ones as well, and both their bounds, or inf if no point
+    is left: written down without any of the verifier's functions."""
+    d, u, net = case.pixels, case.units, case.net
+    chord = np.where((low < 0) & (high > 0), high / np.where(high > low, high - low, 1), low >= 0)
+    top = np.where((low < 0) & (high > 0), -low * chord, 0)
+    z, none, one = np.hstack([net.image, net.between]), np.zeros((u, d)), np.eye(u)
+    rows = [
+        (np.hstack([none, one]) - z, -net.bias),
+        (chord[:, None] * z - np.hstack([none, one]), chord * net.bias + top),
+    ]
+    c = cuts.coefficients * case.hull.scale
+    offset = hull.offsets(case.hull, cuts, low, high)
+    rows.append((c - np.hstack([none, one])[cuts.units], offset))
+    a_low, a_high = np.maximum(low, 0), np.maximum(high, 0)
+    cost, edge = np.append(net.row_image, net.row_units), np.ones(d)
+    return linear_program(highspy, cost, np.append(-edge, a_low), np.append(edge, a_high), rows) + net.row_bias
+
+
+def some_stable(case):
+    """(low, high) with about half of the units stable, around the inputs of one image, so that a point is left."""
+    z = case.seen(1)[1][0]
+    low, high = case.z_low.copy(), case.z_high.copy()
+    near = case.draw.random(case.units) < 0.5
+    share = case.draw.random(case.units) ** 2
+    low[near], high[near] = ((1 - share) * z + share * low)[near], ((1 - share) * z + share * high)[near]
+    cut = case.draw.random(case.units) < 0.3
+    low[cut & (z > 0)], high[cut & (z <= 0)] = np.maximum(low, 0)[cut & (z > 0)], np.minimum(high, 0)[cut & (z <= 0)]
+    return low, high
+
+
+@every_network
+@fewer(0.5)
+@given(seed=seeds)
+def test_a_program_without_the_stable_units_has_the_whole_ones_value_and_multipliers(network, seed):
+    case = Case(network, seed, eps=0.2)
+    low, high = some_stable(case)
+    unstable = (low < 0) & (high > 0)
+    cuts = case.cuts(4, np.flatnonzero(unstable))
+    program, sides = hull.Program(case.hull, low, high, cuts), [0]
+    assert program.highs.getNumCol() == case.pixels + 2 * unstable.sum()
+    while len(sides):
+        v, z, duals = program.solve(lambda: 60.0)
+        sides = program.broken(z)
+        program.add(case.cuts(0), sides)
+    value = whole_program(case, low, high, cuts)
+    assert program.highs.getObjectiveValue() == pytest.approx(value, abs=1e-5 * (1 + abs(value)))
+    bound = hull.evaluate(case.hull, program.cuts, duals, low, high).bound[0]
+    assert bound == pytest.approx(program.highs.getObjectiveValue(), abs=1e-6 * (1 + abs(value)))
+    np.testing.assert_allclose(z, case.hull.weight @ v + case.net.bias, rtol=0, atol=1e-6)
+    assert (v[case.pixels :] >= np.maximum(low, 0) - 2 * hull.VIOLATED).all()
+
+
+def test_the_test_above_sees_both_sides_of_stable_units():
+    kinds = set()
+    for seed in range(40):
+        case = Case("norm", seed, eps=0.2)
+        low, high = some_stable(case)
+        program, sides = hull.Program(case.hull, low, high, case.cuts(0)), [0]
+        while len(sides):
+            _, z, _ = program.solve(lambda: 60.0)
+            sides = program.broken(z)
+            program.add(case.cuts(0), sides)
+        kinds |= {(s > 0, bool(low[abs(s) - 1] >= 0)) for s in program.pulling}
+    assert kinds == {(True, True), (False, True), (False, False)}  # least, most, and "it is off"
+
+
+@every_network
+@fewer(0.5)
+@given(seed=seeds)
+def test_a_trees_bound_is_a_programs(network, seed):
+    """Slopes, betas and signs as multipliers: the same bound, and the same linear function."""
+    case = Case(network, seed, eps=0.1)
+    signs, values = (x[0] for x in case.domains(case.net, 1))
+    values = values.astype(np.float32)
+    low = np.where(signs > 0, np.maximum(case.z_low, 0), case.z_low)
+    high = np.where(signs < 0, np.minimum(case.z_high, 0), case.z_high)
+    lines = Lines.around(low, high)
+    part = backward(case.net, signs[None], values[None].astype(np.float64), (lines.upper[None], lines.offset[None]))
+    duals = hull.by_lines(case.hull, signs, values, low, high)
+    found = hull.evaluate(case.hull, case.cuts(0), duals, low, high)
+    size = 1 + abs(part.bound[0]) + abs(part.image).sum()
+    assert found.bound[0] == pytest.approx(part.bound[0], abs=1e-6 * size)
+    np.testing.assert_allclose(found.image, part.image, rtol=0, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("gap", [-BAND, BAND])
+def test_programs_that_begin_where_a_tree_is_say_the_same(gap):
+    begun = 0
+    for network, seed in itertools.product(("mlp", "deep"), range(12)):
+        case = Case(network, seed)
+        least = min(case.minima().values())
+        tree = bab.Search(*case.args, case.row, threshold=least + gap)
+        tree.run(lambda: 1.0, max_domains=1)
+        drawn_in = tree.drawn_in()
+        found = hull.Search(*case.args, case.row, threshold=least + gap, tree=tree).run(lambda: 60.0)
+        audit(case, found, least, least + gap)
+        assert found.status != "timeout"
+        if found.status == "proved":
+            assert len(found.proof["multipliers"]) >= len(drawn_in)
+            assert not found.proof["split"][: len(drawn_in) + 1].any()
+        begun += len(drawn_in) > 0
+    assert gap > 0 or begun > 5  # else the tree has a counterexample before
 
 
 # --- the search -------------------------------------------------------------------------------------------------------

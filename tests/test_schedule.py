@@ -32,12 +32,14 @@ class World:
 
     def __init__(self, monkeypatch, limit=100.0, own_clock=True, units=7):
         self.clock, self.turns, self.made, self.limit, self.units = Clock(limit), [], [], limit, units
+        self.told: list[tuple] = []
         self.needs, self.says = {}, {}  # by (stage, threshold): seconds, (status, image)
         self.milp, self.own_clock, self.asked = milp.Answer("timeout", None, np.nan, 0, 5.0, "no"), own_clock, []
         world = self
 
         class Search:
-            def __init__(self, *problem, threshold):
+            def __init__(self, *problem, threshold, tree=None):
+                world.told.append((self.stage, tree and tree.key))
                 self.key, self.tree, self.seconds = (self.stage, threshold), None, 0.0
                 self.nearest, self.margin = None, np.inf
                 world.made.append(self.key)
@@ -108,6 +110,12 @@ def test_the_real_margin_alone_unless_float32_is_asked_for(monkeypatch):
     answer = world.settle()
     assert (answer.verdict, answer.stage, answer.bound) == ("proved", "bab", 1.0)
     assert {threshold for _, threshold, _ in world.turns} == {0.0}
+
+
+def test_programs_are_told_the_tree_of_the_same_threshold(monkeypatch):
+    world = World(monkeypatch)
+    world.settle(float32=True)
+    assert world.told == [("bab", None), ("hull", ("bab", 0.5)), ("bab", None), ("hull", ("bab", 0.0))]
 
 
 @pytest.mark.parametrize("proved", [False, True])

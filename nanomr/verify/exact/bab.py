@@ -297,6 +297,12 @@ class Search:
         self.seconds += time.process_time() - begin
         return self._answer("timeout") if self.tree is None else self.tree._replace(seconds=self.seconds)
 
+    def drawn_in(self) -> list[tuple]:
+        """The (signs, values) (U,), in turn, by which the root's bounds were drawn in so far."""
+        splits, proof = np.flatnonzero(self.proof.splits), self.proof
+        first = splits[0] if len(splits) else len(proof.splits)  # nothing but the root's restrictions comes before
+        return [proof.rows[n] for n in range(first - 1)]
+
     def _answer(self, status: str, image=None) -> Tree:
         arrays, bound = None, min(self.worst, self.least)
         if status == "proved":

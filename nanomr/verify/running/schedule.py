@@ -13,8 +13,8 @@ from ..chain import Chain
 from ..exact import bab, hull
 from ..exact.milp import Solver
 
-MANY = 600  # unstable ReLUs: programs then take seconds each, and trees go first for longer
-FEW_SLICES, MANY_SLICES = {"bab": 0.5, "hull": 2.0}, {"bab": 4.0, "hull": 2.0}  # seconds of the first turns
+MANY = 600  # unstable ReLUs: programs then take seconds each; trees go first for longer, and then have less
+FEW_SLICES, MANY_SLICES = {"bab": 0.5, "hull": 2.0}, {"bab": 4.0, "hull": 8.0}  # seconds of the first turns
 FLOAT32 = 0.2  # the share of the time in which a proof is to be one for float32 as well
 UNITS, LATE = 200, 0.5  # the MILP cannot go on where it stopped: it has few unstable ReLUs, and the last half
 SEARCHES = {"bab": bab.Search, "hull": hull.Search}
@@ -81,7 +81,8 @@ class _Run:
         while answer is None and active and left() > 0:
             for stage in list(active):
                 if stage not in searches:
-                    searches[stage] = SEARCHES[stage](*self.problem, threshold=threshold)
+                    told = {"tree": searches["bab"]} if "bab" in searches else {}
+                    searches[stage] = SEARCHES[stage](*self.problem, threshold=threshold, **told)
                 until = left() + searches[stage].seconds - due[stage]  # a program may have taken more than its due
                 trees[stage] = searches[stage].run(lambda until=until: min(left() - until, left()), left)
                 answer = self._heard(stage, searches[stage], trees[stage])
