@@ -80,6 +80,18 @@ METHODS: dict[str, Method] = {
         finish=fold,
         certifies=True,
     ),
+    "mtl-ibp": Method(
+        certified.mtl_ibp,
+        "ibp with adversarial images beside the bounds (De Palma et al.)",
+        {
+            "alpha_end": Constant(0.6, "weight of the bounds at the end", high=1.0),
+            "balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning"),
+        },
+        reports=("interval", "balance", "adversarial"),
+        begin=certified.begin,
+        finish=fold,
+        certifies=True,
+    ),
     "standard": Method(manifold.standard, "cross-entropy alone", corners=False, **_PAIR),
     "fgsm": Method(
         adversarial.fgsm, "adversarial images of a single step (Wong et al. 2020)",

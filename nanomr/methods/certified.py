@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from .. import rng
 from ..backend import array_module
 from ..borders import check_labels
 from ..layers import Box, Linear, Normalize, Sequential
@@ -68,6 +69,28 @@ class Balance:
 def ibp(model, x, labels, draw, now) -> dict:
     """kappa CE(clean) + (1 - kappa) CE(worst margins by intervals) + balance (1 - ramp) Shi's regulariser; kappa goes
     from 1 to ``now["kappa"]`` with the ramp. Gowal et al. 2018."""
+    kappa = 1 - (1 - now["kappa"]) * now["ramp"]
+    return _worst_case(model, x, labels, now, kappa, 1 - kappa)
+
+
+def mtl_ibp(model, x, labels, draw, now) -> dict:
+    """ramp (alpha CE(worst margins) + (1 - alpha) CE(adversarial)) + (1 - ramp) CE(clean) + the regulariser of
+    :func:`ibp`. De Palma et al. 2024; one attack step, of ten radii, from a uniform start, in evaluation mode."""
+    xp, eps, share = array_module(x), now["eps"], now["ramp"] * (1 - now["alpha_end"])
+    parts = _worst_case(model, x, labels, now, 1 - now["ramp"], now["ramp"] * now["alpha_end"])
+    low, high = xp.maximum(x - eps, 0), xp.minimum(x + eps, 1)
+    noise = xp.asarray(draw(rng.ATTACK).uniform(-eps, eps, x.shape).astype(x.dtype))
+    start = xp.clip(x + noise, low, high)
+    logits, cache = model.forward(start)
+    steps = xp.sign(model.backward(cross_entropy(logits, labels)[1], cache, param_grads=False))
+    logits, cache = model.forward(xp.clip(start + 10 * eps * steps, low, high))
+    value, gradient = cross_entropy(logits, labels)
+    model.backward(share * gradient, cache, input_grad=False)
+    return parts | {"loss": parts["loss"] + share * value, "adversarial": value}
+
+
+def _worst_case(model, x, labels, now, kappa, weight) -> dict:
+    """kappa CE(clean) + weight CE(worst margins) + Shi's regulariser, as ``now`` has it; gradients are added."""
     check_labels(labels, len(x))
     n, xp, (body, last) = len(x), array_module(x), halves(model)
     box, ramp = box_around(x, now["eps"]), now["ramp"]
@@ -83,13 +106,12 @@ def ibp(model, x, labels, draw, now) -> dict:
     gain = rivals_gain(features.radius, last.params["weight"], labels)
     clean, d_clean = cross_entropy(logits[:n], labels)
     worst, d_worst = cross_entropy(logits[n:] + gain, labels)
-    kappa = 1 - (1 - now["kappa"]) * ramp
-    d_worst *= 1 - kappa
+    d_worst *= weight
     points = last.backward(xp.concatenate([kappa * d_clean, d_worst]), at_last)
     radius, d_weight = rivals_gain_backward(d_worst, features.radius, last.params["weight"], labels)
     last.accumulate(weight=d_weight)
     body.backward(Box(points, radius), cache, input_grad=False)
-    loss = kappa * clean + (1 - kappa) * worst
+    loss = kappa * clean + weight * worst
     balance = tap.value if tap else 0.0
     return {
         **{"loss": loss + (tap.weight * balance if tap else 0.0), "cross_entropy": clean},
