@@ -139,7 +139,9 @@ class L1:
         eps = self.eps * (1 - 4 * float(np.finfo(x.dtype).eps) - _slack(x))  # as in L2
         change = project_l1(x.astype(np.float64) - x0.astype(np.float64), eps)
         norm = abs(change).reshape(len(x), -1).sum(1)  # which the long sums of the projection leave a little beside eps
-        change = (change * per_image(eps / xp.maximum(norm, max(eps, 1e-300)), x)).astype(x.dtype)
+        exact = change * per_image(eps / xp.maximum(norm, max(eps, 1e-300)), x)
+        change = exact.astype(x.dtype)
+        change = xp.where(abs(change) > abs(exact), xp.nextafter(change, xp.zeros_like(change)), change)
         moved = x0 + change
         moved = xp.where(abs(moved - x0) > abs(change), xp.nextafter(moved, x0), moved)
         return xp.clip(moved, 0, 1)

@@ -110,24 +110,41 @@ def configure(args, eps: float, weights: dict, dataset) -> dict:
 
 def make_executor(args, eps: float, weights: Path) -> Executor:
     """Worker processes, each with one thread, the network and a solver of its own."""
-    single_threads()
     start = dict(
         initializer=pipeline.start_worker,
         initargs=(str(weights), pipeline.Settings(eps, args.seed, args.time_limit)),
     )
     if args.executor == "processes":
         context = multiprocessing.get_context("spawn")  # a fork would copy Numba's threads, which then hang
-        return ProcessPoolExecutor(args.jobs, mp_context=context, **start)
+        executor = ProcessPoolExecutor(args.jobs, mp_context=context, **start)
+        with single_threads():
+            executor.submit(int)  # the first call starts them all
+        return executor
     try:
         from mpi4py.futures import MPIPoolExecutor
     except ImportError:
         raise UserError("--executor mpi needs mpi4py and an MPI library: pip install 'nanomr[mpi]'") from None
-    return MPIPoolExecutor(**start)
+    return MPIPoolExecutor(**start, env=dict.fromkeys(THREADS, "1"))
 
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@contextmanager
 def single_threads():
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ[name] = "1"  # read by the workers when they import NumPy
+    """Processes that are started within it have one thread each: NumPy and Numba read it when they are imported.
+
+    Not for longer: this process's Numba would refuse to compile anything more.
+    """
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class Tally:
@@ -446,11 +463,12 @@ def _decided(args, lines, options):
             for line in lines:
                 yield instances.run_line(line, options, solver)
         return
-    single_threads()
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(min(args.jobs, len(lines)), mp_context=context, initializer=instances.start_worker)
     try:
-        for future in _completed({executor.submit(instances.in_worker, line, options): line for line in lines}):
+        with single_threads():
+            futures = {executor.submit(instances.in_worker, line, options): line for line in lines}
+        for future in _completed(futures):
             yield future.result()
     except BrokenExecutor:
         raise UserError("a worker process died (out of memory?): fewer --jobs; --resume goes on") from None
