@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
     text = "preact_resnet18: channels of its first stage; 32 is a quarter of the arithmetic (default: 64)"
     g.add_argument("--width", type=positive, default=None, help=text)
     g.add_argument("--jin-v1", action="store_true", help="preact_resnet18: the network of the paper's first version")
-    text = "what a step minimises, see below (default: manifold)"
+    text = "what a step minimises, see below"
     g.add_argument("--method", choices=METHODS, default="manifold", metavar="NAME", help=text)
-    text = "a constant of the method's own, see below; may be given several times"
-    g.add_argument("--constant", type=_constant, action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "a constant of the method's own, may be given several times; default: see below"
+    g.add_argument("--constant", type=_constant, action="append", metavar="NAME=VALUE", help=text)
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
 
@@ -191,7 +191,7 @@ def configure(args, device: str, dataset) -> Config:
     defaults = {k: v for k, v in optim.RECIPES[recipe].defaults.items() if v is not None}
     chosen = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in (of_model | defaults).items()}
     try:
-        constants = method.filled(dict(args.constant))
+        constants = method.filled(dict(args.constant or []))
     except ValueError as error:
         raise UserError(f"--constant, with --method {args.method}: {error}") from None
     paired = method.corners is not None
