@@ -109,11 +109,11 @@ def network(dtype=np.float64, seed=0):
 
 @pytest.mark.parametrize("ramp", [0.3, 1.0])
 @pytest.mark.parametrize("balance", [0.0, 5.0])
-@pytest.mark.parametrize("method", ["ibp", "mtl-ibp"])
+@pytest.mark.parametrize("method", ["ibp", "mtl-ibp", "sabr"])
 def test_the_gradient_of_the_step(method, ramp, balance):
     model, g = network()
     x, labels = g.random((4, 8, 8, 3)), g.integers(0, 3, 4)
-    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, "kappa": 0.3, "alpha_end": 0.6, "balance": balance}
+    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, **METHODS[method].filled({"balance": balance})}
     norms = [layer for _, layer in model.walk() if isinstance(layer, BatchNorm2d)]
     buffers = [{name: value.copy() for name, value in norm.buffers.items()} for norm in norms]
 
@@ -140,6 +140,29 @@ def test_the_gradient_of_the_step(method, ramp, balance):
     with pytest.raises(GradientError):
         wrong = found * (1 + 1e-3 * (np.arange(found.size) % 2))
         check_vjp(loss, lambda d: (d * wrong,), [w])
+
+
+def test_sabrs_boxes_lie_in_the_ball_and_hold_the_attack_where_there_is_room(monkeypatch):
+    model, g = network()
+    x, labels, seen = g.random((4, 8, 8, 3)), g.integers(0, 3, 4), []
+    monkeypatch.setattr(certified, "_worst_case", lambda *args: seen.append(args) or {})
+    moved = certified.attacked
+    monkeypatch.setattr(certified, "attacked", lambda *args: seen.append(moved(*args)) or seen[-1])
+    for share, kappa in ((0.4, 0.3), (1.0, 0.0)):
+        seen.clear()
+        now = {"eps": 0.1, "eps_end": 0.1, "ramp": 0.5, **METHODS["sabr"].filled({"share": share, "kappa": kappa})}
+        METHODS["sabr"].step(model, x, labels, lambda stream: rng.generator(0, stream), now)
+        adversarial, (_, _, _, _, at_clean, at_box, box) = seen
+        whole, centre = certified.box_around(x, 0.1), box.points[4:]
+        assert (at_clean, at_box) == pytest.approx((1 - (1 - kappa) / 2, (1 - kappa) / 2))
+        np.testing.assert_array_equal(box.points[:4], x)
+        np.testing.assert_allclose(box.radius, share * whole.radius)
+        assert (abs(centre - whole.points[4:]) + box.radius <= whole.radius + 1e-12).all()
+        room = (1 - share) * whole.radius - abs(adversarial - whole.points[4:]) >= 0
+        np.testing.assert_allclose(centre[room], adversarial[room], atol=1e-12)
+        assert share == 1 or room.any()
+        if share == 1:
+            np.testing.assert_allclose(centre, whole.points[4:], atol=1e-12)  # ibp's own box
 
 
 def test_a_folded_network_is_the_same_function_with_the_papers_architecture():

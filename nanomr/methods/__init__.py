@@ -64,33 +64,30 @@ class Method(NamedTuple):
 _PAIR = dict(reports=("intrinsic", "hamming"), recipe="paper")
 _START = {"start": Constant(1.0, "share of the ball that it begins in", high=1.0)}
 _STEPS = {"steps": Constant(10, "of the attack", low=1), "step_size": Constant(0.25, "of the attack, in eps")}
+_KAPPA = {"kappa": Constant(0.2, "weight of the clean cross-entropy at the end", high=1.0)}
+_BALANCE = {"balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning")}
+_CERTIFIED = dict(begin=certified.begin, finish=fold, certifies=True)
 METHODS: dict[str, Method] = {
     "manifold": Method(manifold.manifold, "the paper's: both regularisers, on corner pairs", corners=True, **_PAIR),
     "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
     "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
     "ibp": Method(
-        certified.ibp,
-        "interval bounds, batch norm folded (Gowal et al.; Shi et al.)",
-        {
-            "kappa": Constant(0.2, "weight of the clean cross-entropy at the end", high=1.0),
-            "balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning"),
-        },
-        reports=("interval", "balance"),
-        begin=certified.begin,
-        finish=fold,
-        certifies=True,
+        certified.ibp, "interval bounds, batch norm folded (Gowal et al.; Shi et al.)", _KAPPA | _BALANCE,
+        reports=("interval", "balance"), **_CERTIFIED,
     ),
     "mtl-ibp": Method(
-        certified.mtl_ibp,
-        "ibp with adversarial images beside the bounds (De Palma et al.)",
+        certified.mtl_ibp, "ibp with adversarial images beside the bounds (De Palma et al.)",
         {
             "alpha_end": Constant(0.6, "weight of the bounds at the end", high=1.0),
-            "balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning"),
-        },
-        reports=("interval", "balance", "adversarial"),
-        begin=certified.begin,
-        finish=fold,
-        certifies=True,
+            "steps": Constant(1, "of the attack", low=1), "step_size": Constant(10.0, "of the attack, in eps"),
+        } | _START | _BALANCE, reports=("interval", "balance", "adversarial"), **_CERTIFIED,
+    ),
+    "sabr": Method(
+        certified.sabr, "ibp in smaller boxes around adversarial images (Mueller et al.)",
+        {
+            "share": Constant(0.7, "of the radius that the smaller boxes have", high=1.0),
+            "steps": Constant(8, "of the attack", low=1), "step_size": Constant(0.5, "of the attack, in eps"),
+        } | _START | _KAPPA | _BALANCE, reports=("interval", "balance"), **_CERTIFIED,
     ),
     "standard": Method(manifold.standard, "cross-entropy alone", corners=False, **_PAIR),
     "fgsm": Method(

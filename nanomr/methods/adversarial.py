@@ -16,18 +16,22 @@ from ..losses import cross_entropy, kl_divergence, max_mahalanobis
 from .manifold import standard_step
 
 
-def pgd(model, x, labels, draw, now, train=False) -> dict:
-    """Cross-entropy at the end of ``steps`` steps of ``step_size`` eps (Madry et al. 2018).
+def attacked(model, x, labels, draw, now, train=False):
+    """The images (N, H, W, C) at the end of ``steps`` steps of ``step_size`` eps up the cross-entropy.
 
     They begin at random in the ball, of which ``start`` is the share that starts are drawn from.
     """
     ball, labels = Linf(now["eps"]), check_labels(labels, len(x))
     start = Linf(now["start"] * now["eps"]).random_start(x, [draw(rng.METHOD)] * len(x))
-    moved = ascend(
+    return ascend(
         model, ball, x, start, lambda z: cross_entropy_each(z, labels)[1], now["step_size"] * now["eps"],
         int(now["steps"]), train,
     )  # fmt: skip
-    return standard_step(model, moved, labels)
+
+
+def pgd(model, x, labels, draw, now, train=False) -> dict:
+    """Cross-entropy of :func:`attacked` images (Madry et al. 2018)."""
+    return standard_step(model, attacked(model, x, labels, draw, now, train), labels)
 
 
 def fgsm(model, x, labels, draw, now) -> dict:

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 
-from .. import rng
 from ..backend import array_module
 from ..borders import check_labels
 from ..layers import Box, Linear, Normalize, Sequential
 from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
+from .adversarial import attacked
 
 
 def box_around(x, eps) -> Box:
@@ -75,26 +75,34 @@ def ibp(model, x, labels, draw, now) -> dict:
 
 def mtl_ibp(model, x, labels, draw, now) -> dict:
     """ramp (alpha CE(worst margins) + (1 - alpha) CE(adversarial)) + (1 - ramp) CE(clean) + the regulariser of
-    :func:`ibp`. De Palma et al. 2024; one attack step, of ten radii, from a uniform start, in evaluation mode."""
-    xp, eps, share = array_module(x), now["eps"], now["ramp"] * (1 - now["alpha_end"])
+    :func:`ibp`. De Palma et al. 2024; the attack is in evaluation mode."""
+    share = now["ramp"] * (1 - now["alpha_end"])
     parts = _worst_case(model, x, labels, now, 1 - now["ramp"], now["ramp"] * now["alpha_end"])
-    low, high = xp.maximum(x - eps, 0), xp.minimum(x + eps, 1)
-    noise = xp.asarray(draw(rng.ATTACK).uniform(-eps, eps, x.shape).astype(x.dtype))
-    start = xp.clip(x + noise, low, high)
-    logits, cache = model.forward(start)
-    steps = xp.sign(model.backward(cross_entropy(logits, labels)[1], cache, param_grads=False))
-    logits, cache = model.forward(xp.clip(start + 10 * eps * steps, low, high))
+    logits, cache = model.forward(attacked(model, x, labels, draw, now))
     value, gradient = cross_entropy(logits, labels)
     model.backward(share * gradient, cache, input_grad=False)
     return parts | {"loss": parts["loss"] + share * value, "adversarial": value}
 
 
-def _worst_case(model, x, labels, now, kappa, weight) -> dict:
-    """kappa CE(clean) + weight CE(worst margins) + Shi's regulariser, as ``now`` has it; gradients are added."""
+def sabr(model, x, labels, draw, now) -> dict:
+    """:func:`ibp` in boxes of ``share`` of the radius, as near to an adversarial image as the whole box has room for.
+    Mueller et al. 2023."""
+    whole, xp = box_around(x, now["eps"]), array_module(x)
+    centre, room = whole.points[len(x) :], (1 - now["share"]) * whole.radius
+    moved = xp.clip(attacked(model, x, labels, draw, now), centre - room, centre + room)
+    box = Box(xp.concatenate([x, moved]), now["share"] * whole.radius)
+    kappa = 1 - (1 - now["kappa"]) * now["ramp"]
+    return _worst_case(model, x, labels, now, kappa, 1 - kappa, box)
+
+
+def _worst_case(model, x, labels, now, kappa, weight, box=None) -> dict:
+    """kappa CE(clean) + weight CE(worst margins) + Shi's regulariser, as ``now`` has it; gradients are added.
+
+    The margins are those in ``box``, [x; centres] and radii: by default the whole one.
+    """
     check_labels(labels, len(x))
     n, xp, (body, last) = len(x), array_module(x), halves(model)
-    box, ramp = box_around(x, now["eps"]), now["ramp"]
-    tap = None
+    box, ramp, tap = box or box_around(x, now["eps"]), now["ramp"], None
     if ramp < 1 and now["eps"] > 2e-4 * now["eps_end"] and now["balance"] > 0:  # smaller radii underflow in float32
         radius, entry = box.radius, next(iter(model.children.values()))
         if isinstance(entry, Normalize):
