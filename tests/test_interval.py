@@ -109,11 +109,14 @@ def network(dtype=np.float64, seed=0):
 
 @pytest.mark.parametrize("ramp", [0.3, 1.0])
 @pytest.mark.parametrize("balance", [0.0, 5.0])
-@pytest.mark.parametrize("method", ["ibp", "mtl-ibp", "sabr"])
+@pytest.mark.parametrize("method", ["ibp", "mtl-ibp", "sabr", "diffai", "rs"])
 def test_the_gradient_of_the_step(method, ramp, balance):
     model, g = network()
     x, labels = g.random((4, 8, 8, 3)), g.integers(0, 3, 4)
-    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, **METHODS[method].filled({"balance": balance})}
+    if "balance" not in METHODS[method].constants:
+        balance = 0.0
+    given = {"balance": balance} if balance else {"rs": 0.2, "l1": 0.1} if method == "rs" else {}
+    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, **METHODS[method].filled(given)}
     norms = [layer for _, layer in model.walk() if isinstance(layer, BatchNorm2d)]
     buffers = [{name: value.copy() for name, value in norm.buffers.items()} for norm in norms]
 
@@ -140,6 +143,31 @@ def test_the_gradient_of_the_step(method, ramp, balance):
     with pytest.raises(GradientError):
         wrong = found * (1 + 1e-3 * (np.arange(found.size) % 2))
         check_vjp(loss, lambda d: (d * wrong,), [w])
+
+
+def test_stability_is_its_formula():
+    """Of bounds that are known: a ReLU that is on, one that is off, one that is neither."""
+    c, r = np.array([[2.0, -3.0, 0.5]]), np.array([[1.0, 1.0, 2.0]])
+    tap = certified.Stability(1.0)
+    y, _ = tap.forward(Box(c, r))
+    assert tap.value == pytest.approx(-np.tanh([1 + 1 * 3, 1 + 4 * 2, 1 - 1.5 * 2.5]).sum())
+    np.testing.assert_array_equal(y.points, [[2.0, 0.0, 1.25]])
+
+
+def test_diffais_boxes_lie_in_the_ball(monkeypatch):
+    model, g = network()
+    x, labels, seen = g.random((4, 8, 8, 3)), g.integers(0, 3, 4), []
+    worst_case = certified._worst_case
+    monkeypatch.setattr(certified, "_worst_case", lambda *args: seen.append(args) or worst_case(*args))
+    for ramp in (0.0, 0.25, 1.0):
+        now = {"eps": 0.1, "eps_end": 0.1, "ramp": ramp, **METHODS["diffai"].filled({})}
+        METHODS["diffai"].step(model, x, labels, lambda stream: rng.generator(0, stream), now)
+        *_, weight, box = seen[-1]
+        whole = certified.box_around(x, 0.1)
+        away = abs(box.points[4:] - whole.points[4:]) + box.radius
+        assert weight == 0.5 * ramp and (away <= whole.radius + 1e-12).all()
+        np.testing.assert_allclose(box.radius, ramp * whole.radius)
+        assert (away > 0.9 * whole.radius).any()
 
 
 def test_sabrs_boxes_lie_in_the_ball_and_hold_the_attack_where_there_is_room(monkeypatch):

@@ -89,6 +89,20 @@ METHODS: dict[str, Method] = {
             "steps": Constant(8, "of the attack", low=1), "step_size": Constant(0.5, "of the attack, in eps"),
         } | _START | _KAPPA | _BALANCE, reports=("interval", "balance"), **_CERTIFIED,
     ),
+    "diffai": Method(
+        certified.diffai, "random boxes and adversarial images (Mirman et al.)",
+        {
+            "share": Constant(0.5, "of the boxes in the loss at the end", high=1.0),
+            "steps": Constant(3, "of the attack", low=1), "step_size": Constant(0.5, "of the attack, in eps"),
+        } | _START, reports=("interval", "adversarial"), certifies=True,
+    ),
+    "rs": Method(
+        certified.rs, "pgd, and ReLUs that are stable over intervals (Xiao et al.)",
+        {
+            "rs": Constant(1e-3, "weight of the stability loss"), "l1": Constant(1e-5, "weight of the l1 norm"),
+            "steps": Constant(8, "of the attack", low=1), "step_size": Constant(0.25, "of the attack, in eps"),
+        } | _START, reports=("stability",), certifies=True,
+    ),
     "standard": Method(manifold.standard, "cross-entropy alone", corners=False, **_PAIR),
     "fgsm": Method(
         adversarial.fgsm, "adversarial images of a single step (Wong et al. 2020)",

@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 
+from .. import rng
 from ..backend import array_module
 from ..borders import check_labels
 from ..layers import Box, Linear, Normalize, Sequential
 from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
-from .adversarial import attacked
+from .adversarial import attacked, pgd
 
 
 def box_around(x, eps) -> Box:
@@ -76,12 +77,65 @@ def ibp(model, x, labels, draw, now) -> dict:
 def mtl_ibp(model, x, labels, draw, now) -> dict:
     """ramp (alpha CE(worst margins) + (1 - alpha) CE(adversarial)) + (1 - ramp) CE(clean) + the regulariser of
     :func:`ibp`. De Palma et al. 2024; the attack is in evaluation mode."""
-    share = now["ramp"] * (1 - now["alpha_end"])
     parts = _worst_case(model, x, labels, now, 1 - now["ramp"], now["ramp"] * now["alpha_end"])
+    return _and_attacked(parts, model, x, labels, draw, now, now["ramp"] * (1 - now["alpha_end"]))
+
+
+def _and_attacked(parts, model, x, labels, draw, now, weight) -> dict:
+    """And weight CE(adversarial)."""
     logits, cache = model.forward(attacked(model, x, labels, draw, now))
     value, gradient = cross_entropy(logits, labels)
-    model.backward(share * gradient, cache, input_grad=False)
-    return parts | {"loss": parts["loss"] + share * value, "adversarial": value}
+    model.backward(weight * gradient, cache, input_grad=False)
+    return parts | {"loss": parts["loss"] + weight * value, "adversarial": value}
+
+
+def diffai(model, x, labels, draw, now) -> dict:
+    """b CE(worst margins in a box within the ball) + (1 - b) CE(adversarial), b growing to ``share`` with the ramp: a
+    box of the ramp's share of the radius, anywhere in the ball at random. Mirman et al. 2018, 2019 ("InSamp")."""
+    whole, xp, b = box_around(x, now["eps"]), array_module(x), now["share"] * now["ramp"]
+    noise = xp.asarray(draw(rng.METHOD).uniform(-1, 1, x.shape).astype(x.dtype))
+    centres = whole.points[len(x) :] + noise * (1 - now["ramp"]) * whole.radius
+    box = Box(xp.concatenate([x, centres]), now["ramp"] * whole.radius)
+    parts = _worst_case(model, x, labels, now | {"balance": 0}, 0.0, b, box)
+    del parts["balance"]
+    return _and_attacked(parts, model, x, labels, draw, now, 1 - b)
+
+
+class Stability:
+    """Xiao et al.'s (2019) ReLU stability loss as a tap: the mean over the batch of -sum tanh(1 + l u) over all ReLUs,
+    of the bounds l, u of their inputs: least where both have one sign. ``value`` is unweighted."""
+
+    def __init__(self, weight):
+        self.weight, self.value = weight, 0.0
+
+    def forward(self, z):
+        xp, c, r = array_module(z.radius), z.points[-len(z.radius) :], z.radius
+        low, high = c - r, c + r
+        t = xp.tanh(1 + low * high)
+        self.value -= t.sum() / len(r)
+        slope = (t * t - 1) / len(r)
+        return z.relu(), (slope * (low + high), slope * (low - high))  # by c; by r, which moves the ends apart
+
+    def backward(self, dz, z, record):
+        dc, dr = record
+        dz.points[-len(z.radius) :] += self.weight * dc
+        return Box(dz.points, dz.radius + self.weight * dr)
+
+
+def rs(model, x, labels, draw, now) -> dict:
+    """CE(adversarial) + rs (ReLU stability over intervals) + l1 (the sum of |w| over all weights, biases not among
+    them). Xiao et al. 2019; both weights are full from the start, the bounds those of the eps of the moment."""
+    body, _ = halves(model)
+    tap, xp = Stability(now["rs"]), array_module(x)
+    features, cache = body.forward(box_around(x, now["eps"]), train=True, tap=tap)
+    body.backward(Box(xp.zeros_like(features.points), xp.zeros_like(features.radius)), cache, input_grad=False)
+    total = 0.0
+    for layer in (layer for _, layer in model.walk() if layer.fan_in):
+        layer.accumulate(weight=now["l1"] * xp.sign(layer.params["weight"]))
+        total += abs(layer.params["weight"]).sum()
+    parts = pgd(model, x, labels, draw, now)
+    loss = parts["loss"] + now["rs"] * tap.value + now["l1"] * total
+    return parts | {"loss": loss, "stability": tap.value}
 
 
 def sabr(model, x, labels, draw, now) -> dict:
