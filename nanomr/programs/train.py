@@ -55,8 +55,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--model", choices=("small", "preact_resnet18", "mlp"), help=text)
     text = "small: 4 (the default) as Wong et al., 5 as Xiao et al."
     g.add_argument("--kernel", type=int, choices=(4, 5), default=None, help=text)
-    text = "small: one behind each hidden layer, folded into it when the network is saved by a method that proves "
-    text += "something; default: by such methods alone"
+    text = "small: one behind each hidden layer; ibp, mtl-ibp and sabr fold it in what they save; default: theirs alone"
     g.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "preact_resnet18: channels of its first stage; 32 is a quarter of the arithmetic (default: 64)"
     g.add_argument("--width", type=positive, default=None, help=text)
@@ -173,7 +172,7 @@ def configure(args, device: str, dataset) -> Config:
             "small": lambda: models.small_cnn(
                 kernel=args.kernel or 4,
                 classes=classes,
-                batchnorm=METHODS[args.method].certifies if args.batch_norm is None else args.batch_norm,
+                batchnorm=METHODS[args.method].finish is not None if args.batch_norm is None else args.batch_norm,
                 **options,
             ),
             "preact_resnet18": lambda: models.preact_resnet18(
