@@ -672,10 +672,13 @@ def test_files_of_older_versions_load(builder, short, tmp_path):
     np.testing.assert_array_equal(loaded.weights, model.weights)
 
 
-def test_the_published_network_loads():
-    model = mr.load(Path(__file__).parent.parent / "pretrained" / "small_cnn-cifar10")
-    assert model.name == "small_cnn" and model.weights.size == 272_570
-    assert model.architecture == mr.models.small_cnn().architecture
+@pytest.mark.parametrize(
+    "name, options, size", [("small_cnn", {}, 272_570), ("preact_resnet18", {"width": 32}, 2_796_714)]
+)
+def test_the_published_networks_load(name, options, size):
+    model = mr.load(Path(__file__).parent.parent / "pretrained" / f"{name}-cifar10")
+    assert model.name == name and model.weights.size == size
+    assert model.architecture == mr.models.BUILDERS[name](**options).architecture
 
 
 FC = {"type": "Linear", "in_features": 12, "out_features": 3}
