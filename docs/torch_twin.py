@@ -52,6 +52,14 @@ class Conv2d(nn.Conv2d):
         return super().forward(F.pad(x, self.sides) if self.sides else x)
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Of images (N, C, H, W), and of what a linear layer makes, (N, C)."""
+
+    def _check_input_dim(self, x):
+        if x.ndim != 2:
+            super()._check_input_dim(x)
+
+
 class Flatten(nn.Module):
     """(N, C, H, W) -> (N, everything else), in PyTorch's order; ``nhwc``: in nanomr's, for a Linear without image."""
 
@@ -89,18 +97,26 @@ class Mlp(nn.Sequential):
 class SmallCNN(nn.Sequential):
     """The verification network: Wong et al.'s (``kernel=4``), or Xiao et al.'s with SAME padding (``kernel=5``)."""
 
-    def __init__(self, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD, input_shape=(32, 32, 3)):
+    def __init__(
+        self, kernel=4, hidden=128, classes=10, mean=CIFAR_MEAN, std=CIFAR_STD, input_shape=(32, 32, 3),
+        batchnorm=False,
+    ):  # fmt: skip
         super().__init__()
         padding = 1 if kernel == 4 else (1, 2, 1, 2)  # SAME padding of an even image, stride 2
         h, w, c = input_shape
+        hidden_layers = (
+            ("conv1", Conv2d(c, 16, kernel, 2, padding, bias=not batchnorm), 16),
+            ("conv2", Conv2d(16, 32, kernel, 2, padding, bias=not batchnorm), 32),
+            ("fc1", nn.Linear((h // 4) * (w // 4) * 32, hidden, bias=not batchnorm), hidden),
+        )
         self.normalize = Normalize(mean, std)
-        self.conv1 = Conv2d(c, 16, kernel, 2, padding)
-        self.relu1 = nn.ReLU()
-        self.conv2 = Conv2d(16, 32, kernel, 2, padding)
-        self.relu2 = nn.ReLU()
-        self.flatten = nn.Flatten()
-        self.fc1 = nn.Linear((h // 4) * (w // 4) * 32, hidden)
-        self.relu3 = nn.ReLU()
+        for i, (name, layer, channels) in enumerate(hidden_layers, 1):
+            if name == "fc1":
+                self.flatten = nn.Flatten()
+            self.add_module(name, layer)
+            if batchnorm:
+                self.add_module(f"bn{i}", BatchNorm2d(channels))
+            self.add_module(f"relu{i}", nn.ReLU())
         self.fc2 = nn.Linear(hidden, classes)
 
 
@@ -162,7 +178,7 @@ BUILDERS = {"mlp": Mlp, "small_cnn": SmallCNN, "preact_resnet18": PreActResNet18
 
 LAYERS = {  # from the arguments in a header
     "AveragePool2d": AveragePool2d,
-    "BatchNorm2d": lambda channels, eps, momentum, **_: nn.BatchNorm2d(channels, eps, momentum),
+    "BatchNorm2d": lambda channels, eps, momentum, **_: BatchNorm2d(channels, eps, momentum),
     "Conv2d": Conv2d,
     "Linear": lambda in_features, out_features, bias, **_: nn.Linear(in_features, out_features, bias),
     "Normalize": Normalize,

@@ -59,6 +59,7 @@ NETWORKS = {
     "linear": dict(name="mlp", sizes=[3072, 10]),
     "small_cnn 4": dict(name="small_cnn", kernel=4),
     "small_cnn 5": dict(name="small_cnn", kernel=5, hidden=100),
+    "small_cnn batch norm": dict(name="small_cnn", batchnorm=True),
     "resnet He": dict(name="preact_resnet18", width=4),
     "resnet raw shortcut": dict(name="preact_resnet18", width=4, out_shortcut=False),
     "resnet no last bn": dict(name="preact_resnet18", width=4, bn_before_fc=False),
