@@ -79,6 +79,9 @@ class Box(NamedTuple):
     def relu(self) -> "Box":
         return Box(*ops_for(self.points).relu_box(*self))
 
+    def relu_backward(self, dy: "Box", gains=None) -> "Box":
+        return Box(*ops_for(self.points).relu_box_backward(*dy, *self, gains))
+
 
 class Normalized(NamedTuple):
     """gamma (x - mean) inv_std + beta, not computed yet: the ReLU behind it does both in one pass.
@@ -472,8 +475,7 @@ class ReLU(Layer):
             return None
         z, tap, record = cache
         if isinstance(z, Box):
-            dz = Box(*ops_for(z.points).relu_box_backward(*dy, *z))
-            return dz if tap is None else tap.backward(dz, z, record)
+            return z.relu_backward(dy) if tap is None else tap.backward(dy, z, record)
         like, n = (z, 1) if not isinstance(z, tuple) else (z.x, 1 + 2 * isinstance(z, PairBatch))
         check(self, "dy", dy, (n * len(like), *like.shape[1:]), like.dtype)
         if tap is not None:

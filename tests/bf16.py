@@ -47,6 +47,8 @@ PICTURES = {
     "relu_backward": (0, 1),
     "relu_hamming": (0,),
     "relu_hamming_backward": (0, 1),
+    "relu_box": (0, 1),
+    "relu_box_backward": (0, 1, 2, 3),
     "expand_pair": (0, 1),
     "contract_pair": (0,),
     "normalize": (0,),

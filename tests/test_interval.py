@@ -10,6 +10,7 @@ from nanomr import losses, models, rng
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import AveragePool2d, BatchNorm2d, Box, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
 from nanomr.methods import METHODS, certified
+from nanomr.ops import ops_for
 from nanomr.testing import prepare
 from nanomr.testing.strategies import fewer, seeds
 
@@ -98,6 +99,22 @@ def test_rivals_gain_is_the_most_and_its_gradient(seed):
         check_vjp(
             lambda r, w: losses.rivals_gain(r, w, y), lambda d: (right(d, r, w, y)[0], right(d, r, -w, y)[1]), [r, w]
         )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@fewer(0.5)
+@given(seed=seeds, copies=st.integers(1, 2))
+def test_the_sums_over_boxes(dtype, seed, copies):
+    """In eighths, whose sums are exact: by a loop over all of them."""
+    g = np.random.default_rng(seed)
+    points = (np.round(8 * g.standard_normal((copies * 3, 2, 5))) / 8).astype(dtype)
+    radius = (abs(np.round(8 * g.standard_normal((3, 2, 5)))) / 8).astype(dtype)
+    wanted = np.zeros(8)
+    for c, r in zip(points[-3:].ravel().tolist(), radius.ravel().tolist(), strict=True):
+        wanted += [c > r, c * (c > r), c * c * (c > r), c < -r, c * (c < -r), c * c * (c < -r), c, r]
+    found = ops_for(points).box_sums(points, radius)
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, wanted)
 
 
 def network(dtype=np.float64, seed=0):

@@ -135,6 +135,30 @@ def _triple(g, shape):
     return z
 
 
+def _box(g, shape):
+    """A box in eighths, so that float32 and float64 say the same of each ReLU; of two, one has images beside it."""
+    copies = g.integers(1, 3)
+    points = np.round(8 * _normal(g, (copies * shape[0], *shape[1:]))) / 8
+    return points, np.abs(np.round(8 * _normal(g, shape))) / 8
+
+
+def _to(points, radius):
+    """The radius, as often as there are points for it."""
+    return np.concatenate([radius] * (len(points) // len(radius)))
+
+
+def _box_backward(g, shape):
+    points, radius = _box(g, shape)
+    gains = tuple(map(float, g.standard_normal(6))) if g.random() < 0.5 else None
+    return _normal(g, points.shape), _normal(g, shape), points, radius, gains
+
+
+def _box_backward_magnitude(dpoints, dradius, points, radius, gains):
+    sizes = np.abs(gains if gains else np.zeros(6))
+    at_c = np.abs(dpoints) + _to(points, np.abs(dradius)) + sizes[:5].sum() + sizes[:4].max() * np.abs(points)
+    return at_c, np.abs(dpoints[-len(radius) :]) + np.abs(dradius) + sizes[5]
+
+
 def _weight(g, n):
     return g.standard_normal(n).astype(np.float32)
 
@@ -360,6 +384,11 @@ OPERATIONS = {
     "average_pool_backward": Operation(
         arguments(pool_shapes, lambda g, s: (_normal(g, s[0]), s[1])), ones_for(reference.average_pool_backward)
     ),
+    "relu_box": Operation(
+        arguments(feature_maps, _box),
+        lambda points, r: (np.abs(points) + _to(points, r), np.abs(points[-len(r) :]) + r),
+    ),
+    "relu_box_backward": Operation(arguments(feature_maps, _box_backward), _box_backward_magnitude),
     "norm": Operation(
         arguments(st.sampled_from((1, 7, 63, 64, 65, 1000)), lambda g, n: (_normal(g, n, special=True),)),
         ones_for(reference.norm),
@@ -372,7 +401,7 @@ OPERATIONS = {
 }
 ELSEWHERE = {"batchnorm_relu", "batchnorm_relu_hamming", "batchnorm_relu_backward"}  # bf16.py, in both dtypes
 ELSEWHERE |= {"conv2d_shape", "sgd_update", "adamw_update", "corners", "linf_bounds"}  # numbers, bits: own tests
-ELSEWHERE |= {"relu_box", "relu_box_backward"}  # the same function everywhere: test_interval.py
+ELSEWHERE |= {"box_sums"}  # float64: test_interval.py
 
 
 def test_every_function_is_compared():
@@ -512,6 +541,11 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("relu_backward", ((2, 3), (2, 4))),
         ("relu_backward", ((2, 3), (4, 3))),
         ("relu_hamming_backward", ((3, 3), (6, 3), 8.0, (2,))),
+        ("relu_box", ((3, 3), (2, 3))),
+        ("relu_box", ((4, 3), (2, 4))),
+        ("box_sums", ((3, 3), (2, 3))),
+        ("relu_box_backward", ((4, 3), (2, 3), (2, 3), (2, 3))),
+        ("relu_box_backward", ((4, 3), (4, 3), (4, 3), (2, 3))),
         ("batchnorm_backward", ((2, 3, 3, 4), (2, 3, 2, 4), *[(4,)] * 5)),
         ("batchnorm_relu_backward", ((2, 3, 3, 4), (3, 3, 3, 4), *[(4,)] * 4)),
         ("scale_channels", ((2, 3, 3, 4), (4,), (1, 3, 3, 4))),

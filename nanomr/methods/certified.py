@@ -10,6 +10,7 @@ from ..borders import check_labels
 from ..layers import Box, Linear, Normalize, Sequential
 from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
+from ..ops import ops_for
 from .adversarial import attacked, pgd
 
 
@@ -38,21 +39,18 @@ class Balance:
         self.first, self.layers, self.weight, self.tau, self.value = first, layers, weight, tau, 0.0
 
     def forward(self, z):
-        xp, c, r = array_module(z.radius), z.points[-len(z.radius) :], z.radius
-        total, tau, k = r.size, self.tau, 1 / (self.tau * self.layers)
-        dc, dr = xp.zeros_like(c), xp.zeros_like(r)
-        size = float(r.mean())
+        on, on1, on2, off, off1, off2, every, size = map(float, ops_for(z.points).box_sums(*z))
+        total, tau, k, grown = z.radius.size, self.tau, 1 / (self.tau * self.layers), 0.0
+        mean, size = every / total, size / total
         if size > 0 and tau - self.first / size > 0:
             self.value += k * (tau - self.first / size)
-            dr += k * self.first / size**2 / total
-        on, off = (c - r > 0).astype(c.dtype), (c + r < 0).astype(c.dtype)
-        away = c - c.mean()
-        gp, gq = self._hinge(float((c * on).mean()), float((-c * off).mean()), k)
-        dc += (gp / total) * on - (gq / total) * off
-        gp, gq = self._hinge(float((on * away**2).sum()), float((off * away**2).sum()), k)
-        e = 2 * away * (gp * on + gq * off)
-        dc += e - e.mean()
-        return z.relu(), (dc, dr)
+            grown = k * self.first / size**2 / total
+        gp, gq = self._hinge(on1 / total, -off1 / total, k)
+        # sums of (c - mean)^2, whose derivative by c is 2 (c - mean); by the mean, which all c move, what is left over
+        vp, vq = self._hinge(on2 - 2 * mean * on1 + mean**2 * on, off2 - 2 * mean * off1 + mean**2 * off, k)
+        shared = -2 * (vp * (on1 - mean * on) + vq * (off1 - mean * off)) / total
+        gains = gp / total - 2 * vp * mean, 2 * vp, -gq / total - 2 * vq * mean, 2 * vq, shared, grown
+        return z.relu(), tuple(self.weight * gain for gain in gains)
 
     def _hinge(self, p, q, k):
         """Adds k relu(tau - min(p / q, q / p)); its derivatives by p and q."""
@@ -61,10 +59,8 @@ class Balance:
         self.value += k * (self.tau - min(p / q, q / p))
         return (-k / q, k * p / q**2) if p <= q else (k * q / p**2, -k / p)
 
-    def backward(self, dz, z, record):
-        dc, dr = record
-        dz.points[-len(z.radius) :] += self.weight * dc
-        return Box(dz.points, dz.radius + self.weight * dr)
+    def backward(self, dy, z, gains):
+        return z.relu_backward(dy, gains)
 
 
 def ibp(model, x, labels, draw, now) -> dict:
@@ -116,8 +112,8 @@ class Stability:
         slope = (t * t - 1) / len(r)
         return z.relu(), (slope * (low + high), slope * (low - high))  # by c; by r, which moves the ends apart
 
-    def backward(self, dz, z, record):
-        dc, dr = record
+    def backward(self, dy, z, record):
+        (dc, dr), dz = record, z.relu_backward(dy)
         dz.points[-len(z.radius) :] += self.weight * dc
         return Box(dz.points, dz.radius + self.weight * dr)
 

@@ -129,13 +129,32 @@ def relu_box(points, radius):
     return np.concatenate([relu(clean), 0.5 * (low + high)]), 0.5 * (high - low)
 
 
-def relu_box_backward(dpoints, dradius, points, radius):
-    """Its transpose: with a = [c - r > 0] and d = [c + r > 0], dc = ((a + d) dc' + (d - a) dr') / 2, dr likewise."""
+def box_sums(points, radius):
+    """Of the boxes of :func:`relu_box`, float64 (8,): how many are on (c - r > 0), the sums of c and of c^2 over these;
+    the same of those that are off (c + r < 0); the sums of c and of r over all."""
+    c = points[len(points) - len(radius) :]
+    wide, sums = c.astype(np.float64), []
+    for side in (c - radius > 0, c + radius < 0):
+        sums += [side.sum(), (wide * side).sum(), (wide * wide * side).sum()]
+    return np.stack([*sums, wide.sum(), radius.sum(dtype=np.float64)])
+
+
+def relu_box_backward(dpoints, dradius, points, radius, gains=None):
+    """Its transpose: with a = [c - r > 0] and d = [c + r > 0], dc = ((a + d) dc' + (d - a) dr') / 2, dr likewise.
+
+    ``gains``, six numbers (g0, g1, h0, h1, e, f), adds the gradient of a function of :func:`box_sums`: g0 + g1 c to dc
+    of those that are on, h0 + h1 c of those that are off, e to every dc and f to every dr.
+    """
     k = len(points) - len(radius)
     c, dc = points[k:], dpoints[k:]
     high = np.where(c + radius > 0, 0.5 * (dc + dradius), dc.dtype.type(0))
     low = np.where(c - radius > 0, 0.5 * (dc - dradius), dc.dtype.type(0))
-    return np.concatenate([relu_backward(dpoints[:k], points[:k]), low + high]), high - low
+    dc, dr = low + high, high - low
+    if gains is not None:
+        on0, on1, off0, off1, every, grown = gains
+        on, off = c - radius > 0, c + radius < 0
+        dc, dr = dc + np.where(on, on0 + on1 * c, 0) + np.where(off, off0 + off1 * c, 0) + every, dr + grown
+    return np.concatenate([relu_backward(dpoints[:k], points[:k]), dc]), dr
 
 
 # --- input normalisation ----------------------------------------------------------------------------------------------

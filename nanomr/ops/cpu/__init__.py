@@ -1,14 +1,14 @@
 """The CPU: Numba kernels for float32 and bfloat16. The same functions as ``reference``, which is their oracle.
 
 ``gather_gemm``: convolutions and linear layers; ``amx``: the same by tiles. ``normalization``: batch norm and the ReLU
-behind it. ``elementwise``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors in registers.
-``memory``: recycled arrays.
+behind it. ``elementwise``, ``boxes``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors in
+registers. ``memory``: recycled arrays.
 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
 
-from ..reference import relu_box, relu_box_backward  # noqa: F401  (as they are)
 from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
+from .boxes import box_sums, relu_box, relu_box_backward  # noqa: F401
 from .elementwise import (  # noqa: F401
     average_pool,
     average_pool_backward,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from .. import bfloat16  # noqa: F401  (offered from here)
-from ..reference import adamw_update, conv2d_shape, linf_bounds, linf_step, plane_step, relu_box, relu_box_backward  # noqa: F401  (as they are)
+from ..reference import adamw_update, conv2d_shape, linf_bounds, linf_step, plane_step  # noqa: F401  (as they are)
 from . import plain
 from .conv import (  # noqa: F401
     conv2d,
@@ -52,6 +52,7 @@ from .normalization import (  # noqa: F401
     relu_hamming_pair_backward,
     scale_channels,
 )
+from .plain import box_sums, relu_box, relu_box_backward  # noqa: F401
 from .training import (  # noqa: F401
     begin_step,
     corners,

@@ -35,6 +35,9 @@ def _widened(function, pictures=True):
 
 relu = _widened(reference.relu)
 relu_backward = _widened(reference.relu_backward)
+relu_box = _widened(reference.relu_box)
+relu_box_backward = _widened(reference.relu_box_backward)
+box_sums = _widened(reference.box_sums)
 relu_hamming = _widened(reference.relu_hamming)
 relu_hamming_backward = _widened(reference.relu_hamming_backward)
 relu_hamming_pair = _widened(reference.relu_hamming_pair)
