@@ -2,6 +2,8 @@
 
 python bench/train_step.py                  # the small network, a few minutes; the last line is JSON
 python bench/train_step.py --model preact_resnet18 --precision bf16     # half an hour: PyTorch compiles and is slow
+python bench/train_step.py --method ibp     # of interval training, in the place of the manifold step
+python bench/train_step.py --costs          # every method's step of ours over the standard step
 python bench/train_step.py --profile        # where nanomr's own step spends its time, by kernel and shape
 """
 
@@ -27,7 +29,8 @@ N = 128  # clean images a step; the manifold step sends 3 N through the network
 EPS, ALPHA, GAMMA_I, GAMMA_H = 8 / 255, 8.0, 0.4, 600.0
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 5e-4
 FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # make OpenBLAS use kernels for another CPU
-KINDS = ("manifold", "standard")
+METHODS = ("manifold", "ibp")  # those that PyTorch has here: docs/torch_twin.py
+RAMP = 0.5  # where interval training is on its way: its regulariser is there until eps is full
 PRECISIONS = ("fp32", "bf16")
 DISCARD = 2  # steps at the start of a burst: the other library's threads still spin
 KEEP = 1.3  # a variant of PyTorch's that was slower than this, beside its best of this precision, is timed no more
@@ -43,16 +46,25 @@ def arguments():
     parser.add_argument("--model", choices=tuple(DEFAULTS), default="small", help="which network (%(default)s)")
     parser.add_argument("--width", type=int, default=64, help="of preact_resnet18 (%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of our step; fp32 is timed too")
+    parser.add_argument("--method", choices=METHODS, default="manifold", help="whose step (%(default)s)")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of both libraries (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="every round times every variant once (20; preact_resnet18: 5)")
-    parser.add_argument("--burst", type=int, help="timed steps of a variant in a round (8; preact_resnet18: 1)")
+    parser.add_argument(
+        "--rounds", type=int, help="every round times every variant once (20; preact_resnet18, --costs: 5)"
+    )
+    parser.add_argument(
+        "--burst", type=int, help="timed steps of a variant in a round (8; preact_resnet18: 1; --costs: 2)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     parser.add_argument("--side", choices=("both", "nanomr", "torch"), default="both", help="time one library alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the JSON line here too")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds; its figures mean nothing")
-    parser.add_argument("--profile", action="store_true", help="only: nanomr's manifold step, split by kernel")
+    parser.add_argument("--profile", action="store_true", help="only: nanomr's step of the method, split by kernel")
+    parser.add_argument("--costs", action="store_true", help="only: each method's step of nanomr over the standard one")
     args = parser.parse_args()
-    rounds, burst = (2, 2) if args.quick else DEFAULTS[args.model]
+    if (args.method == "ibp" or args.costs) and (args.model != "small" or args.precision != "fp32"):
+        parser.error("--method ibp and --costs are for --model small and --precision fp32")
+    rounds, burst = (5, 2) if args.costs else DEFAULTS[args.model]  # a step of msd takes seconds
+    rounds, burst = (2, 1 if args.costs else 2) if args.quick else (rounds, burst)
     args.rounds, args.burst = args.rounds or rounds, args.burst or burst
     return args
 
@@ -71,6 +83,10 @@ def fix_environment(threads: int):
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
+def kinds_of(args) -> tuple:
+    return args.method, "standard"
+
+
 def batch():
     """(x, rho, labels), NHWC: random images; the time does not depend on what they show."""
     import numpy as np
@@ -81,19 +97,31 @@ def batch():
     return x, rho, rng.integers(0, 10, N)
 
 
-def build(args):
+def build(args, kind="manifold"):
+    """The network that a step of this kind trains: methods that fold batch norms begin with them."""
     import nanomr as mr
 
-    return mr.models.small_cnn() if args.model == "small" else mr.models.preact_resnet18(width=args.width)
+    if args.model == "small":
+        return mr.models.small_cnn(batchnorm=mr.methods.METHODS[kind].finish is mr.models.fold)
+    return mr.models.preact_resnet18(width=args.width)
 
 
-def nanomr_steps(args, x, rho, labels) -> dict:
+def schedule(kind: str) -> dict:
+    """``now`` of a step of this method: eps is on its way, everything else as it is by default."""
+    import nanomr as mr
+
+    paper = {"gamma_i": GAMMA_I, "gamma_h": GAMMA_H, "alpha": ALPHA, "hamming_norm": "batch"}
+    constants = mr.methods.METHODS[kind].filled({})
+    return {"eps": RAMP * EPS, "eps_end": EPS, "ramp": RAMP, "lr": LEARNING_RATE, **paper, **constants}
+
+
+def nanomr_steps(args, x, rho, labels, kinds) -> dict:
     """{"manifold fp32", "standard fp32", ...}: functions that take one whole step and return the loss."""
     import nanomr as mr
     from nanomr.ops import bfloat16
 
     def step(kind, precision):
-        model = build(args)
+        model, now, method = build(args, kind), schedule(kind), mr.methods.METHODS[kind]
         optimiser = mr.optim.SGD(model, MOMENTUM, WEIGHT_DECAY)
         images, corners = (a if precision == "fp32" else a.astype(bfloat16()) for a in (x, rho))
 
@@ -101,14 +129,14 @@ def nanomr_steps(args, x, rho, labels) -> dict:
             if kind == "manifold":
                 loss = mr.methods.manifold_step(model, images, labels, corners, GAMMA_I, GAMMA_H, ALPHA)["loss"]
             else:
-                loss = mr.methods.standard_step(model, images, labels)["loss"]
+                loss = method.step(model, images, labels, lambda stream: mr.rng.generator(0, stream), now)["loss"]
             optimiser.step(LEARNING_RATE)
             return loss
 
         return one_step
 
     precisions = dict.fromkeys(("fp32", args.precision))
-    return {f"{kind} {precision}": step(kind, precision) for precision in precisions for kind in KINDS}
+    return {f"{kind} {precision}": step(kind, precision) for precision in precisions for kind in kinds}
 
 
 def plain_3n(args, x, rho, labels):
@@ -116,7 +144,7 @@ def plain_3n(args, x, rho, labels):
     import numpy as np
 
     x3, labels3 = np.concatenate([x, x + rho, x - rho]), np.tile(labels, 3)
-    return nanomr_steps(args, x3, x3, labels3)["standard fp32"]
+    return nanomr_steps(args, x3, x3, labels3, ["standard"])["standard fp32"]
 
 
 def torch_forward(module, x, inputs: list):
@@ -143,11 +171,11 @@ def torch_steps(args, x, rho, labels) -> dict:
     import torch_twin
 
     torch.set_num_threads(args.threads)
-    source = build(args)
-    state = {name: torch.from_numpy(value) for name, value in source.state_dict().items()}
     targets = torch.from_numpy(labels)
 
     def step(kind, mode, precision, memory_format):
+        source = build(args, kind)
+        state = {name: torch.from_numpy(value) for name, value in source.state_dict().items()}
         net = torch_twin.twin(source.architecture)
         net.load_state_dict(state)
         net.to(memory_format=memory_format)
@@ -157,7 +185,12 @@ def torch_steps(args, x, rho, labels) -> dict:
         optimiser = torch.optim.SGD(net.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
         narrow = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
+        now = schedule(kind)
+
         def loss_of(images, corners):
+            if kind == "ibp":
+                weights = 1 - (1 - now["kappa"]) * RAMP, now["balance"] * (1 - RAMP)
+                return torch_twin.interval_loss(net, images, targets, now["eps"], *weights)["loss"]
             inputs = []
             with narrow:
                 batch = torch.cat([images, images + corners, images - corners]) if kind == "manifold" else images
@@ -181,7 +214,7 @@ def torch_steps(args, x, rho, labels) -> dict:
     variants = [("eager", p, f) for p in dict.fromkeys(("fp32", args.precision)) for f in formats]
     if not args.no_compile:
         variants += [("compiled", p, "channels_last") for p in dict.fromkeys(("fp32", args.precision))]
-    return {f"{kind} {m} {p} {f}": step(kind, m, p, formats[f]) for kind in KINDS for m, p, f in variants}
+    return {f"{kind} {m} {p} {f}": step(kind, m, p, formats[f]) for kind in kinds_of(args) for m, p, f in variants}
 
 
 def flops(step) -> float:
@@ -387,10 +420,16 @@ def ratio(slow: list, fast: list) -> float:
 
 def summary(args, times: dict, memory: dict, figures: dict) -> dict:
     """The figures of the JSON line; the ones of a library that was not timed are missing."""
-    found = {"model": args.model, "precision": args.precision, "threads": args.threads, "images_per_step": N} | figures
+    found = {
+        "model": args.model,
+        "method": args.method,
+        "precision": args.precision,
+        "threads": args.threads,
+        "images_per_step": N,
+    } | figures
     if args.model != "small":
         found["width"] = args.width
-    for kind, prefix in (("manifold", ""), ("standard", "standard_")):
+    for kind, prefix in zip(kinds_of(args), ("", "standard_"), strict=True):
         ours, plain = (times.get(f"{kind} {precision}") for precision in (args.precision, "fp32"))
         if ours:
             found[f"{prefix}images_per_s"] = N / statistics.median(ours)
@@ -404,12 +443,12 @@ def summary(args, times: dict, memory: dict, figures: dict) -> dict:
         if (name := best(times, kind, "fp32")) and plain:
             found[f"{prefix}ratio_fp32"] = ratio(times[name], plain)
             found[f"torch_{prefix}best_fp32"] = name.removeprefix(f"{kind} ")
-    if f"manifold {args.precision}" in times:
-        manifold, standard = (times[f"{kind} {args.precision}"] for kind in KINDS)
-        found["overhead_vs_standard"] = ratio(manifold, standard)
-        found["gflops"] = found.pop("flops") / statistics.median(manifold) / 1e9
-    if (manifold := best(times, "manifold", *PRECISIONS)) and (standard := best(times, "standard", *PRECISIONS)):
-        found["torch_overhead_vs_standard"] = ratio(times[manifold], times[standard])
+    if f"{args.method} {args.precision}" in times:
+        step, standard = (times[f"{kind} {args.precision}"] for kind in kinds_of(args))
+        found["overhead_vs_standard"] = ratio(step, standard)
+        found["gflops"] = found.pop("flops") / statistics.median(step) / 1e9
+    if (step := best(times, args.method, *PRECISIONS)) and (standard := best(times, "standard", *PRECISIONS)):
+        found["torch_overhead_vs_standard"] = ratio(times[step], times[standard])
     if memory:
         found |= {f"memory_{name}_mib": size / 2**20 for name, size in memory.items()}
         found["memory_vs_plain_3n"] = memory["manifold"] / memory["plain_3n"]
@@ -424,6 +463,22 @@ def table(times: dict) -> str:
         label, spread = f"{'PyTorch' if group(name)[2] else 'nanomr'} {name}", f"{low:.2f} .. {high:.2f}"
         lines.append(f"{label:44} {middle:8.2f} {1e3 * min(values):8.2f} {spread:>18} {1e3 * N / middle:10.0f}")
     return "\n".join(lines)
+
+
+def costs(args, x, rho, labels) -> str:
+    """A table of every method's step over the standard step, the medians of both in the same rounds; and its JSON."""
+    from nanomr.methods import METHODS
+
+    steps = nanomr_steps(args, x, rho, labels, list(METHODS))
+    times = {name.split()[0]: seconds for name, seconds in time_rounds(steps, args.rounds, args.burst).items()}
+    found = {name: float(f"{ratio(seconds, times['standard']):.4g}") for name, seconds in times.items()}
+    lines = [f"{'step':14} {'ms':>9} {'over standard':>14}"]
+    for name in sorted(found, key=found.get):
+        lines.append(f"{name:14} {1e3 * statistics.median(times[name]):9.2f} {found[name]:14.2f}")
+    line = json.dumps({"over_standard": found, "threads": args.threads, "images_per_step": N})
+    if args.json:
+        args.json.write_text(line + "\n")
+    return "\n".join([*lines, line])
 
 
 def print_machine(threads: int, load: float):
@@ -446,10 +501,14 @@ def main():
     fix_environment(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     x, rho, labels = batch()
-    ours = nanomr_steps(args, x, rho, labels) if args.side != "torch" else {}
+    if args.costs:
+        print_machine(args.threads, load)
+        print(costs(args, x, rho, labels))
+        return
+    ours = nanomr_steps(args, x, rho, labels, kinds_of(args)) if args.side != "torch" else {}
     if args.profile:
         print_machine(args.threads, load)
-        print(profile(ours[f"manifold {args.precision}"], 50 if args.model == "small" and not args.quick else 3))
+        print(profile(ours[f"{args.method} {args.precision}"], 50 if args.model == "small" and not args.quick else 3))
         return
 
     theirs = torch_steps(args, x, rho, labels) if args.side != "nanomr" else {}
@@ -462,8 +521,8 @@ def main():
 
         figures["kernel"] = "fma" if args.precision == "fp32" else gather_gemm.PRODUCT
         figures["tile_peak_gflops"] = tile_peak_gflops(args.precision, args.threads)
-        figures["flops"] = flops(ours[f"manifold {args.precision}"])
-        if args.model == "small":
+        figures["flops"] = flops(ours[f"{args.method} {args.precision}"])
+        if args.model == "small" and args.method == "manifold":
             whole = {"manifold": ours["manifold fp32"], "plain_3n": plain_3n(args, x, rho, labels)}
             memory = {name: peak_memory(step) for name, step in whole.items()}
     turns = contenders(ours | theirs)
@@ -491,14 +550,14 @@ def check_losses(steps: dict):
 
 
 REPORT = {
-    "ratio_vs_torch": "manifold step: times as fast as PyTorch",
+    "ratio_vs_torch": "the method's step: times as fast as PyTorch",
     "ratio_vs_torch_best": "the same, by the best round of each",
     "ratio_fp32": "the same, both in float32",
     "standard_ratio_vs_torch": "standard step: times as fast as PyTorch",
-    "overhead_vs_standard": "manifold step / standard step (below 2.7)",
+    "overhead_vs_standard": "the method's step / standard step (manifold: below 2.7)",
     "torch_overhead_vs_standard": "the same of PyTorch",
     "memory_vs_plain_3n": "peak memory, manifold step / plain step on 3 N images (at most 1.05)",
-    "gflops": "GFLOP/s in the manifold step",
+    "gflops": "GFLOP/s in the method's step",
     "tile_peak_gflops": "GFLOP/s of the product alone, in the first cache",
     "sgemm_gflops": "GFLOP/s of a 1024 x 1024 x 1024 matrix product in NumPy",
 }

@@ -280,6 +280,59 @@ def objective(logits, inputs, labels, gamma_i, gamma_h, alpha=8.0, per_sample=Fa
     return {"loss": loss, "cross_entropy": cross_entropy, "intrinsic": intrinsic, "hamming": hamming}
 
 
+def interval_loss(module, x, labels, eps, kappa=0.2, balance=0.0, tau=0.5) -> dict:
+    """The objective of nanomr's ``--method ibp``, for autograd: x (N, C, H, W), labels (N,); ``balance`` as it is at
+    this point of the ramp. The network is a chain that ends with a linear layer; a batch norm takes the statistics of
+    the clean images. {"loss", "cross_entropy", "interval", "balance"}; call ``["loss"].backward()``.
+    """
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    points, radius = torch.cat([x, (low + high) / 2]), (high - low) / 2  # [clean; centres]
+    n, first, terms = len(x), radius.mean(), []
+    *body, last = module.children()
+    for layer in body:
+        if isinstance(layer, nn.ReLU):
+            centre = points[n:]
+            low, high = centre - radius, centre + radius
+            if balance:
+                terms += _balance_terms(centre, low > 0, high < 0, first / radius.mean(), tau)
+            low, high = low.relu(), high.relu()
+            points, radius = torch.cat([points[:n].relu(), (low + high) / 2]), (high - low) / 2
+        elif isinstance(layer, BatchNorm2d):
+            clean, axes = points[:n], [0, *range(2, points.ndim)]
+            var, mean = torch.var_mean(clean, axes, unbiased=False, keepdim=True)
+            scale = layer.weight.view(mean.shape) / (var + layer.eps).sqrt()
+            points, radius = (points - mean) * scale + layer.bias.view(mean.shape), radius * scale.abs()
+            with torch.no_grad():
+                layer.num_batches_tracked += 1
+                many = clean.numel() / mean.numel()
+                layer.running_mean.lerp_(mean.flatten(), layer.momentum)
+                layer.running_var.lerp_(var.flatten() * (many / (many - 1)), layer.momentum)
+        elif isinstance(layer, nn.Conv2d):
+            padded = F.pad(radius, layer.sides) if getattr(layer, "sides", ()) else radius
+            points, radius = layer(points), layer._conv_forward(padded, layer.weight.abs(), None)
+        elif isinstance(layer, nn.Linear):
+            points, radius = layer(points), F.linear(radius, layer.weight.abs())
+        else:
+            points, radius = layer(points), radius / layer.std if isinstance(layer, Normalize) else layer(radius)
+            first = radius.mean() if isinstance(layer, Normalize) else first
+    logits, away = last(points), (last.weight[None] - last.weight[labels][:, None]).abs()  # (N, classes, features)
+    cross_entropy = F.cross_entropy(logits[:n], labels)
+    interval = F.cross_entropy(logits[n:] + torch.einsum("nkf,nf->nk", away, radius), labels)
+    balance_term = sum(terms, logits.new_zeros(())) / max(sum(isinstance(m, nn.ReLU) for m in body), 1)
+    loss = kappa * cross_entropy + (1 - kappa) * interval + balance * balance_term
+    return {"loss": loss, "cross_entropy": cross_entropy, "interval": interval, "balance": balance_term}
+
+
+def _balance_terms(centre, on, off, shrinking, tau):
+    """Shi et al.'s (2021) three hinges of a ReLU layer."""
+    away = (centre - centre.mean()).square()
+    pairs = ((centre * on).mean(), -(centre * off).mean()), ((on * away).sum(), (off * away).sum())
+    yield F.relu(tau - shrinking) / tau
+    for p, q in pairs:
+        ratio = torch.minimum(p, q) / torch.maximum(p, q).clamp(min=1e-30)
+        yield torch.where((p > 0) & (q > 0), F.relu(tau - ratio) / tau, 0.0)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Convert a PyTorch state dict to a nanomr file.")
     parser.add_argument("source", help="a .pt or .pth file that holds a state dict")

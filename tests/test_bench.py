@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nanomr.methods import METHODS
+
 TRAIN_STEP = Path(__file__).resolve().parent.parent / "bench" / "train_step.py"
 FIGURES = (
     "images_per_s torch_images_per_s ratio_vs_torch ratio_fp32 overhead_vs_standard memory_vs_plain_3n gflops "
@@ -34,6 +36,21 @@ def test_the_last_line_is_json_with_every_figure(model, tmp_path):
     assert found["threads"] == 1 and found["torch_best"].split()[0] == "eager" and "fp32" in found["torch_best_fp32"]
     assert model == "small" or "memory_vs_plain_3n" not in found
     assert all(found[name] > 0 for name in FIGURES if model == "small" or not name.startswith("memory"))
+
+
+@pytest.mark.torch
+def test_interval_training_is_compared_too():
+    """The losses of both agree, or the benchmark ends with an error."""
+    found = json.loads(run("--method", "ibp", "--no-compile")[-1])
+    assert found["method"] == "ibp" and found["ratio_vs_torch"] > 0 and found["overhead_vs_standard"] > 0
+
+
+@pytest.mark.slow
+def test_the_costs_are_every_methods():
+    lines = run("--costs")
+    found = json.loads(lines[-1])["over_standard"]
+    assert set(found) == set(METHODS) and found["standard"] == 1 and found["pgd"] > 1
+    assert {line.split()[0] for line in lines[-1 - len(METHODS) : -1]} == set(METHODS)
 
 
 def test_nanomr_alone_needs_no_pytorch():

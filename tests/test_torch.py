@@ -368,6 +368,32 @@ def test_weights_of_another_network_are_refused(tmp_path):
     assert not (tmp_path / "net.safetensors").exists()
 
 
+@pytest.mark.parametrize("ramp", [0.4, 1.0])
+@pytest.mark.parametrize("name", ["small_cnn 4", "small_cnn 5", "small_cnn batch norm"])
+def test_interval_training(name, ramp, rng):
+    """One step's loss, its parts, its whole gradient, and what batch norms remember: float64 against autograd."""
+    model, net = couple(name, np.float64, rng)
+    method = mr.methods.METHODS["ibp"]
+    for _, layer in model.walk():  # more ReLUs are on than off, so that no hinge of the regulariser is shut
+        if "bias" in layer.params and layer.params["bias"].size > 10:
+            layer.params["bias"] += 0.5
+    net.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in model.state_dict().items()})
+    x, labels = images(model, 5, rng), rng.integers(0, 10, 5)
+    now = {"eps": 1e-3 * ramp, "eps_end": 1e-3, "ramp": ramp, **method.filled({"balance": 2.0})}
+    model.zero_grad()
+    found = method.step(model, x, labels, None, now)
+    kappa, weight = 1 - (1 - now["kappa"]) * ramp, now["balance"] * (1 - ramp)
+    wanted = torch_twin.interval_loss(net, nchw(x), torch.from_numpy(labels), now["eps"], kappa, weight)
+    wanted["loss"].backward()
+    assert ramp == 1 or found["balance"] > 0.1
+    for part, value in wanted.items():
+        assert float(found[part]) == pytest.approx(value.item(), rel=1e-9, abs=1e-12), part
+    assert_same_gradients(model, net, 1e-9)
+    remembered = model.state_dict()
+    for key, value in net.named_buffers():
+        assert_close(remembered[key], value, 1e-9, key)
+
+
 def test_the_twins_take_the_builders_arguments_and_defaults():
     for name, builder in mr.models.BUILDERS.items():
         ours = {p.name: p.default for p in inspect.signature(builder).parameters.values() if p.name != "seed"}
