@@ -506,17 +506,25 @@ class BatchNorm2d(Layer):
     def forward(self, x, train=False, tap=None):
         if isinstance(x, Box):
             return self._box_forward(x.checked(), train)
+        self._check(x)
+        mean, inv_std = self._statistics(x, train)
+        y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
+        return y if self.before_relu else y.full(), (x, mean, inv_std, train)
+
+    def _check(self, x):
         for name, value in (*self.params.items(), *list(self.buffers.items())[:2]):
             check(self, name, value, (self.channels,), getattr(self.params["weight"], "dtype", None))
         features = len(getattr(x, "shape", ())) == 2  # (N, C), behind a linear layer
         wanted = ("N", self.channels) if features else ("N", "H", "W", self.channels)
         check(self, "x", x, wanted, self.params["weight"].dtype, WEIGHTS)
-        ops, fused = ops_for(x), None
+
+    def _statistics(self, x, train):
+        """(mean, inv_std) of each channel: in training those of x, by which the running ones move; else the latter."""
+        ops = ops_for(x)
         if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
-            fused = ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers)
-        if fused:
-            mean, inv_std = fused
-        elif train:
+            if fused := ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers):
+                return fused
+        if train:
             mean, var = ops.batchnorm_statistics(x)
             m, keep, take = x.size // x.shape[-1], 1 - self.momentum, self.momentum
             for name, batch in (("running_mean", mean), ("running_var", var * (m / max(m - 1, 1)))):
@@ -525,18 +533,15 @@ class BatchNorm2d(Layer):
         else:
             # a copy: a training pass may move the buffer while this cache is alive
             mean, var = self.buffers["running_mean"].copy(), self.buffers["running_var"]
-        if not fused:
-            inv_std = 1 / (var + self.eps) ** 0.5
-        y = Normalized(x, self.params["weight"], self.params["bias"], mean, inv_std)
-        return y if self.before_relu else y.full(), (x, mean, inv_std, train)
+        return mean, 1 / (var + self.eps) ** 0.5
 
     def _box_forward(self, box, train):
         """The clean batch's statistics for all: radii are scaled by |gamma| inv_std."""
         clean = box.points[: len(box.points) // 2]
         if train and len(clean) != len(box.radius):
             raise ValueError(f"in training {self} takes a Box with the clean batch: points [x; centres]")
-        y, (_, mean, inv_std, _) = self.forward(clean if train else box.points, train)
-        gamma = self.params["weight"]
+        self._check(box.points)
+        (mean, inv_std), gamma = self._statistics(clean, train), self.params["weight"]
         y = ops_for(gamma).batchnorm(box.points, gamma, self.params["bias"], mean, inv_std)
         return Box(y, ops_for(gamma).scale_channels(box.radius, abs(gamma) * inv_std)), (box, mean, inv_std, train)
 

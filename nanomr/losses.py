@@ -100,20 +100,23 @@ def rivals_gain(radius, weight, labels):
     """
     check("rivals_gain", "radius", radius, ("N", "F"))
     labels = check_labels(labels, len(radius), weight.shape[1])
-    difference = weight[None] - weight.T[labels][:, :, None]
-    return (abs(difference) * radius[:, :, None]).sum(1)
+    gain = array_module(radius).empty((len(radius), weight.shape[1]), radius.dtype)
+    for k in range(weight.shape[1]):
+        rows = labels == k
+        gain[rows] = radius[rows] @ abs(weight - weight[:, k : k + 1])
+    return gain
 
 
 def rivals_gain_backward(d_gain, radius, weight, labels):
     """(d_radius, d_weight) of :func:`rivals_gain`."""
     xp = array_module(radius)
-    difference = weight[None] - weight.T[labels][:, :, None]
-    d_radius = (abs(difference) * d_gain[:, None]).sum(2)
-    each = xp.sign(difference) * radius[:, :, None] * d_gain[:, None]
-    d_weight = each.sum(0)
-    own = each.sum(2)
+    d_radius, d_weight = xp.empty_like(radius), xp.zeros_like(weight)
     for k in range(weight.shape[1]):
-        d_weight[:, k] -= own[labels == k].sum(0)
+        rows, difference = labels == k, weight - weight[:, k : k + 1]
+        d_radius[rows] = d_gain[rows] @ abs(difference).T
+        each = xp.sign(difference) * (radius[rows].T @ d_gain[rows])
+        d_weight += each
+        d_weight[:, k] -= each.sum(1)
     return d_radius, d_weight
 
 

@@ -47,6 +47,7 @@ PICTURES = {
     "relu_backward": (0, 1),
     "relu_hamming": (0,),
     "relu_hamming_backward": (0, 1),
+    "box_around": (0,),
     "relu_box": (0, 1),
     "relu_box_backward": (0, 1, 2, 3),
     "expand_pair": (0, 1),

@@ -384,6 +384,10 @@ OPERATIONS = {
     "average_pool_backward": Operation(
         arguments(pool_shapes, lambda g, s: (_normal(g, s[0]), s[1])), ones_for(reference.average_pool_backward)
     ),
+    "box_around": Operation(
+        arguments(feature_maps, lambda g, s: (g.random(s, np.float32), float(g.choice([0.0, 8 / 255, 0.7])))),
+        lambda x, eps: (np.concatenate([x + eps] * 2), x + eps),
+    ),
     "relu_box": Operation(
         arguments(feature_maps, _box),
         lambda points, r: (np.abs(points) + _to(points, r), np.abs(points[-len(r) :]) + r),

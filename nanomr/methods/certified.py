@@ -16,9 +16,7 @@ from .adversarial import attacked, pgd
 
 def box_around(x, eps) -> Box:
     """The ball of radius eps within [0, 1], [x; its centre], and its radius."""
-    xp = array_module(x)
-    low, high = xp.maximum(x - eps, 0), xp.minimum(x + eps, 1)
-    return Box(xp.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low))
+    return Box(*ops_for(x).box_around(x, eps))
 
 
 def halves(model):

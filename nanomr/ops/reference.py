@@ -122,6 +122,12 @@ def relu_hamming_backward(dy, z, alpha, weight):
     return dz
 
 
+def box_around(x, eps):
+    """([x; c], r): the ball c - r to c + r of radius eps around images x (N, ...), within [0, 1]."""
+    low, high = np.maximum(x - eps, 0), np.minimum(x + eps, 1)
+    return np.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low)
+
+
 def relu_box(points, radius):
     """([relu(x);] centres, radii) of the ReLU of [c - r, c + r]; points (N, ...) = c, or (2N, ...) = [x; c]."""
     clean, c = points[: len(points) - len(radius)], points[len(points) - len(radius) :]

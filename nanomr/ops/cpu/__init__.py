@@ -8,7 +8,7 @@ bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and g
 """
 
 from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
-from .boxes import box_sums, relu_box, relu_box_backward  # noqa: F401
+from .boxes import box_around, box_sums, relu_box, relu_box_backward  # noqa: F401
 from .elementwise import (  # noqa: F401
     average_pool,
     average_pool_backward,

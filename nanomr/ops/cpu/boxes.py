@@ -1,4 +1,4 @@
-"""Boxes at a ReLU, c - r to c + r: ReLU, its transpose, and the sums that interval training watches, in one pass each.
+"""Boxes c - r to c + r: those around images, their ReLU, its transpose, and the sums that interval training watches.
 
 ``points`` (N, ...) = c, or (2N, ...) = [x; c] with images x that are no boxes; ``radius`` (N, ...) = r.
 """
@@ -6,12 +6,24 @@
 import numpy as np
 from numba import njit, prange
 
-from .elementwise import _ZERO, _flat, _max0
+from .elementwise import _ONE, _ZERO, _flat, _max0
 from .flags import FLAGS
 from .memory import empty
 from .simd import narrow, widen
 
 _HALF = np.float32(0.5)
+
+
+@njit(parallel=True, **FLAGS)
+def _box_around(x, eps, points, radius):
+    n = len(x)
+    for i in prange(n):
+        for j in range(x.shape[1]):
+            value = widen(x[i, j])
+            low, high = value - eps, value + eps
+            low, high = _ZERO if low < _ZERO else low, _ONE if high > _ONE else high
+            points[i, j] = x[i, j]
+            points[n + i, j], radius[i, j] = narrow(_HALF * (low + high), points), narrow(_HALF * (high - low), radius)
 
 
 @njit(parallel=True, **FLAGS)
@@ -73,6 +85,13 @@ def _fitting(points, radius):
     """ValueError unless there are one or two points for each radius."""
     if len(points) not in (len(radius), 2 * len(radius)):
         raise ValueError(f"points {points.shape} do not fit radii {radius.shape}: as many are wanted, or twice as many")
+
+
+def box_around(x, eps):
+    points, radius = empty((2 * len(x), *x.shape[1:]), x.dtype), empty(x.shape, x.dtype)
+    flat_x, flat_points, flat_radius = _flat(x, points, radius)
+    _box_around(flat_x, np.float32(eps), flat_points, flat_radius)
+    return points, radius
 
 
 def relu_box(points, radius):

@@ -52,7 +52,7 @@ from .normalization import (  # noqa: F401
     relu_hamming_pair_backward,
     scale_channels,
 )
-from .plain import box_sums, relu_box, relu_box_backward  # noqa: F401
+from .plain import box_around, box_sums, relu_box, relu_box_backward  # noqa: F401
 from .training import (  # noqa: F401
     begin_step,
     corners,

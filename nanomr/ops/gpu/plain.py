@@ -35,6 +35,7 @@ def _widened(function, pictures=True):
 
 relu = _widened(reference.relu)
 relu_backward = _widened(reference.relu_backward)
+box_around = _widened(reference.box_around)
 relu_box = _widened(reference.relu_box)
 relu_box_backward = _widened(reference.relu_box_backward)
 box_sums = _widened(reference.box_sums)
