@@ -96,14 +96,14 @@ METHODS: dict[str, Method] = {
         reports=("bounds", "balance"), **_CERTIFIED,
     ),
     "dual": Method(
-        linear_bounds.dual, "linear bounds, parallel lines, reduced (Wong & Kolter 2018); slow",
+        linear_bounds.dual, "linear bounds, parallel lines; reduced (Wong & Kolter 2018); slow",
         {
-            "most": Constant(256, "units of the layers with linear bounds of their own; others have intervals"),
+            "most": Constant(256, "units of a layer that has linear bounds of its own"),
             "kappa": _ROBUST,
         }, reports=("bounds",), **_CERTIFIED,
     ),
     "predictor": Method(
-        linear_bounds.predictor, "linear bounds by slopes that are learned, reduced (Dvijotham et al. 2018)",
+        linear_bounds.predictor, "linear bounds, learned slopes; reduced (Dvijotham et al. 2018)",
         {"kappa": _ROBUST}, reports=("bounds",),
         **_CERTIFIED | dict(begin=linear_bounds.begin_predictor, finish=linear_bounds.finish_predictor),
     ),
