@@ -630,10 +630,11 @@ class Residual(Layer):
             raise ValueError(f"Residual takes one branch, or two, not {len(self.children)}")
 
     def forward(self, x, train=False, tap=None):
-        check(self, "x", x, (...,))
+        check(self, "x", x.checked().points if isinstance(x, Box) else x, (...,))
         results = [branch.forward(x, train=train, tap=tap) for branch in self.children.values()]
         terms = [y for y, _ in results] + [x][: 2 - len(results)]
-        check(self, "the second branch", terms[1], terms[0].shape, terms[0].dtype)
+        first, second = (y.points if isinstance(y, Box) else y for y in terms)
+        check(self, "the second branch", second, first.shape, first.dtype)
         return _sum(*terms), [cache for _, cache in results]
 
     def backward(self, dy, cache, param_grads=True, input_grad=True):
@@ -644,7 +645,10 @@ class Residual(Layer):
 
 
 def _sum(a, b):
-    """a + b; in bfloat16, which CuPy does not add, by way of float32: rounded once, as everywhere."""
+    """a + b; in bfloat16, which CuPy does not add, by way of float32: rounded once, as everywhere. Of boxes,
+    centres and radii: both branches may be at their ends at once."""
+    if isinstance(a, Box):
+        return Box(*map(_sum, a, b))
     return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype) if a.dtype.itemsize == 2 else a + b
 
 
@@ -686,6 +690,9 @@ class PreActBlock(Layer):
                 shortcut = h if self.shortcut_reads_h else x
         if self.projects:
             shortcut, caches["shortcut"] = self.children["shortcut"].forward(shortcut)
+        if isinstance(h, Box):
+            y, caches["conv2"] = self.children["conv2"].forward(h)
+            return _sum(y, shortcut), caches
         y, caches["conv2"] = self.children["conv2"].forward(h, plus=shortcut)
         return y, caches
 
@@ -696,6 +703,8 @@ class PreActBlock(Layer):
         dh = dy
         joins = "conv1" if self.shortcut_reads_h else "bn1"  # its dh is the gradient of what the shortcut reads, too
         for name in ("conv2", "relu2", "bn2", "conv1", "relu1", "bn1"):
-            plus = {"plus": d_shortcut} if name == joins else {}
+            plus = {"plus": d_shortcut} if name == joins and not isinstance(dy, Box) else {}
             dh = self.children[name].backward(dh, cache[name], param_grads, input_grad or name != "bn1", **plus)
+            if name == joins and isinstance(dh, Box):
+                dh = _sum(dh, d_shortcut)
         return dh

@@ -401,9 +401,10 @@ def fold(model: Model) -> Model:
         return model
     device = "cpu" if array_module(model.weights) is np else "gpu"
     folded = build(architecture).astype(model.dtype).to(device)
-    for name, layer in folded.children.items():
+    before = dict(model.walk())
+    for path, layer in folded.walk():  # those in a Sequential, too
         for kind in ("params", "buffers"):
-            for key, value in getattr(model.children[name], kind).items():
+            for key, value in getattr(before[path], kind).items():
                 getattr(layer, kind)[key][...] = value
     for name, layer, norm in children:
         running = norm.buffers["running_mean"].astype(np.float64), norm.buffers["running_var"].astype(np.float64)

@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 import nanomr as mr
 from nanomr import losses, models, rng
 from nanomr.gradcheck import GradientError, check_vjp
-from nanomr.layers import AveragePool2d, BatchNorm2d, Box, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
+from nanomr.layers import (
+    AveragePool2d,
+    BatchNorm2d,
+    Box,
+    Conv2d,
+    Flatten,
+    Linear,
+    Normalize,
+    PreActBlock,
+    ReLU,
+    Residual,
+    Sequential,
+)
 from nanomr.methods import METHODS, certified
 from nanomr.ops import ops_for
 from nanomr.testing import prepare
@@ -22,6 +34,12 @@ LAYERS = {
     "pool": lambda: AveragePool2d(2),
     "batchnorm": lambda: BatchNorm2d(2),
     "batchnorm of features": lambda: Sequential({"flatten": Flatten(), "bn": BatchNorm2d(32)}),
+    "residual": lambda: Residual({"branch": Sequential({"conv": Conv2d(2, 2, 3, 1, 1), "relu": ReLU()})}),
+    "residual of two": lambda: Residual({"conv": Conv2d(2, 3, 3, 2, 1), "shortcut": Conv2d(2, 3, 1, 2, 0)}),
+    "block": lambda: PreActBlock(2, 2),
+    "block with a shortcut": lambda: PreActBlock(2, 3, 2),
+    "block whose shortcut reads x": lambda: PreActBlock(2, 3, 2, out_shortcut=False),
+    "block with an activated identity": lambda: PreActBlock(2, 2, activated_identity=True),
 }
 
 

@@ -15,6 +15,7 @@ from nanomr.attacks.common import project_l1
 from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
+from nanomr.methods import METHODS
 from nanomr.ops import reference as ops
 from nanomr.verify.bounds import crown as verifier
 from nanomr.verify.chain import Chain
@@ -407,11 +408,50 @@ def interval():
     )  # fmt: skip
 
 
+def _bounds_step(method):
+    """The loss of a step by all weights at once, some of which are a ReLU layer's."""
+    children = {
+        "conv1": layers.Conv2d(2, 3, 2, 1, 0, bias=False), "bn": layers.BatchNorm2d(3), "relu1": layers.ReLU(),
+        "conv2": layers.Conv2d(3, 2, 2, 1, (1, 0, 0, 1)), "relu2": layers.ReLU(), "flatten": layers.Flatten(),
+        "fc1": layers.Linear(8, 5), "relu3": layers.ReLU(), "fc2": layers.Linear(5, 3),
+    }  # fmt: skip
+    net = models.Model(children, "check", (3, 3, 2))
+    METHODS[method].begin(net, np.random.default_rng(0))
+    net.astype(np.float64).weights[...] = 0.7 * _normal(net.weights.size, seed=1)
+    x, labels = 0.5 + 0.2 * np.tanh(_normal(3, 3, 3, 2, seed=2)), np.array([0, 2, 1])
+    now = {"eps": 0.12, "eps_end": 0.2, "ramp": 0.6, **METHODS[method].filled({"kappa": 0.3})}
+
+    def value(w):
+        net.weights = w
+        return np.asarray(METHODS[method].step(net, x, labels, None, now)["loss"])
+
+    def vjp(dy):
+        net.zero_grad()
+        value(start)
+        return (dy * net.gradients,)
+
+    start = net.weights.copy()
+    yield "central", _vjp(value, vjp, start, method="central")
+
+
+def crown_ibp():
+    return _bounds_step("crown-ibp")
+
+
+def dual():
+    return _bounds_step("dual")
+
+
+def predictor():
+    return _bounds_step("predictor")
+
+
 PAGES = {
     f"{page.__name__}.md": page
     for page in (
         linear, convolution, relu, batchnorm, pooling, cross_entropy, trades, mmc, dlr, msd, sinkhorn, intrinsic,
-        hamming, laplacian, pair_batch, crown, beta_crown, hull, input_split, interval,
+        hamming, laplacian, pair_batch, crown, beta_crown, hull, input_split, interval, crown_ibp, dual,
+        predictor,
     )
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..models import fold
-from . import adversarial, certified, manifold
+from . import adversarial, certified, linear_bounds, manifold
 from .manifold import manifold_step, standard_step
 
 __all__ = ["METHODS", "Constant", "Method", "manifold_step", "standard_step"]
@@ -65,6 +65,7 @@ _PAIR = dict(reports=("intrinsic", "hamming"), recipe="paper")
 _START = {"start": Constant(1.0, "share of the ball that it begins in", high=1.0)}
 _STEPS = {"steps": Constant(10, "of the attack", low=1), "step_size": Constant(0.25, "of the attack, in eps")}
 _KAPPA = {"kappa": Constant(0.2, "weight of the clean cross-entropy at the end", high=1.0)}
+_ROBUST = Constant(0.0, "weight of the clean cross-entropy at the end", high=1.0)
 _BALANCE = {"balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning")}
 _CERTIFIED = dict(begin=certified.begin, finish=fold, certifies=True)
 METHODS: dict[str, Method] = {
@@ -88,6 +89,23 @@ METHODS: dict[str, Method] = {
             "share": Constant(0.7, "of the radius that the smaller boxes have", high=1.0),
             "steps": Constant(8, "of the attack", low=1), "step_size": Constant(0.5, "of the attack, in eps"),
         } | _START | _KAPPA | _BALANCE, reports=("interval", "balance"), **_CERTIFIED,
+    ),
+    "crown-ibp": Method(
+        linear_bounds.crown_ibp, "ibp with linear bounds while eps grows (Zhang et al. 2020)",
+        {"beta_end": Constant(0.0, "share of the linear bounds at the end", high=1.0)} | _KAPPA | _BALANCE,
+        reports=("bounds", "balance"), **_CERTIFIED,
+    ),
+    "dual": Method(
+        linear_bounds.dual, "linear bounds, parallel lines; reduced (Wong & Kolter 2018); slow",
+        {
+            "most": Constant(256, "units of a layer that has linear bounds of its own"),
+            "kappa": _ROBUST,
+        }, reports=("bounds",), **_CERTIFIED,
+    ),
+    "predictor": Method(
+        linear_bounds.predictor, "linear bounds, learned slopes; reduced (Dvijotham et al. 2018)",
+        {"kappa": _ROBUST}, reports=("bounds",),
+        **_CERTIFIED | dict(begin=linear_bounds.begin_predictor, finish=linear_bounds.finish_predictor),
     ),
     "diffai": Method(
         certified.diffai, "random boxes and adversarial images (Mirman et al.)",

@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--model", choices=("small", "preact_resnet18", "mlp"), help=text)
     text = "small: 4 (the default) as Wong et al., 5 as Xiao et al."
     g.add_argument("--kernel", type=int, choices=(4, 5), default=None, help=text)
-    text = "small: one behind each hidden layer; ibp, mtl-ibp and sabr fold it in what they save; default: theirs alone"
+    folding = ", ".join(name for name, method in METHODS.items() if method.finish)
+    text = f"small: one behind each hidden layer; {folding} fold it in what they save; default: theirs alone"
     g.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "preact_resnet18: channels of its first stage; 32 is a quarter of the arithmetic (default: 64)"
     g.add_argument("--width", type=positive, default=None, help=text)

@@ -1,0 +1,399 @@
+"""Certified training by linear bounds: each ReLU between two lines, coefficients carried back from the margins to the
+image, and the gradient of the bound by every weight. ``docs/derivations/crown_ibp.md``, ``dual.md``, ``predictor.md``.
+
+The verifier's bounds (:mod:`nanomr.verify.bounds.crown`) are the same; these are of a batch in training, batch norms
+and all, and go backwards. What a layer is to them (``Lines``, ``Scale``, ``Map``) says what it does to coefficients on
+the way ``down`` to the image, and to points on the way ``up`` again.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..backend import array_module
+from ..borders import check_labels
+from ..layers import Affine, BatchNorm2d, Box, Layer, Normalize, ReLU, Sequential
+from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
+from ..models import build, fold
+from ..ops import ops_for
+from . import certified
+
+ROWS = 2048  # so many rows are carried at once: their coefficients are arrays of as many images
+
+
+def crown_ibp(model, x, labels, draw, now) -> dict:
+    """:func:`nanomr.methods.certified.ibp` with a share of each worst margin by CROWN in the place of intervals: beta,
+    which goes from 1 to ``now["beta_end"]`` with the ramp. The bounds of the ReLUs' inputs are intervals. Zhang et al.
+    2020; ``docs/derivations/crown_ibp.md``."""
+    beta = 1 - (1 - now["beta_end"]) * now["ramp"]
+    if beta == 0:
+        parts = certified.ibp(model, x, labels, draw, now)
+        return parts | {"bounds": parts.pop("interval")}
+    return _worst_margins(model, x, labels, now, adaptive, beta)
+
+
+def dual(model, x, labels, draw, now) -> dict:
+    """kappa CE(clean) + (1 - kappa) CE(worst margins by parallel lines). Wong & Kolter 2018, reduced: ReLU layers of
+    more than ``most`` units have intervals as bounds. ``docs/derivations/dual.md``."""
+    parts = _worst_margins(model, x, labels, now | {"balance": 0}, parallel, most=int(now["most"]))
+    del parts["balance"]
+    return parts
+
+
+def predictor(model, x, labels, draw, now) -> dict:
+    """The same by lines whose slopes a small network predicts that is trained along. Dvijotham et al. 2018, reduced:
+    ``docs/derivations/predictor.md``."""
+    parts = _worst_margins(model, x, labels, now | {"balance": 0}, predicted)
+    del parts["balance"]
+    return parts
+
+
+def _worst_margins(model, x, labels, now, slopes, beta=1.0, most=0) -> dict:
+    """kappa CE(clean) + (1 - kappa) CE(beta of the worst margins by lines, 1 - beta of those by intervals) + Shi's
+    regulariser, as ``now`` has it; gradients are added."""
+    labels, n, xp = check_labels(labels, len(x)), len(x), array_module(x)
+    kappa, box = 1 - (1 - now["kappa"]) * now["ramp"], certified.box_around(x, now["eps"])
+    tap = _balance(model, box, now)
+    network = Relaxed(model, box, slopes, most, tap)
+    features, last = network.features, network.steps[-1].layer
+    logits, at_last = last.forward(features.points)
+    classes, rows = logits.shape[1], xp.arange(n)[:, None]
+    unit, rivals = xp.eye(classes, dtype=x.dtype), (labels[:, None] + xp.arange(1, classes)) % classes
+    low, _, record = network.bounds(unit[labels][:, None] - unit[rivals])
+    worst = xp.zeros_like(logits[n:])
+    worst[rows, rivals] = -beta * low
+    if beta < 1:
+        gain = rivals_gain(features.radius, last.params["weight"], labels)
+        worst += (1 - beta) * (logits[n:] + gain)
+    clean, d_clean = cross_entropy(logits[:n], labels)
+    bounds, d_worst = cross_entropy(worst, labels)
+    d_worst *= 1 - kappa
+    network.bounds_backward(record, -beta * d_worst[rows, rivals], 0 * low)
+    d_worst *= 1 - beta
+    points, radius = last.backward(xp.concatenate([kappa * d_clean, d_worst]), at_last), xp.zeros_like(features.radius)
+    if beta < 1:
+        radius, d_weight = rivals_gain_backward(d_worst, features.radius, last.params["weight"], labels)
+        last.accumulate(weight=d_weight)
+    network.backward(Box(points, radius))
+    balance = tap.value if tap else 0.0
+    loss = kappa * clean + (1 - kappa) * bounds + (tap.weight * balance if tap else 0.0)
+    return {"loss": loss, "cross_entropy": clean, "bounds": bounds, "balance": balance}
+
+
+def _balance(model, box, now):
+    """Shi's regulariser for a step, None when there is none."""
+    if now["ramp"] == 1 or now["eps"] <= 2e-4 * now["eps_end"] or now["balance"] == 0:  # smaller radii underflow
+        return None
+    entry, radius = next(iter(model.children.values())), box.radius
+    radius = entry.absolute().apply(radius, bias=False) if isinstance(entry, Normalize) else radius
+    relus = sum(isinstance(layer, ReLU) for _, layer in model.walk())
+    return certified.Balance(float(radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
+
+
+# --- slopes: (those of the lines below and above, the way back to the chord's) ----------------------------------------
+
+
+def adaptive(layer, chord):
+    """CROWN's: below, the line that wastes the smaller area; it has a slope that does not move."""
+    return (chord > 0.5).astype(chord.dtype), chord, lambda d_lower, d_upper: d_upper
+
+
+def parallel(layer, chord):
+    """Wong & Kolter's: both the chord's."""
+    return chord, chord, lambda d_lower, d_upper: d_lower + d_upper
+
+
+def predicted(layer, chord):
+    """The chord's, moved on the logistic scale by what ``layer`` has learned: for each channel, and apart for below and
+    above, a multiple of 2 chord - 1 and a constant."""
+    xp, t, ways = array_module(chord), 2 * chord - 1, {}
+    for name in SIDES:
+        weight, bias = layer.params[name]
+        shift = weight * t + bias
+        small, falls = xp.maximum(xp.exp(-abs(shift)), 1e-12), shift < 0  # no 0 / 0
+        top, rest = xp.where(falls, chord * small, chord), xp.where(falls, 1 - chord, (1 - chord) * small)
+        slope = top / (top + rest)
+        ways[name] = slope, small / (top + rest) ** 2, weight
+
+    def backward(*gradients):
+        d_chord = 0.0
+        for (name, (slope, by_chord, weight)), d in zip(ways.items(), gradients, strict=True):
+            d_shift, channels = d * slope * (1 - slope), tuple(range(chord.ndim - 1))
+            layer.accumulate(**{name: xp.stack([(d_shift * t).sum(channels), d_shift.sum(channels)])})
+            d_chord = d_chord + d * by_chord + 2 * weight * d_shift
+        return d_chord
+
+    return *(ways[name][0] for name in SIDES), backward
+
+
+SIDES = "below", "above"
+
+
+def begin_predictor(model, generator: np.random.Generator):
+    """:func:`nanomr.methods.certified.begin`, and what :func:`predicted` learns in every ReLU layer: at 0, which makes
+    Wong & Kolter's lines."""
+    certified.begin(model, generator)
+    channels = 1
+    for _, layer in model.walk():
+        if "weight" in layer.params:
+            channels = layer.params["weight"].shape[-1]
+        elif isinstance(layer, ReLU):
+            layer.params.update({name: np.zeros((2, channels), np.float32) for name in SIDES})
+    model._settled()
+
+
+def finish_predictor(model):
+    """The network by itself, batch norms folded."""
+    plain = build(model.architecture).astype(model.dtype)
+    names = plain.state_dict()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    return fold(plain.to("cpu" if array_module(model.weights) is np else "gpu"))
+
+
+# --- the three kinds of steps -----------------------------------------------------------------------------------------
+
+
+class Lines:
+    """lower z <= relu(z) <= upper z + offset for low <= z <= high, all (N, ...); a ReLU that is on (off) there is the
+    line z (0). Any upper slope will do: the offset is the least that goes with it.
+
+    ``gradients``: by lower, upper and offset, to which every pass through the lines adds.
+    """
+
+    def __init__(self, layer, low, high, slopes):
+        xp, self.low, self.high, self.unstable = array_module(low), low, high, (low < 0) & (high > 0)
+        self.width = xp.where(self.unstable, high - low, 1)
+        self.chord = xp.where(self.unstable, high / self.width, (low >= 0).astype(low.dtype))
+        lower, upper, self.slopes_backward = slopes(layer, self.chord)
+        self.lower, self.upper = (xp.where(self.unstable, slope, self.chord) for slope in (lower, upper))
+        self.offset = xp.where(self.unstable, xp.maximum(-self.upper * low, (1 - self.upper) * high), 0)
+        self.gradients = [xp.zeros_like(low) for _ in range(3)]
+
+    def down(self, a, at):
+        xp, offset = array_module(a), self.offset[at]
+        positive, negative = xp.maximum(a, 0), xp.minimum(a, 0)
+        a = positive * self.lower[at][:, None] + negative * self.upper[at][:, None]
+        return a, _inner(negative, offset), _inner(positive, offset)
+
+    def up(self, z, a, low, high, at):
+        xp = array_module(a)
+        side = xp.where(a > 0, _like(high, a), xp.where(a < 0, _like(low, a), 0))
+        parts = xp.maximum(a, 0) * z, xp.minimum(a, 0) * z, a * side
+        for gradient, part in zip(self.gradients, parts, strict=True):
+            gradient[at] += part.sum(1)
+        slope = xp.where(a > 0, self.lower[at][:, None], self.upper[at][:, None])
+        return slope * z + side * self.offset[at][:, None]
+
+    def backward(self):
+        """The gradients by (low, high); what the slopes learn is added to their layer's."""
+        xp = array_module(self.low)
+        d_lower, d_upper, d_offset = (self.unstable * gradient for gradient in self.gradients)
+        left = self.upper >= self.chord  # the end of the range at which the line above touches
+        d_upper = d_upper - d_offset * xp.where(left, self.low, self.high)
+        d_chord = self.unstable * self.slopes_backward(d_lower, d_upper) / self.width
+        return (
+            d_chord * self.chord - d_offset * left * self.upper,
+            d_chord * (1 - self.chord) + d_offset * ~left * (1 - self.upper),
+        )
+
+
+class Scale:
+    """A batch norm, scale z + shift per channel by the clean batch's statistics; the gradients by both add up."""
+
+    def __init__(self, norm, cache):
+        box, self.mean, self.inv_std, _ = cache
+        self.norm, self.clean = norm, box.points[: len(box.radius)]
+        self.scale = norm.params["weight"] * self.inv_std
+        self.shift = norm.params["bias"] - self.mean * self.scale
+        self.d_scale, self.d_shift = 0.0, 0.0
+
+    def down(self, a, at):
+        constant = _inner(a, array_module(a).broadcast_to(self.shift, (1, *a.shape[2:])))
+        return a * self.scale, constant, constant
+
+    def up(self, z, a, low, high, at):
+        total, channels = _like(low + high, a), tuple(range(a.ndim - 1))
+        self.d_scale = self.d_scale + (a * z).sum(channels)
+        self.d_shift = self.d_shift + (a * total).sum(channels)
+        return z * self.scale + total * self.shift
+
+    def backward(self):
+        """The gradient by the clean batch, whose mean and variance move it; the parameters' is added to the norm's."""
+        d_weight = self.inv_std * (self.d_scale - self.mean * self.d_shift)
+        self.norm.accumulate(weight=d_weight, bias=self.d_shift)
+        args = self.norm.params["weight"], self.mean, self.inv_std, d_weight, self.d_shift
+        return ops_for(self.clean).batchnorm_backward(0 * self.clean, self.clean, *args)
+
+
+class Map:
+    """An affine layer. ``like``: an input of it (1, ...)."""
+
+    def __init__(self, layer, like):
+        self.layer, self.like = layer, like
+        self.at_zero = layer.apply(0 * like) if "bias" in layer.params or layer.buffers else None
+
+    def down(self, a, at):
+        constant = 0.0 if self.at_zero is None else _inner(a, self.at_zero)
+        rows = a.reshape(-1, *a.shape[2:])
+        like = array_module(a).broadcast_to(self.like, (len(rows), *self.like.shape[1:]))
+        return self.layer.transpose(rows, like).reshape(*a.shape[:2], *self.like.shape[1:]), constant, constant
+
+    def up(self, z, a, low, high, at):
+        rows = z.reshape(-1, *z.shape[2:])
+        if self.layer.params:
+            self.layer.accumulate_from(rows, a.reshape(-1, *a.shape[2:]), bias=False)
+        if "bias" in self.layer.params:
+            self.layer.accumulate(bias=(a * _like(low + high, a)).sum(tuple(range(a.ndim - 1))))
+        z = self.layer.apply(rows, bias=False).reshape(*z.shape[:2], *a.shape[2:])
+        return z if self.at_zero is None else z + _times(low + high, self.at_zero)
+
+
+def _inner(a, b):
+    """(N, R): the sums of the products of a (N, R, ...) with b (N, ...); either N may be 1."""
+    return (a.reshape(*a.shape[:2], -1) @ b.reshape(len(b), -1, 1))[:, :, 0]
+
+
+def _like(g, a):
+    """g (N, R), with axes to meet a (N, R, ...)."""
+    return g.reshape(*g.shape, *(1,) * (a.ndim - 2))
+
+
+def _times(g, b):
+    """(N, R, ...): g (N, R) times b (N, ...)."""
+    return g.reshape(*g.shape, *(1,) * (b.ndim - 1)) * b[:, None]
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    layer: Layer
+    known: Lines | Scale | Map
+    cache: object = None  # of the layer's forward pass, on a box
+    found: tuple | None = None  # of a ReLU layer with linear bounds of its own
+
+
+class Relaxed:
+    """``model`` in training, in a ``box`` of N images, [x; centres] and radii: boxes go forwards and leave lines around
+    every ReLU, by which linear functions of what is above go back to the box.
+
+    ``slopes``: :func:`adaptive`, :func:`parallel`, :func:`predicted`. ReLU layers of at most ``most`` units, but the
+    first, whose intervals are exact, have bounds by lines, too (parallel ones); the better of the two count, for what
+    is above as well. ``features``: the last layer's box. ValueError for a layer that is neither affine, nor a batch
+    norm, nor a ReLU.
+    """
+
+    def __init__(self, model, box, slopes, most=0, tap=None):
+        (body, last), self.steps = certified.halves(model), []
+        self.centre, self.radius = box.points[len(box.radius) :], box.radius
+        xp, z = array_module(box.radius), box
+        for layer in _flat(body):
+            if isinstance(layer, Normalize) and not self.steps:
+                z, _ = layer.forward(z)
+                self.centre, self.radius = z.points[len(z.radius) :], z.radius
+            elif isinstance(layer, ReLU):
+                c, r, found = z.points[len(z.radius) :], z.radius, None
+                low, high = c - r, c + r
+                if c[0].size <= most and any(isinstance(step.known, Lines) for step in self.steps):
+                    low, high, found = self._better(low, high)
+                    z = Box(xp.concatenate([z.points[: len(c)], 0.5 * (low + high)]), 0.5 * (high - low))
+                z, cache = layer.forward(z, train=True, tap=tap)
+                self.steps.append(Step(layer, Lines(layer, low, high, slopes), cache, found))
+            else:
+                like = z.points[:1]
+                z, cache = layer.forward(z, train=True)
+                norm = isinstance(layer, BatchNorm2d)
+                self.steps.append(Step(layer, Scale(layer, cache) if norm else Map(layer, like), cache))
+        self.features = z
+        self.steps.append(Step(last, Map(last, z.points[:1])))
+
+    def _better(self, low, high):
+        """The bounds (N, ...) of the last step's output, those of unstable units made better by lines; and what
+        :meth:`_at_relu` needs: which units (N, R) of each image, where lines are better below and above, the record."""
+        xp, shape, n = array_module(low), low.shape, len(low)
+        low, high = low.reshape(n, -1).copy(), high.reshape(n, -1).copy()
+        unstable = (low < 0) & (high > 0)
+        most = int(unstable.sum(1).max())
+        if most == 0:
+            return low.reshape(shape), high.reshape(shape), None
+        at = (
+            xp.arange(n)[:, None],
+            xp.argsort(~unstable, axis=1, kind="stable")[:, :most],
+        )  # and stable ones, to be even
+        rows = xp.eye(low.shape[1], dtype=low.dtype)[at[1]].reshape(n, most, *shape[1:])
+        low_too, high_too, record = self.bounds(rows)
+        by_low, by_high = unstable[at] & (low_too > low[at]), unstable[at] & (high_too < high[at])
+        low[at], high[at] = xp.where(by_low, low_too, low[at]), xp.where(by_high, high_too, high[at])
+        return low.reshape(shape), high.reshape(shape), (at, by_low, by_high, record)
+
+    def bounds(self, a):
+        """(low, high, record): low (N, R) <= a z over the box, z the output of the last step there is, a (N, R, ...).
+        Where all lines are parallel, a z <= high; where they are not, it means nothing."""
+        xp, size = array_module(a), max(1, ROWS // a.shape[1])
+        parts = [slice(i, i + size) for i in range(0, len(self.radius), size)]
+        low, high, record = zip(*(self._down(a[at], at) for at in parts), strict=True)
+        return xp.concatenate(low), xp.concatenate(high), list(zip(parts, record, strict=True))
+
+    def _down(self, a, at):
+        low, high, record = 0.0, 0.0, []
+        for step in reversed(self.steps):
+            record.append(a)
+            a, *constants = step.known.down(a, at)
+            low, high = low + constants[0], high + constants[1]
+        middle, width = _inner(a, self.centre[at]), _inner(abs(a), self.radius[at])
+        return low + middle - width, high + middle + width, (a, record[::-1])
+
+    def bounds_backward(self, record, d_low, d_high):
+        """Add what the gradients by :meth:`bounds`, (N, R) each, make of all others.
+
+        A bound is the value of the network with lines in the place of ReLUs at the worst corner: an ordinary pass goes
+        up from there, and the coefficients are the upstream gradients. Points are weighted from the start, the corners
+        of low and of high added.
+        """
+        for at, (a, coefficients) in record:
+            low, high, xp = d_low[at], d_high[at], array_module(a)
+            z = _times(low + high, self.centre[at]) + _times(high - low, self.radius[at]) * xp.sign(a)
+            for step, a in zip(self.steps, coefficients, strict=False):  # those that there were
+                z = step.known.up(z, a, low, high, at)
+
+    def backward(self, dz):
+        """Add what the gradient by ``features`` makes, and all that :meth:`bounds_backward` has left at the steps."""
+        learns = [bool(step.layer.params) for step in self.steps]
+        for i in reversed(range(len(self.steps) - 1)):
+            layer, known, cache, found = self.steps[i]
+            dz = layer.backward(dz, cache, input_grad=any(learns[:i]))
+            if isinstance(known, Scale):
+                d_clean = known.backward()
+                if dz is not None:
+                    dz.points[: len(d_clean)] += d_clean
+            elif isinstance(known, Lines):
+                dz = self._at_relu(known, dz, found)
+            if dz is None:
+                return
+
+    def _at_relu(self, lines, dz, found):
+        """The gradient by a ReLU layer's box as it came, from that by the box that it was given."""
+        by_low, by_high = lines.backward()
+        if dz is None:
+            return None
+        xp, n, shape = array_module(by_low), len(by_low), by_low.shape
+        c, r = dz.points[n:], dz.radius
+        ends = [d.reshape(n, -1) for d in (by_low + 0.5 * (c - r), by_high + 0.5 * (c + r))]
+        if found:
+            at, *better, record = found
+            self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
+            for d, lines_are in zip(ends, better, strict=True):
+                d[at] *= ~lines_are
+        d_low, d_high = (d.reshape(shape) for d in ends)
+        return Box(xp.concatenate([dz.points[:n], d_low + d_high]), d_high - d_low)
+
+
+def _flat(layer):
+    """The layers in a chain of Sequentials, in order. ValueError for one that lines have no rule for."""
+    for child in layer.children.values():
+        if isinstance(child, Sequential):
+            yield from _flat(child)
+        elif isinstance(child, Affine | BatchNorm2d | ReLU):
+            yield child
+        else:
+            raise ValueError(f"linear bounds take a chain of affine layers, batch norms and ReLUs, not {child}")
