@@ -7,7 +7,7 @@ import numpy as np
 from .. import rng
 from ..backend import array_module
 from ..borders import check_labels
-from ..layers import Box, Linear, Normalize, Sequential
+from ..layers import Box, Linear, Normalize, ReLU, Sequential
 from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
 from ..ops import ops_for
@@ -59,6 +59,16 @@ class Balance:
 
     def backward(self, dy, z, gains):
         return z.relu_backward(dy, gains)
+
+
+def balance(model, box, now):
+    """:class:`Balance` for a step from this box, as the ramp has it; None when there is none."""
+    if now["ramp"] == 1 or now["eps"] <= 2e-4 * now["eps_end"] or now["balance"] == 0:  # smaller radii underflow
+        return None
+    entry, radius = next(iter(model.children.values())), box.radius
+    radius = entry.absolute().apply(radius, bias=False) if isinstance(entry, Normalize) else radius
+    relus = sum(isinstance(layer, ReLU) for _, layer in model.walk())
+    return Balance(float(radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
 
 
 def ibp(model, x, labels, draw, now) -> dict:
@@ -150,13 +160,8 @@ def _worst_case(model, x, labels, now, kappa, weight, box=None) -> dict:
     """
     check_labels(labels, len(x))
     n, xp, (body, last) = len(x), array_module(x), halves(model)
-    box, ramp, tap = box or box_around(x, now["eps"]), now["ramp"], None
-    if ramp < 1 and now["eps"] > 2e-4 * now["eps_end"] and now["balance"] > 0:  # smaller radii underflow in float32
-        radius, entry = box.radius, next(iter(model.children.values()))
-        if isinstance(entry, Normalize):
-            radius = entry.absolute().apply(radius, bias=False)
-        relus = sum(type(layer).__name__ == "ReLU" for _, layer in model.walk())
-        tap = Balance(float(radius.mean()), relus, now["balance"] * (1 - ramp))
+    box = box or box_around(x, now["eps"])
+    tap = balance(model, box, now)
     features, cache = body.forward(box, train=True, tap=tap)
     logits, at_last = last.forward(features.points)
     gain = rivals_gain(features.radius, last.params["weight"], labels)
@@ -168,10 +173,10 @@ def _worst_case(model, x, labels, now, kappa, weight, box=None) -> dict:
     last.accumulate(weight=d_weight)
     body.backward(Box(points, radius), cache, input_grad=False)
     loss = kappa * clean + weight * worst
-    balance = tap.value if tap else 0.0
+    value = tap.value if tap else 0.0
     return {
-        **{"loss": loss + (tap.weight * balance if tap else 0.0), "cross_entropy": clean},
-        **{"interval": worst, "balance": balance},
+        **{"loss": loss + (tap.weight * value if tap else 0.0), "cross_entropy": clean},
+        **{"interval": worst, "balance": value},
     }
 
 

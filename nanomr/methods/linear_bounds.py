@@ -53,7 +53,7 @@ def _worst_margins(model, x, labels, now, slopes, beta=1.0, most=0) -> dict:
     regulariser, as ``now`` has it; gradients are added."""
     labels, n, xp = check_labels(labels, len(x)), len(x), array_module(x)
     kappa, box = 1 - (1 - now["kappa"]) * now["ramp"], certified.box_around(x, now["eps"])
-    tap = _balance(model, box, now)
+    tap = certified.balance(model, box, now)
     network = Relaxed(model, box, slopes, most, tap)
     features, last = network.features, network.steps[-1].layer
     logits, at_last = last.forward(features.points)
@@ -78,16 +78,6 @@ def _worst_margins(model, x, labels, now, slopes, beta=1.0, most=0) -> dict:
     balance = tap.value if tap else 0.0
     loss = kappa * clean + (1 - kappa) * bounds + (tap.weight * balance if tap else 0.0)
     return {"loss": loss, "cross_entropy": clean, "bounds": bounds, "balance": balance}
-
-
-def _balance(model, box, now):
-    """Shi's regulariser for a step, None when there is none."""
-    if now["ramp"] == 1 or now["eps"] <= 2e-4 * now["eps_end"] or now["balance"] == 0:  # smaller radii underflow
-        return None
-    entry, radius = next(iter(model.children.values())), box.radius
-    radius = entry.absolute().apply(radius, bias=False) if isinstance(entry, Normalize) else radius
-    relus = sum(isinstance(layer, ReLU) for _, layer in model.walk())
-    return certified.Balance(float(radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
 
 
 # --- slopes: (those of the lines below and above, the way back to the chord's) ----------------------------------------
