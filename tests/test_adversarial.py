@@ -114,6 +114,74 @@ def reference(name, model, x, labels, c, seed=0):
     return (nll(logits(model, x)) + c["beta"] * kl).mean(), moved
 
 
+def multi_steepest(model, x, labels, generator, c):
+    """The images that msd learns from: an image at a time, the l1 ball's threshold by bisection."""
+
+    def each_nll(z):
+        return -np.log(softmax(z)[np.arange(len(z)), labels])
+
+    def l1_step(at, slope, k, size):
+        room = [1 - p if s > 0 else p for p, s in zip(at, slope, strict=True)]
+        moving = sorted(np.flatnonzero(np.array(room) > size / k), key=lambda i: -abs(slope[i]))[:k]
+        moved = at.copy()
+        for i in moving:
+            moved[i] += np.sign(slope[i]) * size / k
+        return moved
+
+    def into_l1(change, eps):
+        low, high = 0.0, abs(change).max()
+        if abs(change).sum() <= eps:
+            return change
+        for _ in range(100):
+            tau = 0.5 * (low + high)
+            low, high = (tau, high) if np.maximum(abs(change) - tau, 0).sum() > eps else (low, tau)
+        return np.sign(change) * np.maximum(abs(change) - high, 0)
+
+    flat, ramp, best, worst = x.reshape(len(x), -1), c["ramp"], x.copy(), np.full(len(x), -np.inf)
+    eps_2, eps_1, current = ramp * c["eps_l2"], ramp * c["eps_l1"], flat.copy()
+    for _ in range(c["steps"]):
+        z, cache = model.forward(current.reshape(x.shape))
+        slopes = model.backward(softmax(z) - np.eye(CLASSES)[labels], cache, param_grads=False).reshape(flat.shape)
+        k, three = generator.integers(5, 21), np.empty((3, *flat.shape))
+        for i, (x0, at, slope) in enumerate(zip(flat, current, slopes, strict=True)):
+            by_inf = np.clip(at + c["step_size"] * c["eps"] * np.sign(slope), x0 - c["eps"], x0 + c["eps"])
+            by_two = at + c["step_size"] * eps_2 * slope / max(np.linalg.norm(slope), 1e-300) - x0
+            by_two *= min(1, eps_2 / max(np.linalg.norm(by_two), 1e-300))
+            by_one = into_l1(l1_step(at, slope, k, ramp * c["step_l1"]) - x0, eps_1)
+            three[:, i] = np.clip([by_inf, x0 + by_two, x0 + by_one], 0, 1)
+        found = np.array([each_nll(logits(model, images.reshape(x.shape))) for images in three])
+        for i, which in enumerate(found.argmax(0)):
+            current[i] = three[which, i]
+            if found[which, i] > worst[i]:
+                worst[i], best[i] = found[which, i], current[i].reshape(SHAPE)
+    return best
+
+
+MSD = {"eps_l2": 0.4, "eps_l1": 1.6, "step_size": 0.4, "step_l1": 0.5}
+
+
+@fewer(0.5)
+@given(seed=seeds)
+def test_msds_images_are_the_formulas(seed):
+    model, (x, labels) = network(seed % 1000), batch(seed, n=8)
+    settings = now("msd", **MSD) | {"ramp": 0.8}
+    found = adversarial.union_ascent(model, x, labels, draws(seed)(rng.METHOD), settings)
+    wanted = multi_steepest(model, x, labels, draws(seed)(rng.METHOD), settings)
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("constant", ["eps", *MSD])
+def test_msds_formula_with_another_constant_is_other_images(constant):
+    """The negative control: each ball and each step counts for some image."""
+    model, (x, labels) = network(3), batch(3, n=40)
+    settings = now("msd", **MSD)
+    found = adversarial.union_ascent(model, x, labels, draws()(rng.METHOD), settings)
+    for factor, same in ((1.0, True), (0.9, False)):
+        other = settings | {constant: factor * settings[constant]}
+        wanted = multi_steepest(model, x, labels, draws()(rng.METHOD), other)
+        assert (abs(found - wanted).max() < 1e-9) == same
+
+
 def centres(classes):
     """Pang et al.'s, of length 1: as their algorithm builds them, coordinate by coordinate."""
     mu = np.zeros((classes, classes))

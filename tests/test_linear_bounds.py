@@ -92,14 +92,11 @@ def stages(model, x):
     return [*found, (a, b, None)]
 
 
-def slopes_of(name, layer, s):
+def slope_below(name, layer, s):
     if name == "crown-ibp":
-        return float(s > 0.5), s
-    if name == "dual":
-        return s, s
-    z = np.log(s / (1 - s))
-    return tuple(1 / (1 + np.exp(-(z + layer.params[side][0] * (2 * s - 1) + layer.params[side][1])))
-                 for side in ("below", "above"))  # fmt: skip
+        return float(s > 0.5)
+    weight, bias = layer.params["predictor"] if name == "predictor" else (0, 0)
+    return 1 / (1 + np.exp(-(np.log(s / (1 - s)) + weight * (2 * s - 1) + bias)))
 
 
 def lines(name, layer, low, high):
@@ -111,8 +108,8 @@ def lines(name, layer, low, high):
             continue
         one = ReLU()
         one.params = {k: v[:, i % v.shape[1]] for k, v in layer.params.items()}
-        below, above = slopes_of(name, one, end / (end - start))
-        result.append((below, above, max(0 - above * start, end - above * end)))
+        above = end / (end - start)
+        result.append((slope_below(name, one, above), above, end - above * end))
     return np.array(result).T
 
 
@@ -258,18 +255,15 @@ def test_a_gradient_without_the_lines_of_the_layer_in_the_middle_is_found_out(mo
     assert len(calls) > 1 and all(calls)
 
 
-def test_what_predictor_learns_has_a_gradient_and_it_is_checked():
+def test_what_predictor_learns_has_a_gradient_that_leads_down():
     model, g = network("predictor")
     x, labels = batch(g)
-    step("predictor", model, x, labels, now("predictor"))
-    for relu in (layer for _, layer in model.walk() if isinstance(layer, ReLU)):
-        assert all(relu.grads[side].any() for side in ("below", "above"))
-        for side in ("below", "above"):
-            relu.params[side][...] += 0.1 * relu.grads[side]
+    model.zero_grad()
     before = step("predictor", model, x, labels, now("predictor"))["loss"]
-    for relu in (layer for _, layer in model.walk() if isinstance(layer, ReLU)):
-        for side in ("below", "above"):
-            relu.params[side][...] -= 0.2 * relu.grads[side]
+    relus = [layer for _, layer in model.walk() if isinstance(layer, ReLU)]
+    for relu in relus:
+        assert relu.grads["predictor"].any()
+        relu.params["predictor"] -= 0.1 * relu.grads["predictor"]
     assert step("predictor", model, x, labels, now("predictor"))["loss"] < before
 
 
@@ -318,7 +312,7 @@ def test_lines_hold_the_relu_between_their_bounds(seed):
     g = np.random.default_rng(seed)
     low = g.standard_normal((5, 7))
     high, layer = low + abs(g.standard_normal((5, 7))), ReLU()
-    layer.params = {side: g.normal(0, 3, (2, 7)) for side in ("below", "above")}
+    layer.params = {"predictor": g.normal(0, 3, (2, 7))}
     z = low + (high - low) * np.linspace(0, 1, 21)[:, None, None]
     for slopes in SLOPES.values():
         found = linear_bounds.Lines(layer, low, high, slopes)
@@ -332,7 +326,7 @@ def test_lines_far_from_the_chord_are_numbers():
     low, high = np.float32([[-1e-30, -1, -1e-7]]), np.float32([[1, 1e-30, 1e-7]])
     for size in (-200.0, 200.0):
         layer = ReLU()
-        layer.params = {side: np.full((2, 3), size, np.float32) for side in ("below", "above")}
+        layer.params = {"predictor": np.full((2, 3), size, np.float32)}
         found = linear_bounds.Lines(layer, low, high, linear_bounds.predicted)
         found.gradients = [np.ones_like(low)] * 3
         assert all(np.isfinite(v).all() for v in (found.lower, found.upper, found.offset, *found.backward()))
@@ -367,7 +361,7 @@ def test_crown_ibp_without_lines_is_ibp_and_predictor_begins_as_dual():
     model, _ = network("predictor")
     for _, layer in model.walk():
         if isinstance(layer, ReLU):
-            layer.params["below"][...], layer.params["above"][...] = 0, 0
+            layer.params["predictor"][...] = 0
     losses = [step(name, model, x, labels, now(name) | {"most": 0})["loss"] for name in ("dual", "predictor")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
@@ -418,7 +412,7 @@ def test_what_predictor_learned_is_not_in_the_network_that_is_saved():
     plain = linear_bounds.finish_predictor(model)
     np.testing.assert_allclose(plain.forward(x)[0], model.forward(x)[0], rtol=1e-4, atol=1e-4)
     assert not any(layer.params for _, layer in plain.walk() if isinstance(layer, ReLU))
-    assert not any(key.endswith(("below", "above")) for key in plain.state_dict())
+    assert not any("predictor" in key for key in plain.state_dict())
 
 
 @names

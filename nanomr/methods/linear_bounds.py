@@ -80,43 +80,33 @@ def _worst_margins(model, x, labels, now, slopes, beta=1.0, most=0) -> dict:
     return {"loss": loss, "cross_entropy": clean, "bounds": bounds, "balance": balance}
 
 
-# --- slopes: (those of the lines below and above, the way back to the chord's) ----------------------------------------
+# --- slopes of the lines below: (they, the way back to those of the chords, which are the lines above) ----------------
 
 
 def adaptive(layer, chord):
-    """CROWN's: below, the line that wastes the smaller area; it has a slope that does not move."""
-    return (chord > 0.5).astype(chord.dtype), chord, lambda d_lower, d_upper: d_upper
+    """CROWN's: 0 or 1, by which the smaller area is wasted. They do not move."""
+    return (chord > 0.5).astype(chord.dtype), lambda d: 0 * d
 
 
 def parallel(layer, chord):
-    """Wong & Kolter's: both the chord's."""
-    return chord, chord, lambda d_lower, d_upper: d_lower + d_upper
+    """Wong & Kolter's: the chord's."""
+    return chord, lambda d: d
 
 
 def predicted(layer, chord):
-    """The chord's, moved on the logistic scale by what ``layer`` has learned: for each channel, and apart for below and
-    above, a multiple of 2 chord - 1 and a constant."""
-    xp, t, ways = array_module(chord), 2 * chord - 1, {}
-    for name in SIDES:
-        weight, bias = layer.params[name]
-        shift = weight * t + bias
-        small, falls = xp.maximum(xp.exp(-abs(shift)), 1e-12), shift < 0  # no 0 / 0
-        top, rest = xp.where(falls, chord * small, chord), xp.where(falls, 1 - chord, (1 - chord) * small)
-        slope = top / (top + rest)
-        ways[name] = slope, small / (top + rest) ** 2, weight
+    """The chord's, moved on the logistic scale by weight (2 chord - 1) + bias, which ``layer`` learns per channel."""
+    xp, t, (weight, bias) = array_module(chord), 2 * chord - 1, layer.params["predictor"]
+    shift = weight * t + bias
+    small, falls = xp.maximum(xp.exp(-abs(shift)), 1e-12), shift < 0  # no 0 / 0
+    top, rest = xp.where(falls, chord * small, chord), xp.where(falls, 1 - chord, (1 - chord) * small)
+    slope = top / (top + rest)
 
-    def backward(*gradients):
-        d_chord = 0.0
-        for (name, (slope, by_chord, weight)), d in zip(ways.items(), gradients, strict=True):
-            d_shift, channels = d * slope * (1 - slope), tuple(range(chord.ndim - 1))
-            layer.accumulate(**{name: xp.stack([(d_shift * t).sum(channels), d_shift.sum(channels)])})
-            d_chord = d_chord + d * by_chord + 2 * weight * d_shift
-        return d_chord
+    def backward(d):
+        d_shift, channels = d * slope * (1 - slope), tuple(range(chord.ndim - 1))
+        layer.accumulate(predictor=xp.stack([(d_shift * t).sum(channels), d_shift.sum(channels)]))
+        return d * small / (top + rest) ** 2 + 2 * weight * d_shift
 
-    return *(ways[name][0] for name in SIDES), backward
-
-
-SIDES = "below", "above"
+    return slope, backward
 
 
 def begin_predictor(model, generator: np.random.Generator):
@@ -128,7 +118,7 @@ def begin_predictor(model, generator: np.random.Generator):
         if "weight" in layer.params:
             channels = layer.params["weight"].shape[-1]
         elif isinstance(layer, ReLU):
-            layer.params.update({name: np.zeros((2, channels), np.float32) for name in SIDES})
+            layer.params["predictor"] = np.zeros((2, channels), np.float32)
     model._settled()
 
 
@@ -144,19 +134,19 @@ def finish_predictor(model):
 
 
 class Lines:
-    """lower z <= relu(z) <= upper z + offset for low <= z <= high, all (N, ...); a ReLU that is on (off) there is the
-    line z (0). Any upper slope will do: the offset is the least that goes with it.
+    """lower z <= relu(z) <= upper z + offset for low <= z <= high, all (N, ...): above the chord, below what ``slopes``
+    say. A ReLU that is on (off) there is the line z (0).
 
     ``gradients``: by lower, upper and offset, to which every pass through the lines adds.
     """
 
     def __init__(self, layer, low, high, slopes):
-        xp, self.low, self.high, self.unstable = array_module(low), low, high, (low < 0) & (high > 0)
-        self.width = xp.where(self.unstable, high - low, 1)
-        self.chord = xp.where(self.unstable, high / self.width, (low >= 0).astype(low.dtype))
-        lower, upper, self.slopes_backward = slopes(layer, self.chord)
-        self.lower, self.upper = (xp.where(self.unstable, slope, self.chord) for slope in (lower, upper))
-        self.offset = xp.where(self.unstable, xp.maximum(-self.upper * low, (1 - self.upper) * high), 0)
+        xp, self.unstable = array_module(low), (low < 0) & (high > 0)
+        self.low, self.high, self.width = low, high, xp.where(self.unstable, high - low, 1)
+        self.upper = xp.where(self.unstable, high / self.width, (low >= 0).astype(low.dtype))
+        self.offset = xp.where(self.unstable, -low * self.upper, 0)
+        lower, self.slopes_backward = slopes(layer, self.upper)
+        self.lower = xp.where(self.unstable, lower, self.upper)
         self.gradients = [xp.zeros_like(low) for _ in range(3)]
 
     def down(self, a, at):
@@ -176,15 +166,10 @@ class Lines:
 
     def backward(self):
         """The gradients by (low, high); what the slopes learn is added to their layer's."""
-        xp = array_module(self.low)
         d_lower, d_upper, d_offset = (self.unstable * gradient for gradient in self.gradients)
-        left = self.upper >= self.chord  # the end of the range at which the line above touches
-        d_upper = d_upper - d_offset * xp.where(left, self.low, self.high)
-        d_chord = self.unstable * self.slopes_backward(d_lower, d_upper) / self.width
-        return (
-            d_chord * self.chord - d_offset * left * self.upper,
-            d_chord * (1 - self.chord) + d_offset * ~left * (1 - self.upper),
-        )
+        d_chord = self.unstable * (d_upper + self.slopes_backward(d_lower)) / self.width
+        other = 1 - self.upper
+        return d_chord * self.upper - d_offset * self.upper**2, d_chord * other + d_offset * other**2
 
 
 class Scale:
