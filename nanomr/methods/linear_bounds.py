@@ -225,7 +225,8 @@ class Map:
 
 def _inner(a, b):
     """(N, R): the sums of the products of a (N, R, ...) with b (N, ...); either N may be 1."""
-    return (a.reshape(*a.shape[:2], -1) @ b.reshape(len(b), -1, 1))[:, :, 0]
+    flat = a.reshape(*a.shape[:2], -1), b.reshape(len(b), -1)
+    return array_module(a).einsum("nri,ni->nr", *flat)  # not by BLAS: see losses.rivals_gain_backward
 
 
 def _like(g, a):
