@@ -17,6 +17,10 @@ def _pyplot():
     return pyplot
 
 
+# what the steps of other methods report beside the loss: nanomr.methods.METHODS
+METHOD_TERMS = ("adversarial", "balance", "bounds", "interval", "kl", "stability")
+
+
 def curves(log: list[dict], path) -> Path | None:
     """Accuracy, loss terms, ReLU stability and schedules, from the records of a run's log. None without matplotlib."""
     plt = _pyplot()
@@ -30,11 +34,17 @@ def curves(log: list[dict], path) -> Path | None:
     figure, ((accuracy, loss), (relus, schedule)) = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     accuracy.plot(epochs, series("accuracy", 100), label="clean")
     accuracy.plot(epochs, series("pgd10", 100), label="PGD-10, 500 images")
+    if any(r.get("ibp_verified") is not None for r in log):
+        accuracy.plot(epochs, series("ibp_verified", 100), label="proved by intervals, at the full eps")
     accuracy.set(title="Accuracy on held-out images", ylabel="%", ylim=(0, 100))
     loss.plot(epochs, series("loss"), "k", label="loss")
     loss.plot(epochs, series("cross_entropy"), label="cross-entropy")
-    for name, gamma in (("intrinsic", "gamma_i"), ("hamming", "gamma_h")):
-        loss.plot(epochs, series(name) * series(gamma), label=f"{gamma} x {name}")
+    weights = {"intrinsic": "gamma_i", "hamming": "gamma_h"}
+    for name in (*weights, *METHOD_TERMS):
+        if any(r.get(name) is not None for r in log):
+            weight = weights.get(name)
+            values = series(name) * (series(weight) if weight else 1)
+            loss.plot(epochs, values, label=f"{weight} x {name}" if weight else f"{name} (unweighted)")
     loss.set(title="Loss and its terms", ylim=(0, None))
     relus.plot(epochs, series("unstable", 100), label="unstable in the eps-ball (interval bounds)")
     for key in ("switching", "dead"):

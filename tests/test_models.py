@@ -673,10 +673,15 @@ def test_files_of_older_versions_load(builder, short, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, options, size", [("small_cnn", {}, 272_570), ("preact_resnet18", {"width": 32}, 2_796_714)]
+    "folder, name, options, size",
+    [
+        ("small_cnn-cifar10", "small_cnn", {}, 272_570),
+        ("small_cnn-cifar10-certified", "small_cnn", {}, 272_570),
+        ("preact_resnet18-cifar10", "preact_resnet18", {"width": 32}, 2_796_714),
+    ],
 )
-def test_the_published_networks_load(name, options, size):
-    model = mr.load(Path(__file__).parent.parent / "pretrained" / f"{name}-cifar10")
+def test_the_published_networks_load(folder, name, options, size):
+    model = mr.load(Path(__file__).parent.parent / "pretrained" / folder)
     assert model.name == name and model.weights.size == size
     assert model.architecture == mr.models.BUILDERS[name](**options).architecture
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from nanomr import plots
+from nanomr.methods import METHODS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -99,6 +100,15 @@ def test_a_standard_run_has_no_gammas_and_zeros_are_drawn(drawn, tmp_path):
     plots.curves([record(1, **zeros), record(2, **zeros)], tmp_path / "curves.png")
     schedules = next(lines for title, lines in drawn().items() if "chedule" in title)
     assert not any(label.startswith("gamma") for label in schedules)
+
+
+def test_the_terms_of_other_methods_are_drawn_where_there_are_any(drawn, tmp_path):
+    assert set(plots.METHOD_TERMS) == {r for m in METHODS.values() for r in m.reports} - {"intrinsic", "hamming"}
+    log = [record(i, interval=2.0 + i, ibp_verified=0.1 * i, intrinsic=None, hamming=None) for i in (1, 2)]
+    plots.curves(log, tmp_path / "curves.png")
+    assert drawn()["Loss and its terms"].keys() == {"loss", "cross-entropy", "interval (unweighted)"}
+    assert drawn()["Loss and its terms"]["interval (unweighted)"] == [3.0, 4.0]
+    assert drawn()["Accuracy on held-out images"]["proved by intervals, at the full eps"] == [10.0, 20.0]
 
 
 def test_without_matplotlib_there_is_no_picture_and_no_error(monkeypatch, tmp_path):
