@@ -98,12 +98,16 @@ def batch():
 
 
 def build(args, kind="manifold"):
-    """The network that a step of this kind trains: methods that fold batch norms begin with them."""
+    """The network that a step of this kind trains, as it is in the beginning."""
     import nanomr as mr
 
-    if args.model == "small":
-        return mr.models.small_cnn(batchnorm=mr.methods.METHODS[kind].finish is mr.models.fold)
-    return mr.models.preact_resnet18(width=args.width)
+    if args.model != "small":
+        return mr.models.preact_resnet18(width=args.width)
+    method = mr.methods.METHODS[kind]
+    model = mr.models.small_cnn(batchnorm=method.finish is not None)  # as train_cifar.py has it
+    if method.begin:
+        method.begin(model, mr.rng.generator(0, mr.rng.INIT))
+    return model
 
 
 def schedule(kind: str) -> dict:
