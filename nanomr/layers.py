@@ -27,6 +27,7 @@ from .backend import array_module
 from .borders import WEIGHTS, check, check_plus, check_triple, four_sides, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
+from .parallel import WHOLE
 
 MOST = 2**27  # numbers in a parameter, half a gigabyte: more is a slip, or a damaged file
 
@@ -111,6 +112,7 @@ class Layer:
     made (:func:`nanomr.models.build`), and is held to the types that the constructor names.
     """
 
+    share = WHOLE  # of a training batch: how much of it forward is given, where ranks divide it among themselves
     takes_pairs = False  # can forward be given a PairBatch?
     fan_in = 0  # how many numbers an output is a sum of; 0: no weights that are drawn
 
@@ -489,7 +491,7 @@ class BatchNorm2d(Layer):
     """gamma (x - mean) / sqrt(var + eps) + beta per channel. ``derivations/batchnorm.md``.
 
     Training mode uses the batch's own statistics and updates the running ones (momentum 0.1, unbiased variance, as
-    PyTorch); evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
+    PyTorch), the whole batch's, where this is a ``share`` of it; evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
     ``before_relu`` says that a ReLU comes next, which is left to do the work (:class:`Normalized`).
     """
 
@@ -510,13 +512,13 @@ class BatchNorm2d(Layer):
         wanted = ("N", self.channels) if features else ("N", "H", "W", self.channels)
         check(self, "x", x, wanted, self.params["weight"].dtype, WEIGHTS)
         ops, fused = ops_for(x), None
-        if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
+        if train and self.share.whole and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
             fused = ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers)
         if fused:
             mean, inv_std = fused
         elif train:
-            mean, var = ops.batchnorm_statistics(x)
-            m, keep, take = x.size // x.shape[-1], 1 - self.momentum, self.momentum
+            mean, var = self.share.moments(*ops.batchnorm_statistics(x))
+            m, keep, take = self.share.scaled(x.size // x.shape[-1]), 1 - self.momentum, self.momentum
             for name, batch in (("running_mean", mean), ("running_var", var * (m / max(m - 1, 1)))):
                 self.buffers[name][...] = keep * self.buffers[name] + take * batch
             self.buffers["num_batches_tracked"] += 1
@@ -565,8 +567,9 @@ class BatchNorm2d(Layer):
             if param_grads:
                 self.grads = self.grads or {name: 0 * value for name, value in self.params.items()}
             into = (self.grads["weight"], self.grads["bias"]) if param_grads else None
+            over = None if self.share.whole else self.share.means
             dx, _, _ = ops.batchnorm_relu_backward(
-                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train, into
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train, into, over
             )
             return dx if input_grad else None
         if param_grads or (train and input_grad):
@@ -576,7 +579,7 @@ class BatchNorm2d(Layer):
         if not input_grad:
             return None
         if train:
-            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, *self.share.means(dgamma, dbeta), plus)
         return ops.scale_channels(dy, gamma * inv_std, plus)
 
 
