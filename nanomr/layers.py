@@ -490,9 +490,10 @@ class ReLU(Layer):
 class BatchNorm2d(Layer):
     """gamma (x - mean) / sqrt(var + eps) + beta per channel. ``derivations/batchnorm.md``.
 
-    Training mode uses the batch's own statistics and updates the running ones (momentum 0.1, unbiased variance, as
-    PyTorch), the whole batch's, where this is a ``share`` of it; evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
-    ``before_relu`` says that a ReLU comes next, which is left to do the work (:class:`Normalized`).
+    Training mode uses the batch's own statistics (of all ranks' rows, where this is a ``share`` of a batch) and updates
+    the running ones (momentum 0.1, unbiased variance, as PyTorch); evaluation mode uses the running ones, which are
+    constants: its backward is another, simpler one. ``before_relu`` says that a ReLU comes next, which is left to do
+    the work (:class:`Normalized`).
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, before_relu: bool = False):

@@ -349,7 +349,9 @@ class Trainer:
     def _run(self):
         total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
         self.compare()
-        if self.step == 0 and self.writes:  # a log without a checkpoint is of a run that was killed before its first one
+        if (
+            self.step == 0 and self.writes
+        ):  # a log without a checkpoint is of a run that was killed before its first one
             checkpoint.write_jsonl(self.folder / "log.jsonl", [])
             self.save()
         self._compile()
@@ -398,10 +400,11 @@ class Trainer:
         for tensor in tensors:
             digest.update(np.ascontiguousarray(to_numpy(tensor)))
         mine = np.frombuffer(digest.digest(), np.uint8).astype(np.float64)
-        if not np.array_equal(mine, self.ranks.broadcast_(mine.copy())):
+        differs = not np.array_equal(mine, self.ranks.broadcast_(mine.copy()))
+        if others := int(self.ranks.sum_(np.array([float(differs)]))[0]):
             raise UserError(
-                f"its configuration, data, weights or optimiser are not those of rank 0 (step {self.step}): start all "
-                "ranks with the same files and flags, and resume from the last save"
+                f"{others} of {self.ranks.size} ranks have another configuration, data, weights or optimiser than rank "
+                f"0 (step {self.step}): start all with the same files and flags, and resume from the last save"
             )
 
     def _compile(self):

@@ -48,9 +48,7 @@ def caller_of(main, name, monkeypatch, capsys):
     return call
 
 
-def start(
-    program, place, *arguments, train, test, patches="pass", launcher=(), runner="mpi4py.futures", threads="1"
-):
+def start(program, place, *arguments, train, test, patches="pass", launcher=(), runner="mpi4py.futures", threads="1"):
     """``program`` ("train", ...) in a process of its own, in ``place``, on a small shapes10.
 
     ``patches``: what to do first, where ``program`` is its module and ``train`` is nanomr.train.

@@ -21,12 +21,11 @@ import programs
 import pytest
 from test_train import CONFIG, STEPS, log, toy
 
-from nanomr import checkpoint, data, manifold, models, optim, parallel, rng, shapes10, train
+from nanomr import checkpoint, manifold, models, optim, parallel, rng, train
 from nanomr.errors import UserError
 from nanomr.layers import BatchNorm2d
 from nanomr.methods import METHODS
 from nanomr.parallel import ALONE, WHOLE, InTurns, Nccl, Share
-from nanomr.programs import train as train_cifar
 from nanomr.train import Interrupted, Trainer
 
 LOOK = dict(input_shape=(4, 4, 3), classes=3, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -243,7 +242,9 @@ def test_local_batch_norms_are_another_algorithm_with_one_running_statistic():
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - set(DIVIDED)))
 def test_what_cannot_be_divided_is_refused_before_it_begins(method, tmp_path):
     config = replace(CONFIG, method=method)
-    with pytest.raises(UserError, match=rf"--method {method} cannot be divided among ranks \(manifold, .*\): use --par"):
+    with pytest.raises(
+        UserError, match=rf"--method {method} cannot be divided among ranks \(manifold, .*\): use --par"
+    ):
         run(tmp_path / "x", 2, config)
     assert not (tmp_path / "x").exists()
 
@@ -259,8 +260,8 @@ def straight(tmp_path_factory):
     return folder
 
 
-def assert_close(folder, other, tolerance=1e-5):
-    """Two runs that differ by rounding."""
+def assert_close(folder, other, tolerance=1e-3):
+    """Two runs that differ by rounding, which a dozen steps amplify."""
     (tensors, metadata), (others, _) = (checkpoint.load_tensors(f / "last.safetensors") for f in (folder, other))
     for name, value in others.items():
         assert far(tensors[name].astype(float), value.astype(float)) < tolerance or name.endswith("tracked"), name
@@ -323,7 +324,7 @@ def test_weights_that_drift_apart_are_noticed(tmp_path, monkeypatch, who):
 
     monkeypatch.setattr(Trainer, "train_step", drifting)
     monkeypatch.setattr(train, "COMPARE_EVERY", 4)
-    with pytest.raises(UserError, match=r"are not those of rank 0 \(step 4\): start all ranks"):
+    with pytest.raises(UserError, match=r"1 of 2 ranks have another .* than rank 0 \(step 4\): start all"):
         run(tmp_path, 2)
 
 
@@ -335,7 +336,7 @@ def test_ranks_of_two_runs_do_not_begin(tmp_path, what):
             dataset.train_labels[:5] = 0
         Trainer(config, dataset, tmp_path, ranks=ranks).run()
 
-    with pytest.raises(UserError, match="not those of rank 0"):
+    with pytest.raises(UserError, match="1 of 2 ranks have another configuration"):
         InTurns(2).run(work)
     assert not (tmp_path / "last.safetensors").exists()
 
@@ -485,7 +486,10 @@ def test_mpi_ranks_add_up_arrays_of_the_host_and_of_a_device(mpi4py, cupy):
         one = parallel.Mpi(Comm(ranks))
         assert (one.rank, one.size) == (ranks.rank, ranks.size)
         vector = cupy.asarray(np.array([1.0, ranks.rank], np.float32))
-        assert one.sum_(vector) is vector and one.broadcast_(cupy.asarray(np.arange(2.0) + ranks.rank)).tolist() == [0, 1]
+        assert one.sum_(vector) is vector and one.broadcast_(cupy.asarray(np.arange(2.0) + ranks.rank)).tolist() == [
+            0,
+            1,
+        ]
         one.barrier()
         return vector.tolist(), one.sum_(np.array([2.0])).tolist()
 
@@ -561,7 +565,9 @@ def test_nccl_adds_up_on_the_devices_one_for_each_rank(stand_in, mpi4py, monkeyp
 def test_more_ranks_than_gpus_go_by_way_of_the_host_or_are_refused(stand_in, mpi4py, monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "3")
     assert all(type(one) is parallel.Mpi for one in InTurns(3).run(lambda ranks: nccl_ranks(mpi4py, ranks)))
-    with pytest.raises(UserError, match="--parallel nccl needs CuPy, NCCL .* here are 2 GPUs, 3 ranks; or --parallel mpi"):
+    with pytest.raises(
+        UserError, match="--parallel nccl needs CuPy, NCCL .* here are 2 GPUs, 3 ranks; or --parallel mpi"
+    ):
         InTurns(3).run(lambda ranks: nccl_ranks(mpi4py, ranks, "nccl"))
 
 
@@ -588,3 +594,121 @@ def test_nccl_of_one_gpu():
     ranks = Nccl(MPI.COMM_SELF)
     for dtype in (np.float32, np.float64):
         assert ranks.sum_(cupy.arange(5, dtype=dtype)).get().tolist() == [0, 1, 2, 3, 4]
+
+
+# --- ranks of MPI -----------------------------------------------------------------------------------------------------
+
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+TINY = "--model mlp --hold-out 100 --batch-size 64 --epochs 2 --test-images 0 --lr 0.05 --out x".split()
+needs_mpi = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or MPIEXEC is None, reason="no mpi4py and mpiexec (nanomr[mpi])"
+)
+DURING = """
+step = train.Trainer.train_step
+def {name}(self):
+    if self.ranks.size > 1 and self.ranks.rank == {rank} and self.step == {step}:
+        {what}
+    return step(self)
+train.Trainer.train_step = {name}
+"""
+
+
+def launch(place, count, *arguments, rank=0, step=-1, what="pass", patches=None):
+    """(exit code, stdout, stderr, seconds) of train_cifar.py by ``count`` ranks, one of which does ``what`` in a step."""
+    patches = patches or DURING.format(name="disturbed", rank=rank, step=step, what=what)
+    began = time.monotonic()
+    process = programs.start(
+        "train", place, *arguments, train=400, test=60, patches=patches, launcher=(MPIEXEC, "-n", str(count)),
+        runner="mpi4py",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    """The folder of a run by one process."""
+    place = tmp_path_factory.mktemp("one")
+    assert programs.start("train", place, *TINY, train=400, test=60).wait(timeout=300) == 0
+    return place / "x"
+
+
+def steps_of(folder):
+    return checkpoint.load_tensors(folder / "last.safetensors")[1]["state"]["step"]
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("count", [2, 3])
+def test_mpi_ranks_train_the_one_processs_network_though_one_comes_late(by_one, tmp_path, count):
+    code, out, err, _ = launch(tmp_path, count, *TINY, rank=1, step=2, what="time.sleep(2)")
+    assert code == 0, err
+    assert f"{count} ranks, {64 // count} of 64 images here" in out and out.count('"run"') == 1
+    assert_close(tmp_path / "x", by_one)
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_exact_mpi_ranks_have_the_same_bits(tmp_path):
+    files = []
+    for count in (1, 2, 3):
+        (tmp_path / str(count)).mkdir()
+        code, _, err, _ = launch(tmp_path / str(count), count, *TINY, "--exact", "--epochs", 1)
+        assert code == 0, err
+        files.append((tmp_path / str(count) / "x" / "last.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", (9, 137), "signal 9"),
+        ("raise program.UserError('had enough')", (2,), "had enough"),
+        ("1 / 0", (1,), "ZeroDivisionError"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_within_seconds(tmp_path, rank, what, code, said):
+    marked = f"open('failed', 'w').close(); {what}"
+    found, out, err, _ = launch(tmp_path, 2, *TINY, rank=rank, step=3, what=marked)
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 30  # "seconds", on a machine that is busy
+    assert found in code and said in out + err and (rank == 0 or what[0] != "r" or "error: rank 1: had enough" in err)
+    assert steps_of(tmp_path / "x") == 0
+    assert not [p for p in (tmp_path / "x").iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_a_full_disk_of_rank_0_is_one_line_and_no_half_file(tmp_path):
+    patches = """
+rename = os.replace
+def full(source, target):
+    if "last" in str(target) and os.path.exists(target):
+        raise OSError(28, "No space left on device")
+    return rename(source, target)
+os.replace = full
+"""
+    code, _, err, _ = launch(tmp_path, 2, *TINY, patches=patches)
+    assert code == 2 and err.count("error:") == 1 and "No space left on device" in err and "Traceback" not in err
+    assert steps_of(tmp_path / "x") == 0 and not list((tmp_path / "x").glob(".*.tmp"))
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_what_all_ranks_refuse_rank_0_says_once(tmp_path):
+    code, out, err, _ = launch(tmp_path, 3, *TINY, "--method", "fgsm")
+    assert code == 2 and out == "" and err.count("error:") == 1 and "rank 1" not in err
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("then", [1, 3])
+def test_sigint_of_one_rank_saves_and_other_numbers_go_on(by_one, tmp_path, then):
+    code, out, err, _ = launch(tmp_path, 2, *TINY, rank=1, step=2, what="os.kill(os.getpid(), 2)")
+    assert code == 130 and "stopped after 3 of 8 steps and saved: go on with --resume x" in out, err
+    assert steps_of(tmp_path / "x") == 3
+    code, _, err, _ = launch(tmp_path, then, "--resume", "x", "--test-images", 0)
+    assert code == 0, err
+    assert_close(tmp_path / "x", by_one)

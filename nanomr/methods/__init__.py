@@ -109,7 +109,9 @@ METHODS: dict[str, Method] = {
         adversarial.fgsm, "adversarial images of a single step (Wong et al. 2020)",
         {"step_size": Constant(1.25, "of the attack, in eps")} | _START, recipe="cyclic",
     ),
-    "pgd": Method(adversarial.pgd, "adversarial images of several (Madry et al.)", _STEPS | _START, recipe="steps", ranks=True),
+    "pgd": Method(
+        adversarial.pgd, "adversarial images of several (Madry et al.)", _STEPS | _START, recipe="steps", ranks=True,
+    ),
     "trades": Method(
         adversarial.trades, "agreement with the worst image (Zhang et al. 2019)",
         {"beta": Constant(6.0, "weight of the divergence")} | _STEPS, reports=("kl",), recipe="steps",

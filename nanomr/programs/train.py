@@ -129,10 +129,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
     )
-    text = (
-        "several processes train as one (docs/distributed.md): auto does, by MPI or NCCL (a GPU for each), what mpiexec "
-        "has started"
-    )
+    text = "several ranks train as one (docs/distributed.md); auto: those that mpiexec started, by NCCL on a GPU each"
     g.add_argument("--parallel", choices=("auto", "none", "mpi", "nccl"), default="auto", help=text)
     text = f"the same bits on 1, 2, 3, 4, 6 or 12 ranks, which play {parallel.PARTS}: slower, on CPUs"
     g.add_argument("--exact", action="store_true", help=text)
