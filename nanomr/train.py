@@ -349,16 +349,12 @@ class Trainer:
     def _run(self):
         total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
         self.compare()
-        if (
-            self.step == 0 and self.writes
-        ):  # a log without a checkpoint is of a run that was killed before its first one
+        if self.writes and self.step == 0:  # a log without a checkpoint is of a run that was killed before its first
             checkpoint.write_jsonl(self.folder / "log.jsonl", [])
             self.save()
         self._compile()
-        bar = tqdm(
-            total=total * n, initial=self.step * n, unit="img", unit_scale=True, smoothing=0.05,
-            disable=None if self.writes else True,
-        )  # fmt: skip
+        style = dict(unit="img", unit_scale=True, smoothing=0.05, disable=None if self.writes else True)
+        bar = tqdm(total=total * n, initial=self.step * n, **style)
         with bar, _interrupts() as self.caught, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             clock = saved = time.monotonic()
             while self.step < total:
