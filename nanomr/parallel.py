@@ -285,7 +285,7 @@ def start(wanted: str = "auto", device: str = "auto") -> Ranks:
     comm.Allreduce(MPI.IN_PLACE, one_each, MPI.MIN)  # on all machines, or on none
     if wanted == "nccl" and not one_each:
         raise UserError(
-            f"--parallel nccl needs CuPy, NCCL (pip install 'nanomr[nccl12]', or [nccl13]) and a GPU for each rank: here "
+            f"--parallel nccl needs CuPy, NCCL (pip install 'nanomr[nccl12]', or [nccl13]) and a GPU a rank: here "
             f"are {gpus} GPUs, {here.Get_size()} ranks{'' if nccl() else ', and no NCCL'}; or --parallel mpi"
         )
     return Nccl(comm) if one_each and (wanted == "nccl" or comm.Get_size() > 1) else Mpi(comm)

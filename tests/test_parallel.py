@@ -312,6 +312,28 @@ def test_ctrl_c_on_any_rank_stops_all_saved_and_another_number_goes_on(straight,
     assert_close(tmp_path, straight)
 
 
+def test_a_rank_without_rows_is_heard_too(tmp_path):
+    def work(ranks):
+        one = trainer(tmp_path, ranks, replace(CONFIG, batch_size=2))
+        one.caught = [signal.SIGINT] * (ranks.rank == 2)
+        one.train_step()
+        return one.share.weight, one.stopping
+
+    assert InTurns(4).run(work) == [(0, True), (0.5, True), (0, True), (0.5, True)]  # no rows, 0, none, 1
+
+
+def test_rank_0_compiles_before_the_others_look(tmp_path, monkeypatch):
+    steps, step = [], Trainer.train_step
+
+    def noted(self):
+        steps.append((self.ranks.rank, self.ranks.size))
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", noted)
+    run(tmp_path, 2, replace(CONFIG, epochs=1))
+    assert steps[0] == (0, 1) and steps.count((0, 1)) == 1 and steps.count((1, 2)) == STEPS
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_weights_that_drift_apart_are_noticed(tmp_path, monkeypatch, who):
     step = Trainer.train_step
