@@ -27,6 +27,7 @@ from .backend import array_module
 from .borders import WEIGHTS, check, check_plus, check_triple, four_sides, whole
 from .ops import ops_for
 from .ops.reference import conv2d_shape
+from .parallel import WHOLE
 
 MOST = 2**27  # numbers in a parameter, half a gigabyte: more is a slip, or a damaged file
 
@@ -114,6 +115,7 @@ class Layer:
     made (:func:`nanomr.models.build`), and is held to the types that the constructor names.
     """
 
+    share = WHOLE  # of a training batch: how much of it forward is given, where ranks divide it among themselves
     takes_pairs = False  # can forward be given a PairBatch?
     fan_in = 0  # how many numbers an output is a sum of; 0: no weights that are drawn
 
@@ -490,9 +492,10 @@ class ReLU(Layer):
 class BatchNorm2d(Layer):
     """gamma (x - mean) / sqrt(var + eps) + beta per channel. ``derivations/batchnorm.md``.
 
-    Training mode uses the batch's own statistics and updates the running ones (momentum 0.1, unbiased variance, as
-    PyTorch); evaluation mode uses the running ones, which are constants: its backward is another, simpler one.
-    ``before_relu`` says that a ReLU comes next, which is left to do the work (:class:`Normalized`).
+    Training mode uses the batch's own statistics (of all ranks' rows, where this is a ``share`` of a batch) and updates
+    the running ones (momentum 0.1, unbiased variance, as PyTorch); evaluation mode uses the running ones, which are
+    constants: its backward is another, simpler one. ``before_relu`` says that a ReLU comes next, which is left to do
+    the work (:class:`Normalized`).
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, before_relu: bool = False):
@@ -521,12 +524,12 @@ class BatchNorm2d(Layer):
     def _statistics(self, x, train):
         """(mean, inv_std) of each channel: in training those of x, by which the running ones move; else the latter."""
         ops = ops_for(x)
-        if train and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
+        if train and self.share.whole and hasattr(ops, "batchnorm_training"):  # all of the next lines at once
             if fused := ops.batchnorm_training(x, self.eps, self.momentum, **self.buffers):
                 return fused
         if train:
-            mean, var = ops.batchnorm_statistics(x)
-            m, keep, take = x.size // x.shape[-1], 1 - self.momentum, self.momentum
+            mean, var = self.share.moments(*ops.batchnorm_statistics(x))
+            m, keep, take = self.share.scaled(x.size // x.shape[-1]), 1 - self.momentum, self.momentum
             for name, batch in (("running_mean", mean), ("running_var", var * (m / max(m - 1, 1)))):
                 self.buffers[name][...] = keep * self.buffers[name] + take * batch
             self.buffers["num_batches_tracked"] += 1
@@ -572,8 +575,9 @@ class BatchNorm2d(Layer):
             if param_grads:
                 self.grads = self.grads or {name: 0 * value for name, value in self.params.items()}
             into = (self.grads["weight"], self.grads["bias"]) if param_grads else None
+            over = None if self.share.whole else self.share.means
             dx, _, _ = ops.batchnorm_relu_backward(
-                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train, into
+                dy.dy, x, gamma, self.params["bias"], mean, inv_std, dy.alpha, dy.weight, plus, train, into, over
             )
             return dx if input_grad else None
         if param_grads or (train and input_grad):
@@ -583,7 +587,7 @@ class BatchNorm2d(Layer):
         if not input_grad:
             return None
         if train:
-            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus)
+            return ops.batchnorm_backward(dy, x, gamma, mean, inv_std, *self.share.means(dgamma, dbeta), plus)
         return ops.scale_channels(dy, gamma * inv_std, plus)
 
 

@@ -3,6 +3,8 @@
 Values are means over the batch. On a GPU they are 0-d arrays: reading one (``float``) waits for the device.
 """
 
+import numpy as np
+
 from .backend import array_module
 from .borders import check, check_labels, check_triple
 from .layers import BehindReLU, Normalized, PairBatch
@@ -145,7 +147,8 @@ class Hamming:
 
     Pass a fresh one to ``model.forward(x, tap=...)``; ``value`` is then the mean over the layers, and
     ``model.backward`` adds ``weight`` times its gradient on the way back, at the same places. Nothing is stored but
-    the norms: one number a layer, or N with ``per_sample``.
+    the norms: one number a layer, or N with ``per_sample``. Where the rows of a batch are divided among ranks,
+    :meth:`gather` comes between the two passes.
     """
 
     takes_normalized = True
@@ -153,10 +156,21 @@ class Hamming:
     def __init__(self, alpha: float = 8.0, weight: float = 1.0, per_sample: bool = False):
         self.alpha, self.weight, self.per_sample = alpha, weight, per_sample
         self.layers, self.total = 0, 0.0
+        self.norms, self.sizes = [], []  # by layer: the norms, the numbers an image
 
     @property
     def value(self):
         return self.total / max(self.layers, 1)
+
+    def gather(self, share, n):
+        """Make the norms over these ``n`` images those over the whole batch, of which they are ``share``."""
+        if share.whole or self.per_sample or not self.norms:
+            return
+        (squares,) = share.means(array_module(self.norms[0]).concatenate(self.norms).astype(np.float64) ** 2 / n)
+        self.total = 0.0
+        for norm, size, square in zip(self.norms, self.sizes, squares, strict=True):
+            norm[...] = (square * share.n) ** 0.5  # in place: the layers have it in their caches
+            self.total = self.total + norm.sum() / (2 * size * share.n)
 
     def forward(self, z):
         """(relu(z), norms); called by ReLU."""
@@ -168,13 +182,15 @@ class Hamming:
             y, squares = ops_for(z.x).batchnorm_relu_hamming(*z, self.alpha)
         else:
             y, squares = ops_for(z).relu_hamming(z, self.alpha)
-        self.layers += 1
         ops, share = ops_for(squares), 1 / (2 * y.size // 3)
         if squares.dtype.name == "float32" and hasattr(ops, "hamming_norms"):
             norms, self.total = ops.hamming_norms(squares, self.total, share, self.per_sample)
-            return y, norms
-        norms = squares**0.5 if self.per_sample else squares.sum(keepdims=True) ** 0.5
-        self.total = self.total + norms.sum() * share
+        else:
+            norms = squares**0.5 if self.per_sample else squares.sum(keepdims=True) ** 0.5
+            self.total = self.total + norms.sum() * share
+        self.layers += 1
+        self.norms.append(norms)
+        self.sizes.append(y.size // len(y))
         return y, norms
 
     def backward(self, dy, z, norms):

@@ -18,10 +18,12 @@ def corner_pairs(x, eps: float, seed: int, step: int):
     return corners_of(x, eps, rng.words(seed, rng.CORNERS, step, -(-x.size // 64)))
 
 
-def corners_of(x, eps: float, words):
-    """The same of ``words``, one random uint64 for each 64 numbers of x."""
-    words = array_module(x).asarray(words)
-    return ops_for(x).corners(words, x.shape, eps).astype(x.dtype, copy=False)
+def corners_of(x, eps: float, words, before: int = 0):
+    """The same of ``words``, one random uint64 for each 64 numbers of x, and of the ``before`` that come before it."""
+    start, before = divmod(before, 64)
+    words = array_module(x).asarray(words[start:])
+    signs = ops_for(x).corners(words, (before + x.size,), eps)[before:]
+    return signs.reshape(x.shape).astype(x.dtype, copy=False)
 
 
 def heat_kernel(x, scale: float):

@@ -4,15 +4,18 @@ A run folder holds ``config.json``, ``log.jsonl`` (a line an epoch), ``model.saf
 ``last.safetensors`` (the network, the optimiser's vectors and where the run stands) and ``curves.png``. The saved
 network is as its method finishes it (:class:`nanomr.methods.Method`), the last one as it is trained.
 
-Every random draw is a function of (seed, step), so that a resumed run continues bit for bit.
+Every random draw is a function of (seed, step), so that a resumed run continues bit for bit, and several ranks
+(:mod:`nanomr.parallel`) draw the same batch, of which each computes its rows. Rank 0 alone writes and prints.
 """
 
+import hashlib
+import json
 import math
 import os
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +28,16 @@ from .backend import array_module, find_cupy, to_device, to_numpy
 from .data import Dataset
 from .errors import NoClass, UserError
 from .graph import Replayed
+from .layers import BatchNorm2d
 from .methods import METHODS, certified
 from .methods.adversarial import overfitted
 from .methods.manifold import at_corners, standard_step
 from .models import InBfloat16, InTf32
 from .ops import bfloat16, gpu, ops_for
+from .parallel import ALONE, Ranks, Share
 
 SAVE_EVERY = 120  # seconds between checkpoints within an epoch
+COMPARE_EVERY = 100  # steps between comparisons of the ranks' weights
 CHECK_EVERY = 50  # steps between looks at the loss on a CPU; on a GPU a look waits for the device: once an epoch
 
 
@@ -66,6 +72,8 @@ class Config:
     ramp_from: float = 0.02  # of recipe "ramp": shares of the run between which eps grows
     ramp_to: float = 0.6
     pad: int = 4  # black pixels around an image, within which it is cropped
+    local_batchnorm: bool = False  # each rank's rows have statistics of their own: how many there are decides then, too
+    exact: bool = False  # parallel.PARTS ranks, played by the processes that there are: the same bits for any number
 
     def checked(self) -> "Config":
         """Itself. Raises ValueError when a value, which may come from a file, is not of its field's type and range."""
@@ -115,7 +123,7 @@ class Config:
 
 
 # what a config.json of an earlier version lacks, and was
-LATER = ("precision", "optimizer", "recipe", "ramp_from", "ramp_to", "pad")
+LATER = ("precision", "optimizer", "recipe", "ramp_from", "ramp_to", "pad", "local_batchnorm", "exact")
 EARLIER = {"constants": {}} | {name: getattr(Config, name) for name in LATER}
 LOOKS = {"tf32": InTf32, "bf16": InBfloat16}  # how the log looks at the network, by precision
 SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")  # of the paper's methods, on a GPU
@@ -132,15 +140,20 @@ class Trainer:
 
     On a GPU a step of the paper's methods needs nothing from the host (:meth:`device_step`); with ``graph`` it is
     replayed as a CUDA graph, in bf16: cuBLAS, which the other precisions need, cannot be captured. Other methods draw
-    on the host there, too.
+    on the host there, too, and so do several ``ranks``, each of which has a Trainer.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, folder, device: str = "cpu", graph: bool = True):
+    def __init__(
+        self, config: Config, dataset: Dataset, folder, device: str = "cpu", graph: bool = True, ranks: Ranks = ALONE
+    ):
         self.config, self.dataset, self.folder, self.device = config, dataset, Path(folder), device
         if device == "cpu" and config.precision == "tf32":
             raise UserError("--precision tf32 needs a GPU: use --precision fp32 or bf16")
         if device == "gpu":
             gpu.set_tf32(False)  # whatever CUPY_TF32 says
+        if ranks.size > 1 and not METHODS[config.method].ranks:
+            able = ", ".join(name for name, method in METHODS.items() if method.ranks)
+            raise UserError(f"--method {config.method} cannot be divided among ranks ({able} can): use --parallel none")
         if config.augment and dataset.train_images.dtype != np.uint8:
             raise UserError("crops and flips are made of uint8 images, and these are floats: use --no-augment")
         images, labels, held, held_labels = dataset.hold_out(config.hold_out)
@@ -154,6 +167,13 @@ class Trainer:
         self.held, self.held_labels = to_device(held, device), to_device(held_labels, device)
         self.steps_per_epoch = len(images) // config.batch_size  # the last, incomplete batch is left for another epoch
         self.model = models.build(config.architecture, config.seed).to(device)
+        self.ranks, self.share = ranks, Share(ranks, config.batch_size)
+        self.apart = []  # what each rank has of its own: running statistics, with local_batchnorm
+        for _, layer in self.model.walk():
+            if config.local_batchnorm and isinstance(layer, BatchNorm2d):
+                self.apart += [value for value in layer.buffers.values() if value.dtype == self.model.dtype]
+            else:
+                layer.share = self.share
         self.method, self.fixed = METHODS[config.method], config.fixed
         if self.method.begin:
             self.method.begin(self.model, rng.generator(config.seed, rng.INIT, 2))
@@ -163,15 +183,17 @@ class Trainer:
         else:
             self.optimizer = optim.SGD(self.model, config.momentum, config.weight_decay, clip)
         self.step, self.seconds, self.log = 0, 0.0, []
+        self.caught, self.stopping = [], False  # signals; has any rank caught one?
         self.kernel = "gpu" if device == "gpu" else ops_for(self.model.weights).kernel(config.precision)
         self.names = ("loss", "cross_entropy", *self.method.reports, "gradient_norm")  # of what train_step returns
-        self.captured = device == "gpu" and self.method.corners is not None
+        self.captured = device == "gpu" and self.method.corners is not None and ranks.size == 1
         self.totals = to_device(np.zeros(len(self.names)), device)  # of that, over the epoch so far
         self._order = (-1, None)  # an epoch and its order
         # the most that the two weighted regularisers were, as multiples of the cross-entropy
         self.peaks = to_device(np.zeros(2), device)
         if device == "gpu":
             self.labels = self.labels.astype(np.int32)
+        self._on_device = None
         if self.captured:
             if config.pad != Config.pad or config.optimizer != "sgd":
                 raise UserError(f"on a GPU {config.method} is trained by SGD, and crops with 4 pixels of padding")
@@ -185,17 +207,18 @@ class Trainer:
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def batch(self, step: int):
-        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped."""
+        """(x (N, H, W, C) float32, labels (N,)) of training step ``step``: shuffled, cropped, flipped. This rank's rows
+        of them, which all ranks draw."""
         config, n = self.config, self.config.batch_size
         epoch, i = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffled(epoch))
-        index = to_device(self._order[1][i * n : (i + 1) * n], self.device)
+        index = to_device(self._order[1][i * n : (i + 1) * n][self.share.rows], self.device)
         if not config.augment:
             return metrics.as_float(self.images[index]), self.labels[index]
         draw, places = rng.generator(config.seed, rng.AUGMENT, step), 2 * config.pad + 1
         drawn = draw.integers(0, places, n), draw.integers(0, places, n), draw.random(n) < 0.5
-        drawn = [to_device(v, self.device) for v in drawn]
+        drawn = [to_device(v[self.share.rows], self.device) for v in drawn]
         x = ops_for(self.model.weights).crop_flip(self.images, index, *drawn, config.pad)
         return x, self.labels[index]
 
@@ -208,6 +231,8 @@ class Trainer:
         x, labels = self.batch(self.step)
         draw = partial(rng.generator, self.config.seed, step=self.step)
         parts = self.method.step(self.model, self._rounded(x), labels, draw, now | self.fixed)
+        if self.ranks.size > 1:
+            parts = self._over_ranks(parts)
         parts["gradient_norm"] = self.optimizer.step(now["lr"])
         values = np.array([float(parts.get(name, 0.0)) for name in self.names])
         self.step += 1
@@ -215,6 +240,22 @@ class Trainer:
             ratios = values[2:4] * np.array([now[name] for name in GAMMAS.values()]) / values[1]
             self.peaks = np.fmax(self.peaks, ratios)
         return values
+
+    def _over_ranks(self, parts: dict) -> dict:
+        """Make gradients (and running statistics that a rank has of its own) those of the whole batch; ``parts``
+        likewise. The one sum of a step: P + k numbers, the last of which says who was asked to stop."""
+        gradients = self.model.gradients
+        xp, vectors = array_module(gradients), [gradients, *self.apart]
+        values = xp.asarray([*map(float, parts.values()), 0], gradients.dtype)
+        flat = xp.concatenate([*vectors, values])
+        flat *= self.share.weight
+        flat[-1] = len(self.caught)
+        self.ranks.sum_(flat)
+        for vector in vectors:
+            vector[...], flat = flat[: len(vector)], flat[len(vector) :]
+        *values, stopping = to_numpy(flat).tolist()
+        self.stopping = stopping > 0
+        return dict(zip(parts, values, strict=True))
 
     def device_step(self):
         """The same on a GPU, added to ``totals`` there. Step, images, draws and schedule come from the device."""
@@ -282,29 +323,47 @@ class Trainer:
 
     def run(self):
         """Train to the last epoch; the network, finished. Raises UserError on NaN or collapse, Interrupted on Ctrl-C,
-        the run saved.
-
-        The folder is this process's alone meanwhile: a UserError, when another trains in it.
-        """
-        self.open_folder()
-        with checkpoint.locked(self.folder):
+        the run saved."""
+        with self.own_folder():
             try:
                 return self._run()
             except KeyboardInterrupt:  # while a kernel was compiled: the run stands where the last save says
+                if self.ranks.size > 1:  # and the others wait
+                    raise
                 raise Interrupted(f"stopped while kernels were compiled: go on with --resume {self.folder}") from None
+
+    @contextmanager
+    def own_folder(self):
+        """Within it, the run folder is there, and this process's alone: rank 0's, of several. A UserError, when it
+        cannot be made, or when another process is at work in it."""
+        if self.writes:
+            self.open_folder()
+        with checkpoint.locked(self.folder) if self.writes else nullcontext():
+            yield
+
+    @property
+    def writes(self) -> bool:
+        """Is it this rank that writes and prints?"""
+        return self.ranks.rank == 0
 
     def _run(self):
         total, n = self.config.epochs * self.steps_per_epoch, self.config.batch_size
-        if self.step == 0:  # a log without a checkpoint is of a run that was killed before its first one
+        self.compare()
+        if self.writes and self.step == 0:  # a log without a checkpoint is of a run that was killed before its first
             checkpoint.write_jsonl(self.folder / "log.jsonl", [])
             self.save()
-        bar = tqdm(total=total * n, initial=self.step * n, unit="img", unit_scale=True, smoothing=0.05, disable=None)
-        with bar, _interrupts() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        self._compile()
+        style = dict(unit="img", unit_scale=True, smoothing=0.05, disable=None if self.writes else True)
+        bar = tqdm(total=total * n, initial=self.step * n, **style)
+        with bar, _interrupts() as self.caught, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             clock = saved = time.monotonic()
             while self.step < total:
                 self.advance()
                 bar.update(n)
+                interrupted = self.stopping if self.ranks.size > 1 else self.caught
                 epoch_ends, now = self.step % self.steps_per_epoch == 0, time.monotonic()
+                if epoch_ends or self.step % COMPARE_EVERY == 0:
+                    self.compare()
                 late = now - saved > SAVE_EVERY
                 regular = self.step % CHECK_EVERY == 0
                 look = late or regular if self.device == "cpu" else late and regular
@@ -321,9 +380,36 @@ class Trainer:
                     continue
                 clock = saved = time.monotonic()
                 if interrupted:
+                    self.ranks.barrier()  # none leaves before rank 0 has saved
                     done = f"stopped after {self.step} of {total} steps and saved"
                     raise Interrupted(f"{done}: go on with --resume {self.folder}")
         return self.finished()
+
+    def compare(self):
+        """Raises UserError unless all ranks are of one run, and where it stands: data, weights, optimiser."""
+        if self.ranks.size == 1:
+            return
+        tensors = [self.labels, self.model.weights, *self.optimizer.state.values()]
+        tensors += [value for _, layer in self.model.walk() for value in layer.buffers.values()]
+        stands = json.dumps([asdict(self.config), self.dataset.source, self.step], default=str)
+        digest = hashlib.sha256(stands.encode())
+        for tensor in tensors:
+            digest.update(np.ascontiguousarray(to_numpy(tensor)))
+        mine = np.frombuffer(digest.digest(), np.uint8).astype(np.float64)
+        differs = not np.array_equal(mine, self.ranks.broadcast_(mine.copy()))
+        if others := int(self.ranks.sum_(np.array([float(differs)]))[0]):
+            raise UserError(
+                f"{others} of {self.ranks.size} ranks have another configuration, data, weights or optimiser than rank "
+                f"0 (step {self.step}): start all with the same files and flags, and resume from the last save"
+            )
+
+    def _compile(self):
+        """One step of rank 0 alone, for nothing: kernels that it compiles, the other ranks find on the disk, where two
+        that write at once spoil each other's. (A machine with another kind of CPU compiles its own.)"""
+        if self.ranks.size > 1 and self.config.epochs:
+            with self.ranks.first():
+                if self.writes:
+                    Trainer(self.config, self.dataset, self.folder, self.device, graph=False).train_step()
 
     def finished(self):
         """The network that is saved for use: the model itself, unless the method makes another one of it."""
@@ -338,6 +424,9 @@ class Trainer:
             raise UserError(message) from None
 
     def _end_epoch(self, bar):
+        if not self.writes:
+            self.totals[...], self.seconds = 0, 0.0
+            return
         try:
             record = self._record()
         except NoClass:
@@ -376,6 +465,7 @@ class Trainer:
             "seconds": round(self.seconds, 2),
             "images_per_s": steps * config.batch_size / self.seconds,
             "kernel": self.kernel,
+            **({"ranks": self.ranks.size} if self.ranks.size > 1 else {}),
             **(self._kernels() if self.device == "gpu" else {}),
         }
         if config.method == "fgsm":
@@ -439,7 +529,9 @@ class Trainer:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self):
-        """Write ``last.safetensors`` (all that a resumed run needs) and ``model.safetensors``."""
+        """Write ``last.safetensors`` (all that a resumed run needs) and ``model.safetensors``: rank 0 does."""
+        if not self.writes:
+            return
         state = {"step": self.step, "totals": to_numpy(self.totals).tolist(), "seconds": self.seconds}
         tensors = self.model.state_dict() | {f"optimizer.{k}": v for k, v in self.optimizer.state.items()}
         metadata = {"architecture": self.config.architecture, "state": state, "config": asdict(self.config)}
@@ -480,6 +572,8 @@ class Trainer:
         self.totals[...] = to_device(np.array(totals), self.device)
         epochs = self.step // self.steps_per_epoch  # a kill between log and checkpoint leaves a line too many
         self.log = [r for r in records if r["epoch"] <= epochs]
+        if not self.writes:
+            return
         checkpoint.write_jsonl(log, self.log)
         before = self.log[-1].get("kernel", self.kernel) if self.log else self.kernel
         if before != self.kernel:

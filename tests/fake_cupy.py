@@ -310,7 +310,7 @@ class Module(types.ModuleType):
     cuda = types.SimpleNamespace(
         Stream=Stream, MemoryPool=MemoryPool, using_allocator=using_allocator, Event=Event,
         Device=lambda: types.SimpleNamespace(synchronize=lambda: refuse_in_capture("wait"), compute_capability="90"),
-        is_available=lambda: True,
+        is_available=lambda: True, get_current_stream=lambda: types.SimpleNamespace(ptr=0),
         get_elapsed_time=lambda first, last: 1e3 * (last.time - first.time),
         runtime=types.SimpleNamespace(
             getDeviceProperties=lambda _: {"name": b"Stand-in (CPU)"}, driverGetVersion=lambda: 0,

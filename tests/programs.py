@@ -48,7 +48,7 @@ def caller_of(main, name, monkeypatch, capsys):
     return call
 
 
-def start(program, place, *arguments, train, test, patches="pass", launcher=(), threads="1"):
+def start(program, place, *arguments, train, test, patches="pass", launcher=(), runner="mpi4py.futures", threads="1"):
     """``program`` ("train", ...) in a process of its own, in ``place``, on a small shapes10.
 
     ``patches``: what to do first, where ``program`` is its module and ``train`` is nanomr.train.
@@ -64,7 +64,7 @@ def start(program, place, *arguments, train, test, patches="pass", launcher=(), 
     names = ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
     paths = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place), "MPLBACKEND": "Agg"}
     return subprocess.Popen(
-        [*launcher, sys.executable, *(("-m", "mpi4py.futures") if launcher else ()), str(script), *map(str, arguments)],
+        [*launcher, sys.executable, *(("-m", runner) if launcher else ()), str(script), *map(str, arguments)],
         cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, **dict.fromkeys(names, threads), **paths}, start_new_session=True,
     )  # fmt: skip

@@ -43,6 +43,7 @@ class Method(NamedTuple):
     begin: Callable | None = None  # begin(model, generator): the weights that it begins with; None: as they were made
     finish: Callable | None = None  # finish(model) -> the network that is saved for use; None: the model itself
     certifies: bool = False  # do its bounds prove something? Then the log counts what they prove
+    ranks: bool = False  # may ranks divide a batch? Its loss is a mean over images, and no attack trains the network
 
     def filled(self, given: dict) -> dict:
         """Every constant's value: the ``given`` ones, the others' defaults. Raises ValueError, listing those that there
@@ -61,7 +62,7 @@ class Method(NamedTuple):
         return ", ".join(f"{name}={c.default:g} ({c.help})" for name, c in self.constants.items()) or "it has none"
 
 
-_PAIR = dict(reports=("intrinsic", "hamming"), recipe="paper")
+_PAIR = dict(reports=("intrinsic", "hamming"), recipe="paper", ranks=True)
 _START = {"start": Constant(1.0, "share of the ball that it begins in", high=1.0)}
 _STEPS = {"steps": Constant(10, "of the attack", low=1), "step_size": Constant(0.25, "of the attack, in eps")}
 _KAPPA = {"kappa": Constant(0.2, "weight of the clean cross-entropy at the end", high=1.0)}
@@ -126,14 +127,17 @@ METHODS: dict[str, Method] = {
         adversarial.fgsm, "adversarial images of a single step (Wong et al. 2020)",
         {"step_size": Constant(1.25, "of the attack, in eps")} | _START, recipe="cyclic",
     ),
-    "pgd": Method(adversarial.pgd, "adversarial images of several (Madry et al.)", _STEPS | _START, recipe="steps"),
+    "pgd": Method(
+        adversarial.pgd, "adversarial images of several (Madry et al.)", _STEPS | _START, recipe="steps", ranks=True,
+    ),
     "trades": Method(
         adversarial.trades, "agreement with the worst image (Zhang et al. 2019)",
         {"beta": Constant(6.0, "weight of the divergence")} | _STEPS, reports=("kl",), recipe="steps",
+        ranks=True,
     ),
     "mmc": Method(
         adversarial.mmc, "logits at fixed centres (Pang et al. 2020)",
-        {"norm": Constant(10.0, "length of the centres")}, recipe="steps",
+        {"norm": Constant(10.0, "length of the centres")}, recipe="steps", ranks=True,
     ),
     "msd": Method(
         adversarial.msd, "the worst images of linf, l2 and l1 balls (Maini et al. 2020)",
@@ -141,7 +145,7 @@ METHODS: dict[str, Method] = {
             "steps": Constant(50, "of the attack", low=1),
             "step_size": Constant(0.1, "of linf and l2, in their radii"), "step_l1": Constant(1.0, "of l1"),
             "eps_l2": Constant(0.5, "radius of the l2 ball"), "eps_l1": Constant(12.0, "radius of the l1 ball"),
-        }, recipe="cyclic",
+        }, recipe="cyclic", ranks=True,
     ),
     "wasserstein": Method(
         adversarial.wasserstein, "images whose mass is moved (Wong et al. 2019); slow",

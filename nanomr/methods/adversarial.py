@@ -21,8 +21,9 @@ def attacked(model, x, labels, draw, now, train=False):
 
     They begin at random in the ball, of which ``start`` is the share that starts are drawn from.
     """
-    ball, labels = Linf(now["eps"]), check_labels(labels, len(x))
-    start = Linf(now["start"] * now["eps"]).random_start(x, [draw(rng.METHOD)] * len(x))
+    ball, labels, generator = Linf(now["eps"]), check_labels(labels, len(x)), draw(rng.METHOD)
+    generator.random((model.share.rows.start, *x.shape[1:]))  # of the images that other ranks have
+    start = Linf(now["start"] * now["eps"]).random_start(x, [generator] * len(x))
     return ascend(
         model, ball, x, start, lambda z: cross_entropy_each(z, labels)[1], now["step_size"] * now["eps"],
         int(now["steps"]), train,
@@ -45,7 +46,9 @@ def trades(model, x, labels, draw, now) -> dict:
     {"loss", "cross_entropy", "kl"}, the last unweighted. ``docs/derivations/trades.md``.
     """
     ball, labels, clean = Linf(now["eps"]), check_labels(labels, len(x)), model.forward(x)[0]
-    noise = 0.001 * draw(rng.METHOD).standard_normal(x.shape)  # at x itself the divergence has no gradient
+    generator = draw(rng.METHOD)
+    generator.standard_normal((model.share.rows.start, *x.shape[1:]))  # of the images that other ranks have
+    noise = 0.001 * generator.standard_normal(x.shape)  # at x itself the divergence has no gradient
     start = ball.project(x, x + array_module(x).asarray(noise, x.dtype))
     moved = ascend(
         model, ball, x, start, lambda z: kl_divergence(clean, z)[2], now["step_size"] * now["eps"], int(now["steps"])

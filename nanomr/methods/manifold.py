@@ -33,6 +33,7 @@ def manifold_step(model, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, pe
     check_labels(labels, len(x))
     tap = Hamming(alpha, gamma_h, per_sample)
     logits, cache = model.forward(PairBatch(x, rho), train=True, tap=tap)
+    tap.gather(model.share, len(x))
     ce, pair, gradient = of_logits(logits, labels, gamma_i)
     model.backward(gradient, cache, input_grad=False)
     loss = ce + gamma_i * pair + gamma_h * tap.value
@@ -46,8 +47,9 @@ def standard(model, x, labels, draw, now) -> dict:
 
 def manifold(model, x, labels, draw, now) -> dict:
     """:func:`manifold_step` at the corners of this step's draw, as ``METHODS`` has it."""
-    words = draw(rng.CORNERS).bit_generator.random_raw(-(-x.size // 64))
-    return at_corners(model, x, labels, corners_of(x, now["eps"], words), now)
+    before = model.share.rows.start * x[0].size  # signs of the batch's images that other ranks have
+    words = draw(rng.CORNERS).bit_generator.random_raw(-(-(before + x.size) // 64))
+    return at_corners(model, x, labels, corners_of(x, now["eps"], words, before), now)
 
 
 def at_corners(model, x, labels, rho, now) -> dict:

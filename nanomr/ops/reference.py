@@ -244,12 +244,13 @@ def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
 
 
 def batchnorm_relu_backward(
-    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None
+    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None, over=None
 ):
     """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming.
 
     ``into``: two arrays to which dgamma and dbeta are added. Without ``train``, mean and inv_std are constants; then
-    dgamma and dbeta are None, unless there is an ``into``.
+    dgamma and dbeta are None, unless there is an ``into``. ``over``: makes the dgamma and dbeta that dx follows, the
+    batch's, of those of the rows that are here (:meth:`nanomr.parallel.Share.means`).
     """
     z = batchnorm(x, gamma, beta, mean, inv_std)
     dz = relu_backward(dy, z) if alpha is None else relu_hamming_backward(dy, z, alpha, weight)
@@ -259,7 +260,8 @@ def batchnorm_relu_backward(
     for total, gradient in zip(into or (), (dgamma, dbeta), strict=False):
         total += gradient
     if train:
-        return batchnorm_backward(dz, x, gamma, mean, inv_std, dgamma, dbeta, plus), dgamma, dbeta
+        moves = over(dgamma, dbeta) if over else (dgamma, dbeta)
+        return batchnorm_backward(dz, x, gamma, mean, inv_std, *moves, plus), dgamma, dbeta
     return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
 
 

@@ -6,17 +6,19 @@ nanomr train --data cifar10 --device gpu   # PreActResNet18
 nanomr train --data mine.npz     # images and labels of your own
 nanomr train --method standard   # another method: they are listed below
 nanomr train --resume runs/small-shapes10-manifold-0
+mpiexec -n 2 python -m mpi4py -m nanomr train   # on two ranks
 """
 
 import argparse
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoint, cli, metrics, models, optim
+from .. import checkpoint, cli, metrics, models, optim, parallel
 from ..backend import to_device, use_device
 from ..errors import UserError
 from ..methods import METHODS
@@ -38,7 +40,7 @@ FLAGS_OF = {
     "width": "preact_resnet18",
     "batch_norm": "small",
 }  # one model alone has a use
-WITH_RESUME = {"resume", "device", "no_graph", "kernels", "data_dir", "no_download", "test_images"}
+WITH_RESUME = {"resume", "device", "no_graph", "kernels", "data_dir", "no_download", "test_images", "parallel"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,6 +130,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--resume", type=Path, metavar="RUN", default=auto, help="go on with this run folder; its settings count"
     )
+    text = "several ranks train as one (docs/distributed.md); auto: those that mpiexec started, by NCCL on a GPU each"
+    g.add_argument("--parallel", choices=("auto", "none", "mpi", "nccl"), default="auto", help=text)
+    text = f"the same bits on 1, 2, 3, 4, 6 or 12 ranks, which play {parallel.PARTS}: slower, on CPUs"
+    g.add_argument("--exact", action="store_true", help=text)
+    text = "batch norms use the statistics of each rank's rows: fewer sums, but another algorithm, with noisier ones"
+    g.add_argument("--local-batchnorm", action="store_true", help=text)
     g.add_argument("--test-images", type=natural, default=1000, help="for the attack in the closing table; 0: no table")
     p.add_argument_group("methods", "\n".join(_methods()))
     return p
@@ -205,7 +213,8 @@ def configure(args, device: str, dataset) -> Config:
         eps=args.eps, eps_start=args.eps_start, gamma_factor=args.gamma_factor, constants=constants, recipe=recipe,
         ramp_from=args.ramp_from, ramp_to=args.ramp_to, alpha=args.alpha, hamming_norm=args.hamming_norm,
         augment=not own if args.augment is None else args.augment,
-        precision=args.precision or ("bf16" if device == "gpu" and paired else "fp32"), **chosen,
+        precision=args.precision or ("bf16" if device == "gpu" and paired else "fp32"),
+        local_batchnorm=args.local_batchnorm, exact=args.exact, **chosen,
     )  # fmt: skip
 
 
@@ -246,49 +255,65 @@ def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
 
 
 def main() -> int:
-    p = parser()
-    args = p.parse_args()
-    common.announce_compilation()
-    device = use_device(args.device, args.kernels)
+    args = parser().parse_args()
+    ranks = parallel.start(args.parallel, args.device)
+    with ranks.together():
+        return _main(args, ranks)
+
+
+def _main(args, ranks: parallel.Ranks) -> int:
+    if ranks.rank == 0:
+        common.announce_compilation()
     resume = getattr(args, "resume", None)
-    if not resume:
-        dataset = common.load_data(args, args.data)
-        config = configure(args, device, dataset)
-        name = (
-            f"{config.architecture['name'].removesuffix('_cnn')}-{Path(config.data).stem}-{config.method}-{config.seed}"
-        )
-        folder = args.out or Path("runs") / name
-    elif ignored := sorted(cli.given(parser()) - WITH_RESUME):
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in ignored)
-        raise UserError(f"--resume goes on with the run's own settings: leave out {flags}, or begin another run")
-    else:
-        args.data = None  # the run's own
-        folder = resume
-        config, recorded = read_config(folder / "config.json")
-        dataset = common.load_data(args, recorded)
-    trainer = Trainer(config, dataset, folder, device, graph=not args.no_graph)
-    if not resume:
-        trainer.open_folder()
-    with checkpoint.locked(folder):
-        if resume:
-            trainer.resume()
-        elif (folder / "last.safetensors").exists():
-            raise UserError(
-                f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
-            )
+    with ranks.first():
+        device = use_device(args.device, args.kernels)
+        if not resume:
+            dataset = common.load_data(args, args.data)
+            config = configure(args, device, dataset)
+            network = config.architecture["name"].removesuffix("_cnn")
+            folder = args.out or Path("runs") / f"{network}-{Path(config.data).stem}-{config.method}-{config.seed}"
+        elif ignored := sorted(cli.given(parser()) - WITH_RESUME):
+            flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in ignored)
+            raise UserError(f"--resume goes on with the run's own settings: leave out {flags}, or begin another run")
         else:
-            checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
-        return train(trainer, args.test_images)
+            args.data = None  # the run's own
+            folder = resume
+            config, recorded = read_config(folder / "config.json")
+            dataset = common.load_data(args, recorded)
+
+    if config.exact and device == "gpu":
+        raise UserError("--exact is for CPUs: use --device cpu")
+
+    def work(ranks):
+        trainer = Trainer(config, dataset, folder, device, graph=not args.no_graph, ranks=ranks)
+        with trainer.own_folder():
+            if resume:
+                trainer.resume()
+            elif trainer.writes and (folder / "last.safetensors").exists():
+                raise UserError(
+                    f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
+                )
+            elif trainer.writes:
+                checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
+            return train(trainer, args.test_images)
+
+    return parallel.play(work, ranks) if config.exact else work(ranks)
 
 
 def train(trainer: Trainer, test_images: int) -> int:
-    """Say what the run is, train, and end with pictures and a table."""
+    """Say what the run is, train, and end with pictures and a table: rank 0 does, the others train with it."""
+    if not trainer.writes:
+        with suppress(Interrupted):
+            trainer.run()
+        return 0
     folder, config = trainer.folder, trainer.config
     network = f"{trainer.model.name}, {trainer.model.weights.size} weights"
     print(
         json.dumps({"run": str(folder), "device": trainer.device, **asdict(config), "architecture": network}, indent=1),
         flush=True,
     )
+    if trainer.ranks.size > 1:
+        print(f"{trainer.ranks.size} ranks, {trainer.share.rows.stop} of {config.batch_size} images here", flush=True)
     try:
         model = trainer.run()
     except Interrupted as stopped:

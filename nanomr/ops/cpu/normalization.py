@@ -245,7 +245,7 @@ def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
 
 
 def batchnorm_relu_backward(
-    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None
+    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None, over=None
 ):
     scale = gamma * inv_std
     dgamma = dbeta = None
@@ -253,5 +253,6 @@ def batchnorm_relu_backward(
         dgamma, dbeta = _parameter_gradient(dy, x, mean, scale, beta, inv_std, True, alpha, weight)
         for total, gradient in zip(into or (), (dgamma, dbeta), strict=False):
             total += gradient
-    slopes = _slopes(x, scale, inv_std, dgamma, dbeta) if train else (None, None)
+    moves = over(dgamma, dbeta) if over and train else (dgamma, dbeta)
+    slopes = _slopes(x, scale, inv_std, *moves) if train else (None, None)
     return _input_gradient(dy, x, mean, scale, beta, *slopes, True, plus, alpha, weight), dgamma, dbeta

@@ -226,18 +226,19 @@ def batchnorm_backward(dy, x, gamma, mean, inv_std, dgamma, dbeta, plus=None):
 
 
 def batchnorm_relu_backward(
-    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None
+    dy, x, gamma, beta, mean, inv_std, alpha=None, weight=None, plus=None, train=True, into=None, over=None
 ):
     """(dx + plus, dgamma, dbeta) of batchnorm_relu, or, with ``alpha`` and ``weight``, of batchnorm_relu_hamming.
     dz is computed twice and never stored: two passes that read dy and x, one of them writes dx. Without ``train``, mean
-    and inv_std are constants. ``into``: two arrays to which dgamma and dbeta are added."""
+    and inv_std are constants. ``into``: two arrays to which dgamma and dbeta are added. ``over``: see the formula."""
     plan = _plan(x, RELU if alpha is None else HAMMING, x.shape[-1])
     if plan is None:
-        return plain.batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha, weight, plus, train, into)
+        return plain.batchnorm_relu_backward(dy, x, gamma, beta, mean, inv_std, alpha, weight, plus, train, into, over)
     x, alpha = ready(x), alpha or 0.0
     normal = (_like(dy, x), x, mean, gamma, inv_std, beta)
     dgamma = dbeta = None
     if train or into is not None:
         dgamma, dbeta = _channel_gradients(plan, *normal, alpha, weight, into or (None, None))
     moves = (dgamma, dbeta) if train else array_module(x).zeros((2, len(mean)), np.float32)
+    moves = over(*moves) if over and train else moves
     return _normalize_backward(plan, *normal, *moves, plus, alpha, weight), dgamma, dbeta
