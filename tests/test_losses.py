@@ -400,10 +400,10 @@ def test_the_cache_is_z_itself_and_the_norms(pair, per_sample, dtype, rng):
         else rng.standard_normal((3 * n, 50)).astype(dtype)
     )
     _, cache = ReLU().forward(z, tap=Hamming(per_sample=per_sample))
-    inputs, extra = list(z) if pair else [z], 0
+    inputs = list(z) if pair else [z]
     found = list(arrays_in(cache))
     assert sum(any(a is b for b in inputs) for a in found) == len(inputs), "the cache holds a copy of z"
-    extra = sum(a.size for a in found if not any(a is b for b in inputs))
+    extra = sum({id(a): a.size for a in found if not any(a is b for b in inputs)}.values())  # the tap has the norms too
     assert extra <= (n if per_sample else 1) + 1  # and the running total, in the tap
 
 
