@@ -1,10 +1,14 @@
 """The program: its files, its exit codes, that a kill loses no finished chunk, and that --check trusts nothing."""
 
 import hashlib
+import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import programs
 import pytest
 from programs import assert_one_error_line
 
-from nanomr import backend, checkpoint, data, models, plots
+from nanomr import backend, checkpoint, data, models, parallel, plots
 from nanomr.attacks import pgd
 from nanomr.attacks.autoattack import STAGES
 from nanomr.programs import attack as attack_cifar
@@ -353,6 +357,75 @@ def test_an_interrupt_says_how_to_go_on(program, finished, monkeypatch):
     assert_one_error_line(program("--table", "run"), "not finished")
     assert program(*flags, "--resume")[0] == 0
     assert len(calls) == 5 and result("run") == result(finished[0])
+
+
+def by_ranks(monkeypatch, count, *arguments):
+    """The exit codes of ``count`` ranks, which this process plays in turns; which of them saved which chunk."""
+    ranks, chunks, save = {}, [], checkpoint.save_tensors
+
+    def noted(path, *rest):
+        chunks.append((ranks[threading.get_ident()].rank, Path(path).name[:6]))
+        save(path, *rest)
+
+    def work(one):
+        ranks[threading.get_ident()] = one
+        return attack_cifar.main()
+
+    monkeypatch.setattr(parallel, "start", lambda *_: ranks[threading.get_ident()])
+    monkeypatch.setattr(checkpoint, "save_tensors", noted)
+    monkeypatch.setattr(sys, "argv", ["nanomr attack", *map(str, arguments), "--executor", "mpi"])
+    codes = parallel.InTurns(count).run(work)
+    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    return codes, chunks
+
+
+def assert_same_run(folder, other):
+    assert result(folder) == result(other)
+    for name in ("per_image.jsonl", "examples.npz"):
+        assert (Path(folder) / name).read_bytes() == (Path(other) / name).read_bytes()
+    assert not (Path(folder) / "parts").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_divide_the_chunks_and_come_to_the_same(finished, monkeypatch, count, capsys):
+    codes, chunks = by_ranks(monkeypatch, count, *FLAGS, "--attack", "autoattack", "--out", "run")
+    assert codes == [0] * count
+    assert sorted(chunks, key=lambda c: c[1]) == [(i % count, f"{10 * i:06d}") for i in range(4)]
+    assert_same_run("run", finished[0])
+    assert capsys.readouterr().out.count("report.json") == 1  # rank 0's
+    codes, chunks = by_ranks(monkeypatch, count, *FLAGS, "--attack", "autoattack", "--out", "run", "--resume")
+    assert codes == [0] * count and chunks == []
+
+
+def test_shards_leave_chunks_and_a_resumed_run_the_report(program, finished, monkeypatch):
+    flags = [*FLAGS, "--attack", "autoattack", "--out", "run"]
+    for shard, there in (("2/3", ["000020"]), ("0/3", ["000000", "000020", "000030"])):
+        assert program(*flags, "--shard", shard)[0] == 0
+        assert sorted(p.stem for p in Path("run/parts").glob("*.safetensors")) == there
+    assert_one_error_line(program(*flags, "--seed", 1, "--shard", "1/3"), "begun with seed = 0, not 1")
+    with programs.another_process_in("run/parts/shard-0-of-3"):
+        assert_one_error_line(program(*flags, "--shard", "0/3"), "another process")
+    calls, real = [], attack_cifar.cascade
+    monkeypatch.setattr(attack_cifar, "cascade", lambda *a, **k: calls.append(1) or real(*a, **k))
+    assert program(*flags, "--resume")[0] == 0 and len(calls) == 1  # the chunk of the shard that nobody ran
+    assert_same_run("run", finished[0])
+    assert program(*flags, "--shard", "1/3")[0] == 0 and len(calls) == 1  # it is finished
+    for bad in ("3/3", "1", "-1/3"):
+        assert program(*flags, f"--shard={bad}")[0] == 2
+    assert program(*FLAGS, "--shard", "0/3")[0] == 2  # --out names the folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed (nanomr[mpi])")
+def test_mpi_ranks_come_to_the_same(finished, weights, tmp_path):
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if mpiexec is None:
+        pytest.skip("no mpiexec (pip install mpich)")
+    flags = [*FLAGS, "--attack", "autoattack", "--out", "run", "--executor", "mpi"]
+    process = start(tmp_path, *flags, launcher=(mpiexec, "-n", "2"), runner="mpi4py")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same_run(tmp_path / "run", finished[0])
 
 
 def test_a_finished_run_is_not_run_again(program, monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, checkpoint, cli, metrics, models, plots
+from .. import __version__, checkpoint, cli, metrics, models, parallel, plots
 from ..attacks import report as reporting
 from ..attacks.autoattack import ROBUST, STAGES, WRONG, Stage, cascade, quick, with_classes
 from ..attacks.common import l2, logits_of, predictions, recheck
@@ -93,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--kernels", choices=("auto", "own", "plain"), default="auto", help=text)
     text = "of the network that attacks see (tf32 on a GPU alone); verdicts are float32's. bf16 may attack less"
     g.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=text)
+    text = "mpi: the ranks of mpiexec -n RANKS python -m mpi4py attack_cifar.py ... divide the chunks among them"
+    g.add_argument("--executor", choices=("process", "mpi"), default="process", help=text)
+    text = (
+        "only each N-th chunk, from the I-th on (0 <= I < N), for job arrays; when all are done, --resume without it "
+        "makes the report"
+    )
+    g.add_argument("--shard", type=common.shard, metavar="I/N", help=text)
     g.add_argument("--out", type=Path, help="run folder; default: runs/WEIGHTS-ATTACK-NORM")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out; give the same flags again")
     return p
@@ -248,7 +255,7 @@ class Run:
 
     def attack(self):
         """Finish all chunks. A progress bar counts images whose fate is known."""
-        chunk, n = self.config["chunk"], self.config["n"]
+        n = self.config["n"]
         checkpoint.write_jsonl(self._log, [])
         (self.folder / "parts").mkdir(exist_ok=True)
         done = robust = 0
@@ -261,15 +268,33 @@ class Run:
                 bar.set_postfix_str(f"robust so far {robust / done:.2%}, {n - done} left")
                 bar.update(done - bar.n)
 
-            for part, found in self._parts():
-                finished(part, found)
-            while done < n:
-                part = slice(done, min(done - done % chunk + chunk, n))
-                found = self._attack_chunk(part, bar, robust)
-                tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray)}
-                path = self.folder / "parts" / f"{done:06d}.safetensors"
-                checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted", "again")})
-                finished(part, found)
+            for part, path in self._chunks():
+                finished(part, self._read(path, part.start) if path.exists() else self._finish(part, path, bar, robust))
+
+    def attack_some(self, i: int, n: int):
+        """Finish each n-th chunk from the i-th on; the others are other processes'."""
+        (self.folder / "parts").mkdir(exist_ok=True)
+        with tqdm(total=self.config["n"], desc=self.config["attack"], unit="img", disable=True if i else None) as bar:
+            for number, (part, path) in enumerate(self._chunks()):
+                if number % n == i and not path.exists():
+                    self._finish(part, path, bar)
+
+    def _chunks(self):
+        """(images, file) of every part, on the disk or not, in order. Only a part that is there ends within a chunk."""
+        first, n, chunk = 0, self.config["n"], self.config["chunk"]
+        while first < n:
+            path = self.folder / "parts" / f"{first:06d}.safetensors"
+            there = first + len(self._read(path, first)["by"]) if path.exists() else 0
+            part = slice(first, there or min(first - first % chunk + chunk, n))
+            yield part, path
+            first = part.stop
+
+    def _finish(self, part, path, bar, robust=0) -> dict:
+        """Attack these images; what becomes of them is on the disk when this returns."""
+        found = self._attack_chunk(part, bar, robust)
+        tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray)}
+        checkpoint.save_tensors(path, tensors, {k: found[k] for k in ("seconds", "refuted", "again")})
+        return found
 
     def _attack_chunk(self, part, bar, robust) -> dict:
         x, labels, ids = self.x[part], self.labels[part], self.ids[part]
@@ -393,20 +418,42 @@ def _append(path: Path, records: list[dict]):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def evaluate(folder: Path, config: dict, model, dataset, resume: bool) -> dict:
-    """The report of one attack, from the folder's own files as far as they go."""
+def evaluate(folder: Path, config: dict, model, dataset, resume: bool, ranks=parallel.ALONE) -> dict | None:
+    """The report of one attack, from the folder's own files as far as they go. Of several ``ranks``, which all attack
+    chunks, rank 0 writes it, and the others get None."""
     run = Run(folder, config, model, dataset)
+    if ranks.rank:
+        if not ranks.broadcast_(np.zeros(1)):
+            run.attack_some(ranks.rank, ranks.size)
+            ranks.barrier()
+        return None
     run.make()
     with checkpoint.locked(folder):
-        if run.open(resume):
+        if ranks.broadcast_(np.array([float(run.open(resume))])):
             print(f"{folder}: finished already")
             report = checkpoint.read_json(folder / "report.json")
         else:
+            if ranks.size > 1:
+                run.attack_some(0, ranks.size)
+                ranks.barrier()  # all chunks are there
             run.attack()
             report = run.finish()
         shutil.rmtree(folder / "parts", ignore_errors=True)  # examples.npz and per_image.jsonl have it all
     print(cli.fold(reporting.lines(report)))
     return report
+
+
+def evaluate_shard(folder: Path, config: dict, model, dataset, shard: tuple[int, int]):
+    """A share of the chunks. Other shards may be at work in the folder; the report is for another run to make."""
+    run = Run(folder, config, model, dataset)
+    run.make()
+    if run.open(resume=True):
+        return
+    (folder / "parts").mkdir(exist_ok=True)
+    mine = folder / "parts" / "shard-{}-of-{}".format(*shard)
+    mine.touch()
+    with checkpoint.locked(mine):
+        run.attack_some(*shard)
 
 
 # --- --table, --check -------------------------------------------------------------------------------------------------
@@ -511,7 +558,14 @@ def _read_npz(path: Path) -> dict:
 def main() -> int:
     p = parser()
     args = p.parse_args()
-    common.announce_compilation()
+    ranks = parallel.start("mpi", args.device) if args.executor == "mpi" else parallel.ALONE
+    with ranks.together():
+        return _main(p, args, ranks)
+
+
+def _main(p, args, ranks: parallel.Ranks) -> int:
+    if ranks.rank == 0:
+        common.announce_compilation()
     if args.eps is not None and args.norm == "linf":
         try:
             cli.linf_radius(f"{args.eps:g}")
@@ -522,7 +576,8 @@ def main() -> int:
         return 0
     if not args.weights:
         p.error("--weights FILE is needed: the network")
-    device = use_device(args.device, args.kernels)
+    with ranks.first():
+        device = use_device(args.device, args.kernels)
     if device == "cpu" and args.precision == "tf32":
         raise UserError("--precision tf32 needs a GPU: use --precision fp32 or bf16")
     if device == "gpu":
@@ -535,24 +590,37 @@ def main() -> int:
         p.error("--stages and --steps are for one --attack")
     if args.resume and not args.out:
         p.error("--resume needs --out: the folder of the run")
-    dataset = common.load_data(args, args.data or common.trained_on(args.weights))
+    if args.shard and not args.out:
+        p.error("--shard needs --out: the folder of the run")
+    with ranks.first():
+        dataset = common.load_data(args, args.data or common.trained_on(args.weights))
     model, weights = common.load_network(args.weights, dataset, device)
     args.device = device
     file = common.weights_file(args.weights).resolve()
     name = file.parent.name if file.stem == "model" else file.stem
     folder = args.out or Path("runs") / f"{name}-{args.attack}-{args.norm}"
     attacks = ALL if args.attack == "all" else (args.attack,)
-    print(f"{folder}: {weights['file']} (SHA-256 {weights['sha256'][:12]}...) on {device}", flush=True)
+    if ranks.rank == 0:
+        print(f"{folder}: {weights['file']} (SHA-256 {weights['sha256'][:12]}...) on {device}", flush=True)
     if args.resume and not folder.exists():
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to begin one")
     reports = []
     for attack in attacks:
         inside = folder / attack if args.attack == "all" else folder
+        what = inside, configure(args, attack, weights, dataset), model, dataset
         try:
-            reports.append(evaluate(inside, configure(args, attack, weights, dataset), model, dataset, args.resume))
+            if args.shard:
+                evaluate_shard(*what, args.shard)
+            else:
+                reports.append(evaluate(*what, args.resume, ranks))
         except KeyboardInterrupt:
+            if ranks.rank:
+                raise
+            ranks.fail(130)
             print(f"\n{inside}: the same command with --out {folder} --resume goes on after the last finished chunk")
             return 130
+    if args.shard or ranks.rank:
+        return 0
     if any(r["attack"] != "pgd" or r["norm"] == "linf" for r in reports):
         print("\n" + cli.fold(reporting.tables(reports).splitlines()))
     if args.attack == "all":  # the one in each attack's folder is what --table and --check read

@@ -37,6 +37,17 @@ def _data(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not shapes10, cifar10 or a FILE.npz")
 
 
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: I/N, with 0 <= I < N."""
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        i, n = 0, 0
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/8")
+    return i, n
+
+
 def load_data(args, name: str | dict) -> data.Dataset:
     """The data set ``name``, or the one that a run's record {"name", "source"} is of, which ``--data`` may say anew."""
     if not isinstance(name, dict):

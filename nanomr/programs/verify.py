@@ -77,22 +77,14 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="worker processes, one thread each")
     text = "mpi: under mpiexec -n RANKS python -m mpi4py.futures verify_small.py ..."
     g.add_argument("--executor", choices=("processes", "mpi"), default="processes", help=text)
-    g.add_argument("--shard", type=_shard, metavar="I/N", help="only the I-th of N parts (0 <= I < N), for job arrays")
+    g.add_argument(
+        "--shard", type=common.shard, metavar="I/N", help="only the I-th of N parts (0 <= I < N), for job arrays"
+    )
     g.add_argument("--out", type=Path, help="result folder; default: runs/WEIGHTS-verify")
     g.add_argument("--resume", action="store_true", help="go on with the results in --out; give the same flags again")
     text = "with --resume: decide again the images that ran into the time limit, or (all) are undecided otherwise too"
     g.add_argument("--retry", choices=("timeout", "all"), help=text)
     return p
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        i, n = map(int, text.split("/"))
-    except ValueError:
-        i, n = 0, 0
-    if not 0 <= i < n:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/8")
-    return i, n
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
