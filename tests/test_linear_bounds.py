@@ -7,6 +7,7 @@ from hypothesis import given
 from test_train import log
 
 from nanomr import checkpoint, models, rng
+from nanomr.backend import to_numpy
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import BatchNorm2d, Box, Conv2d, Flatten, Linear, Normalize, ReLU, Residual, Sequential
 from nanomr.methods import METHODS, certified, linear_bounds
@@ -393,6 +394,17 @@ def test_rows_may_be_carried_in_parts(name, monkeypatch):
         found.append((step(name, model, x, labels, now(name))["loss"], model.gradients.copy()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-12)
+
+
+@names
+def test_a_step_on_a_device_is_the_cpus(cupy, name):
+    here, g = network(name)
+    there, (x, labels) = network(name)[0].to("gpu"), batch(g)
+    expected = step(name, here, x, labels, now(name))
+    found = step(name, there, cupy.asarray(x), cupy.asarray(labels), now(name))
+    for key, value in expected.items():
+        assert float(found[key]) == pytest.approx(float(value), rel=1e-9), key
+    np.testing.assert_allclose(to_numpy(there.gradients), here.gradients, rtol=1e-6, atol=1e-12)
 
 
 @names
