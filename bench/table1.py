@@ -302,7 +302,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("rows", type=Path, nargs="?", help="a JSON file: the list of rows")
     p.add_argument("--draw", action="store_true", help="the picture and the table from --out, and stop")
     p.add_argument("--held-out", action="store_true", help="judge by the images that are held out, not by test images")
-    p.add_argument("--part", type=verifying._shard, default=(0, 1), metavar="I/N", help="every N-th row, from the I-th")
+    p.add_argument("--part", type=common.shard, default=(0, 1), metavar="I/N", help="every N-th row, from the I-th")
     p.add_argument("--data", default="cifar10", help="as train_cifar.py has it (%(default)s)")
     p.add_argument("--data-dir", help="folder with cifar-10-batches-bin")
     p.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="trains and attacks; a CPU verifies")
