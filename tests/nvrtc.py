@@ -24,7 +24,10 @@ def _find(pattern: str) -> Path | None:
 
 @cache
 def _library():
-    return ctypes.CDLL(str(_find("*/lib/libnvrtc.so*")))
+    path = _find("*/lib/libnvrtc.so*")
+    for builtins in path.parent.glob("libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(builtins))  # which CUDA 13's library looks for by name alone; PyTorch's wheels bring that one
+    return ctypes.CDLL(str(path))
 
 
 def missing() -> str | None:
