@@ -11,11 +11,13 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import programs
 import pytest
@@ -147,6 +149,11 @@ def test_rank_0_goes_first():
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
+def test_ranks_in_turns_have_as_many_threads_as_who_plays_them():
+    assert numba.get_num_threads() == 1  # of two, by conftest.py
+    assert InTurns(3).run(lambda ranks: numba.get_num_threads()) == [1, 1, 1]
+
+
 def test_a_copied_or_pickled_network_is_one_processs():
     model = InTurns(2).run(lambda ranks: trainer("nowhere", ranks, replace(CONFIG, architecture=NETWORKS["norms"])))[1]
     model = model.model
@@ -196,6 +203,16 @@ def test_in_float64_it_is_so_to_12_digits(network, options, count):
     assert far(found[0], expected[0]) < 1e-12
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-10)
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("method", ["manifold", "standard"])
+def test_the_cpus_kernels_of_batch_norm_and_relu_take_the_batchs_sums(method, count):
+    """As far as one process's float32 is from float64, several times 1e-6: of the rows' own sums it would be 1e-2."""
+    config = replace(CONFIG, architecture=NETWORKS["resnet"], gamma_h=30.0, method=method)
+    found, expected = stepped(count, config), stepped(1, config)
+    assert far(found[0], expected[0]) < 5e-5
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=1e-6)
 
 
 def test_batch_norms_between_ranks_without_rows():
@@ -298,7 +315,13 @@ def test_ctrl_c_on_any_rank_stops_all_saved_and_another_number_goes_on(straight,
         return over_ranks(self, parts)
 
     monkeypatch.setattr(Trainer, "_over_ranks", signalled)
-    ended = []
+    ended, waits, barrier = [], [], parallel._Played.barrier
+
+    def waited(self):
+        waits.append((self.rank, checkpoint.load_tensors(tmp_path / "last.safetensors")[1]["state"]["step"]))
+        barrier(self)
+
+    monkeypatch.setattr(parallel._Played, "barrier", waited)
 
     def work(ranks):
         with pytest.raises(Interrupted, match=f"stopped after {STEPS + 3} of {2 * STEPS} steps and saved"):
@@ -306,7 +329,8 @@ def test_ctrl_c_on_any_rank_stops_all_saved_and_another_number_goes_on(straight,
         ended.append((ranks.rank, checkpoint.load_tensors(tmp_path / "last.safetensors")[1]["state"]["step"]))
 
     InTurns(2).run(work)
-    assert ended == [(0, STEPS + 3), (1, STEPS + 3)]  # saved before any of them leaves
+    assert ended == [(0, STEPS + 3), (1, STEPS + 3)]
+    assert waits[-2:] == ended  # the last that both do is to wait for each other, rank 0 when it has saved
     monkeypatch.undo()
     run(tmp_path, then, resume=True)
     assert_close(tmp_path, straight)
@@ -591,9 +615,22 @@ def test_more_ranks_than_gpus_go_by_way_of_the_host_or_are_refused(stand_in, mpi
         InTurns(3).run(lambda ranks: nccl_ranks(mpi4py, ranks, "nccl"))
 
 
-def test_a_step_on_devices_is_the_one_processs(stand_in, mpi4py, monkeypatch):
+def test_one_machine_without_gpus_is_enough_for_all_to_go_by_way_of_the_host(stand_in, mpi4py, monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
-    config = replace(CONFIG, architecture=NETWORKS["norms"])
+    devices = {}  # of each rank's machine
+    monkeypatch.setattr(sys.modules["cupy"].cuda.runtime, "getDeviceCount", lambda: devices[threading.get_ident()])
+
+    def work(ranks):
+        devices[threading.get_ident()] = 2 if ranks.rank == 0 else 0
+        return type(nccl_ranks(mpi4py, ranks))
+
+    assert InTurns(2).run(work) == [parallel.Mpi] * 2
+
+
+@pytest.mark.parametrize("network", ["norms", "resnet"])
+def test_a_step_on_devices_is_the_one_processs(stand_in, mpi4py, monkeypatch, network):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    config = replace(CONFIG, architecture=NETWORKS[network])
 
     def work(ranks):
         one = trainer("nowhere", nccl_ranks(mpi4py, ranks) if ranks.size > 1 else ALONE, config, device="gpu")
