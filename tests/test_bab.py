@@ -374,7 +374,8 @@ def test_no_number_restricts_nothing():
     part = collapsed.backward(net, np.zeros((1, len(low))), np.full((1, len(low)), 0.5))
     assert (collapsed.restrict(net, part, low, high, -1e3)[0] > high).any()  # else this test could not fail
     sparse = net.sparse._replace(values=net.sparse.values * np.nan)
-    wrong = [(net._replace(bias=net.bias * np.nan), part), (net._replace(sparse=sparse), part)]
+    pixels = [b.astype(float)._replace(blocks=[(*s, m * np.nan) for *s, m in b.blocks]) for b in net.pixels]
+    wrong = [(net._replace(bias=net.bias * np.nan), part), (net._replace(sparse=sparse, pixels=pixels), part)]
     wrong += [(net, part._replace(**{name: getattr(part, name) * np.nan})) for name in ("bound", "image")]
     for broken, p in wrong:
         found = collapsed.restrict(broken, p, low, high, -1e3)
@@ -636,9 +637,11 @@ BUGS = {
     "a half-space too small": ("abs(c).sum() - limit", "abs(c).sum() - limit + 0.5"),
     "upper bounds from lower ones": ("np.minimum(high[units], -bound[n:])", "np.minimum(high[units], bound[:n])"),
     "a chord of other bounds": (
-        "Lines.around(low[before], high[before])",
-        "Lines.around(0.3 * low[before], high[before])",
+        "Lines.around(low[e], high[e])",
+        "Lines.around(0.3 * low[e], high[e])",
     ),
+    "a block without its last column": ("min(left, a), max(right, b)", "min(left, a), max(right, b) - 1"),
+    "a row of numbers without its own layer's": ("zip(net.layers[: m + 1], net.pixels", "zip(net.layers[:m], net.pixels"),
     "an empty domain that is not": ("if is_empty(*known):", "if (known[0] > -1.0).any():"),
     "duals of the wrong sign": ("np.maximum(found.row_dual, 0)", "np.maximum(-np.array(found.row_dual), 0)"),
     "an empty case is not closed": ("return dual * max(0,", "return 0 * dual * max(0,"),

@@ -20,9 +20,10 @@ from ..chain import Chain
 from .collapsed import SLACK_64, Climb, Collapsed, Part, backward, climb, collapse, forward, is_empty, restrict
 
 CHILDREN = 16  # units whose two children are bounded, not yet optimised, before one is chosen
+ROWS = 4  # domains whose children are tried at once
 ROOT_STEPS = 40  # of climbing, before anything is split
 ROUNDS, ENOUGH = 4, 0.8  # of drawing in the root's bounds, while what is missing to the proof shrinks to that share;
-AGAIN = 0.8  # ... and a domain's, once, where less than that share is missing of what was when they last were
+AGAIN = 0.5  # ... and a domain's, once, where less than that share is missing of what was when they last were
 MOST = 100_000  # domains: some 20 bytes of memory each for every unstable ReLU
 STEP = 0.5  # CPU seconds that a batch of domains may take, so that a search stops when it should
 SLACK = 1e-5  # a float32 bound must be above the threshold by this before float64 is asked
@@ -76,13 +77,14 @@ def branch(net: Collapsed, signs, values, target: float, chords=None):
     error = np.where(signs == 0, abs(part.relus * (out - np.maximum(z, 0))), -1)
     tried = min(CHILDREN, error.shape[1])
     units = np.argpartition(-error, tried - 1, axis=1)[:, :tried]
-    domain = np.repeat(np.arange(len(signs)), tried)
-    tries = children(signs[domain], values[domain], part.relus[domain], units.ravel())
-    theirs = None if chords is None else [np.repeat(c[domain], 2, 0) for c in chords]
-    gain = (
-        np.minimum(backward(net, *tries, theirs).bound.reshape(len(signs), tried, 2), target)
-        - part.bound[:, None, None]
-    )
+    bound = np.empty((len(signs), tried, 2), part.bound.dtype)
+    for first in range(0, len(signs), ROWS):  # so many children at once that their coefficients stay in the cache
+        some = slice(first, first + ROWS)
+        domain = np.repeat(np.arange(len(signs))[some], tried)
+        tries = children(signs[domain], values[domain], part.relus[domain], units[some].ravel())
+        theirs = None if chords is None else [np.repeat(c[domain], 2, 0) for c in chords]
+        bound[some] = backward(net, *tries, theirs).bound.reshape(-1, tried, 2)
+    gain = np.minimum(bound, target) - part.bound[:, None, None]
     gain = np.maximum(gain, 1e-6).prod(2)
     gain[signs[np.arange(len(signs))[:, None], units] != 0] = -1  # fewer units left than are tried
     unit = units[np.arange(len(signs)), np.nan_to_num(gain, nan=-1).argmax(1)]

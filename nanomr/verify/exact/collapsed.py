@@ -11,10 +11,53 @@ import numpy as np
 
 from ..bounds.crown import Box, Lines, inner
 from ..chain import Chain
-from .halfspace import Rows, least
+from .halfspace import Rows, least, least_dense
 
+BLOCK = 20_000  # numbers in a product that cost as much as another product does
+DENSE = 0.2  # the share of pixels that a layer's units see, above which all are counted
 RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
 SLACK_64 = 1e-6  # by how much (relatively) float64 must show a thing: a checker whose rounding differs sees it, too
+
+
+class Blocks(NamedTuple):
+    """A matrix (R, C) as a few dense blocks, (its rows, its columns, its numbers) each, beside which it is 0.
+
+    The rows are in the order of a convolution's outputs, so a few in turn see a few rows of the image: a block.
+    """
+
+    blocks: list[tuple[slice, slice, np.ndarray]]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, matrix) -> "Blocks":
+        """Rows join the block before them where that costs less than another product would (BLOCK)."""
+        seen = matrix != 0
+        found: list[list[int]] = []  # of row, to row; of column, to column
+        for row in np.flatnonzero(seen.any(1)).tolist():
+            a, b = int(seen[row].argmax()), seen.shape[1] - int(seen[row, ::-1].argmax())
+            if found:
+                top, end, left, right = found[-1]
+                joined = top, row + 1, min(left, a), max(right, b)
+                cost = (joined[1] - top) * (joined[3] - joined[2]) - (end - top) * (right - left)
+                if cost <= BLOCK + b - a:
+                    found[-1] = list(joined)
+                    continue
+            found.append([row, row + 1, a, b])
+        slices = [(slice(top, end), slice(left, right)) for top, end, left, right in found]
+        return cls([(*s, np.ascontiguousarray(matrix[s])) for s in slices], matrix.shape)
+
+    def astype(self, dtype) -> "Blocks":
+        return Blocks([(*s, block.astype(dtype)) for *s, block in self.blocks], self.shape)
+
+    def rows_times(self, x, out):
+        """out (S, C) += x (S, R) times the matrix."""
+        for rows, columns, block in self.blocks:
+            out[:, columns] += x[:, rows] @ block
+
+    def times_columns(self, y, out):
+        """out (S, R) += y (S, C) times the transposed matrix."""
+        for rows, columns, block in self.blocks:
+            out[:, rows] += y[:, columns] @ block.T
 
 
 class Collapsed(NamedTuple):
@@ -23,7 +66,8 @@ class Collapsed(NamedTuple):
     z = image y + bias + between relu(z),  margin = row_image . y + row_units . relu(z) + row_bias
 
     ``between`` is strictly lower triangular by layers, ``layers`` their slices of the units. upper, offset, lower: the
-    lines of :class:`~nanomr.verify.bounds.crown.Lines`. ``sparse``: ``image`` again. ``units``: flat unit indices.
+    lines of :class:`~nanomr.verify.bounds.crown.Lines`. ``units``: flat unit indices. ``sparse``: ``image`` again, as are
+    ``pixels``, one for each layer; ``under``: ``between`` again, of each layer the parts of the layers before it.
     """
 
     image: np.ndarray
@@ -38,10 +82,14 @@ class Collapsed(NamedTuple):
     sparse: Rows
     units: np.ndarray
     layers: list[slice]
+    pixels: list[Blocks]
+    under: list[list[Blocks]]
 
     def single(self) -> "Collapsed":
         """The same in float32, but for ``sparse``."""
-        return Collapsed(*(np.asarray(v, np.float32) for v in self[:-3]), *self[-3:])
+        pixels = [b.astype(np.float32) for b in self.pixels]
+        under = [[b.astype(np.float32) for b in parts] for parts in self.under]
+        return Collapsed(*(np.asarray(v, np.float32) for v in self[:9]), *self[9:12], pixels, under)
 
     def pick(self, layers) -> np.ndarray:
         """The units' entries (U,) of arrays (1, ...), one for each ReLU layer."""
@@ -89,8 +137,12 @@ def collapse(chain: Chain, low, high, relus, row) -> Collapsed:
     image_row = image[n]
     units = np.flatnonzero(_flat([line.unstable for line in lines])).astype(np.int32)
     own = [_flat([getattr(line, name) for line in lines])[units] for name in ("lower", "upper", "offset")]
-    image, sparse = image[:n], Rows.of(image[:n])
-    return Collapsed(image, bias[:n], between[:n], image_row, between[n], bias[n], *own, sparse, units, layers)
+    image, between_row, between = image[:n], between[n], between[:n]
+    pixels = [Blocks.of(image[at]) for at in layers]
+    under = [[Blocks.of(between[at, e]) for e in layers[:m]] for m, at in enumerate(layers)]
+    return Collapsed(
+        image, bias[:n], between, image_row, between_row, bias[n], *own, Rows.of(image), units, layers, pixels, under
+    )
 
 
 # --- the bound of a domain, and its gradient --------------------------------------------------------------------------
@@ -119,13 +171,16 @@ def backward(net: Collapsed, signs, values, chords=None) -> Part:
     below, above = np.where(free, values, on), np.where(free, upper, on)
     offset, force = np.where(free, offset, 0 * on), np.where(free, 0 * on, -signs * values)
     relus, inputs = np.empty_like(values), np.empty_like(values)
-    for at in reversed(net.layers):
-        a = net.row_units[at] + inputs[:, at.stop :] @ net.between[at.stop :, at]
+    for m, at in reversed(list(enumerate(net.layers))):
+        a = np.repeat(net.row_units[None, at], len(values), 0)
+        for after, parts in zip(net.layers[m + 1 :], net.under[m + 1 :], strict=True):
+            parts[m].rows_times(inputs[:, after], a)
         negative = np.minimum(a, 0)
         relus[:, at] = a
         inputs[:, at] = (a - negative) * below[:, at] + negative * above[:, at] + force[:, at]
-    image = inputs @ net.image
-    image += net.row_image
+    image = np.repeat(net.row_image[None], len(values), 0)
+    for at, pixels in zip(net.layers, net.pixels, strict=True):
+        pixels.rows_times(inputs[:, at], image)
     bound = inputs @ net.bias + inner(np.minimum(relus, 0), offset) + net.row_bias - abs(image).sum(1)
     return Part(bound, relus, image, below, above, offset)
 
@@ -136,11 +191,14 @@ def forward(net: Collapsed, part: Part):
     z and the outputs are those of the relaxed network; the margins are the network's own at the same y.
     """
     y = -np.sign(part.image)
-    true = y @ net.image.T + net.bias
+    true = np.repeat(net.bias[None], len(y), 0)
+    for at, pixels in zip(net.layers, net.pixels, strict=True):
+        pixels.times_columns(y, true[:, at])
     z, out, kept = true.copy(), np.empty_like(true), np.empty_like(true)
-    for at in net.layers:
-        z[:, at] += out[:, : at.start] @ net.between[at, : at.start].T
-        true[:, at] += kept[:, : at.start] @ net.between[at, : at.start].T
+    for at, parts in zip(net.layers, net.under, strict=True):
+        for before, between in zip(net.layers, parts, strict=False):
+            between.times_columns(out[:, before], z[:, at])
+            between.times_columns(kept[:, before], true[:, at])
         lines = part.lower[:, at] * z[:, at], part.upper[:, at] * z[:, at] + part.offset[:, at]
         out[:, at] = np.where(part.relus[:, at] >= 0, *lines)
         kept[:, at] = np.maximum(true[:, at], 0)
@@ -215,18 +273,26 @@ def restrict(net: Collapsed, part: Part, low, high, limit: float):
         units = at.start + np.flatnonzero((low[at] < 0) & (high[at] > 0))
         if len(units) == 0:
             continue
-        n, before = len(units), slice(0, at.start)
-        rows = np.concatenate([net.between[units, before], -net.between[units, before]])
-        factors, lines = np.zeros((2 * n, at.stop)), Lines.around(low[before], high[before])
-        factors[np.arange(2 * n), np.tile(units, 2)] = np.repeat([1.0, -1.0], n)
-        constant = factors[:, at] @ net.bias[at]
-        for e in reversed(net.layers[:m]):
-            a = rows[:, e] + factors[:, e.stop : at.start] @ net.between[e.stop : at.start, e]
-            negative = np.minimum(a, 0)
-            constant += negative @ lines.offset[e]
-            factors[:, e] = (a - negative) * lines.lower[e] + negative * lines.upper[e]
-        constant += factors[:, before] @ net.bias[before]
-        bound, found = least(factors, *net.sparse, c, k)
+        n, side = len(units), np.arange(2 * len(units))
+        factors = np.zeros((2 * n, at.stop))
+        factors[side, np.tile(units, 2)] = np.repeat([1.0, -1.0], n)
+        constant = np.concatenate([net.bias[units], -net.bias[units]])
+        for i, e in reversed(list(enumerate(net.layers[:m]))):
+            a = np.concatenate([net.between[units, e], -net.between[units, e]])
+            for after, parts in zip(net.layers[i + 1 : m], net.under[i + 1 : m], strict=True):
+                parts[i].rows_times(factors[:, after], a)
+            lines, negative = Lines.around(low[e], high[e]), np.minimum(a, 0)
+            constant += negative @ lines.offset
+            factors[:, e] = (a - negative) * lines.lower + negative * lines.upper
+            constant += factors[:, e] @ net.bias[e]
+        start, columns, values = net.sparse
+        if start[at.stop] - start[at.start] > DENSE * (at.stop - at.start) * len(c):
+            w = np.zeros((2 * n, len(c)))
+            for e, pixels in zip(net.layers[: m + 1], net.pixels, strict=False):
+                pixels.rows_times(factors[:, e], w)
+            bound, found = least_dense(w, c, k)
+        else:
+            bound, found = least(factors, start, columns, values, c, k)
         bound += constant
         multipliers[:, units] = found.reshape(2, n)
         low[units], high[units] = np.maximum(low[units], bound[:n]), np.minimum(high[units], -bound[n:])

@@ -57,6 +57,15 @@ def _climb(w, c, n, rest, k):
 
 
 @_jit
+def least_dense(w, c, k):
+    """:func:`least` of rows w (S, D) themselves."""
+    best, m = np.empty(len(w)), np.empty(len(w))
+    for i in range(len(w)):
+        best[i], m[i] = _climb(w[i], c, len(c), 0.0, k)
+    return best, m
+
+
+@_jit
 def least(factors, start, columns, values, c, k):
     """Lower bounds of w . y over the y in [-1, 1] with c . y + k <= 0, for w = factors (S, U) @ the matrix (U, D) of a
     :class:`Rows`: (bounds, multipliers m), (S,) each.
