@@ -66,8 +66,8 @@ class Collapsed(NamedTuple):
     z = image y + bias + between relu(z),  margin = row_image . y + row_units . relu(z) + row_bias
 
     ``between`` is strictly lower triangular by layers, ``layers`` their slices of the units. upper, offset, lower: the
-    lines of :class:`~nanomr.verify.bounds.crown.Lines`. ``units``: flat unit indices. ``sparse``: ``image`` again, as are
-    ``pixels``, one for each layer; ``under``: ``between`` again, of each layer the parts of the layers before it.
+    lines of :class:`~nanomr.verify.bounds.crown.Lines`. ``units``: flat unit indices. ``sparse``: ``image`` again, as
+    are ``pixels``, one for each layer; ``under``: ``between`` again, of each layer the parts of the layers before it.
     """
 
     image: np.ndarray

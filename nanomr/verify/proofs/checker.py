@@ -24,6 +24,9 @@ LINES = {"signs": "i", "values": "f"}  # of a tree whose nodes have slopes and b
 PROGRAMS = {  # of one whose nodes have the multipliers of a linear program
     "below": "f", "chord": "f", "weights": "f", "cut_unit": "i", "cut_start": "i", "cut_index": "i", "cut_value": "f"
 }  # fmt: skip
+LEMMAS = {  # of either, before it: trees about single ReLUs, one after another
+    "side": "i", "sizes": "i", "units": "i", "parent": "i", "split": "i", "signs": "i", "values": "f"
+}  # fmt: skip
 
 
 # --- rigorous bounds --------------------------------------------------------------------------------------------------
@@ -94,13 +97,15 @@ def _both(at, width: int):
     return csr_array((np.where(n < len(at), 1.0, -1.0), (n, np.tile(at, 2))), (len(n), width))
 
 
-def reach(network: Network, low, high) -> list[Reach]:
-    """What every map's input can be, for images in [low, high] (flat): intervals, and CROWN where they leave a ReLU
-    unstable."""
+def reach(network: Network, low, high, known: list[Reach] | None = None, lemmas=()) -> list[Reach]:
+    """What every map's input can be, for images in [low, high] (flat): intervals, or what is ``known``; CROWN where
+    these leave a ReLU unstable; and what ``lemmas`` prove, which helps CROWN in later layers."""
     reached: list[Reach] = []
     for m in network.maps:
         lines, x_low, x_high = None, low, high
         if m.relu:
+            if known:  # no intervals anew: the verifier has none, and the slopes of CROWN's lines hang on every bound
+                low, high = known[len(reached)].low.copy(), known[len(reached)].high.copy()
             if any(r.lines for r in reached):  # else the intervals are exact
                 unstable = np.flatnonzero((low < 0) & (high > 0))
                 for first in range(0, len(unstable), ROWS // 2):
@@ -108,6 +113,7 @@ def reach(network: Network, low, high) -> list[Reach]:
                     bound = lower(network, reached, _both(at, len(low)))
                     low[at] = np.maximum(low[at], bound[: len(at)])
                     high[at] = np.minimum(high[at], -bound[len(at) :])
+            _draw_in(network, reached, low, high, lemmas)
             lines = _lines(low, high)
             x_low, x_high = np.maximum(low, 0), np.maximum(high, 0)
         largest = np.maximum(abs(x_low), abs(x_high))
@@ -154,7 +160,8 @@ def check_image(network: Network, image, label: int, eps: float, proofs: Mapping
         for rival, proof in (proofs or {}).items():
             demand(rival in bound, f"a proof for the rival {rival}, which is none")
             try:
-                bound[rival] = max(bound[rival], _replay(network, reached, rows[[rivals.index(rival)]], proof))
+                known, tree = _with_lemmas(network, reached, proof)
+                bound[rival] = max(bound[rival], _replay(network, known, rows[[rivals.index(rival)]], tree))
             except CertificateError as error:
                 raise CertificateError(f"rival {rival}: {error}") from None
         error = float32_error(network, reached, rows)
@@ -197,7 +204,8 @@ def check_case(network: Network, low, high, rows, offsets, proof: Mapping | None
         bounds = lower(network, reached, rows)
         if proof:
             demand(row is not None, "a tree must say of which row it is")
-            bounds[row] = max(bounds[row], _replay(network, reached, rows[[row]], proof))
+            known, tree = _with_lemmas(network, reached, proof)
+            bounds[row] = max(bounds[row], _replay(network, known, rows[[row]], tree))
         bounds = np.nextafter(bounds + offsets, -np.inf)
         best = row if row is not None else int(np.nan_to_num(bounds - error, nan=-np.inf).argmax())
     return CheckedCase(float(bounds[best]), float(error[best]))
@@ -477,6 +485,64 @@ def _least_of_slice(network, box: Reach, w, v, m, c, gap, size):
     bound = _least(box, w + m[:, None] * c) + v + m * gap
     size = abs(v) + m * size + abs(w) @ box.largest + m * (abs(c) @ box.largest)
     return bound - network.slack * size - TINY
+
+
+# --- lemmas -----------------------------------------------------------------------------------------------------------
+
+
+class Lemma(NamedTuple):
+    """A tree that bounds the input z of the ReLU ``unit`` (its number) from below; with ``sign`` -1, -z."""
+
+    unit: int
+    sign: int
+    proof: dict[str, np.ndarray]
+
+
+def _with_lemmas(network: Network, reached: list[Reach], proof) -> tuple[list[Reach], dict]:
+    """What is reached by the lemmas of a proof as well, if it has any; and the proof without them."""
+    tree = {name: value for name, value in proof.items() if not name.startswith("lemma_")}
+    if len(tree) == len(proof):
+        return reached, tree
+    lemmas = _read_lemmas({name[6:]: value for name, value in proof.items() if name not in tree}, reached)
+    return reach(network, reached[0].low.copy(), reached[0].high.copy(), reached, lemmas), tree
+
+
+def _read_lemmas(arrays, reached: list[Reach]) -> list[Lemma]:
+    demand(set(arrays) == set(LEMMAS), f"lemmas must hold {', '.join(LEMMAS)}")
+    arrays = {name: np.asarray(arrays[name]) for name in LEMMAS}
+    wrong = [name for name, kind in LEMMAS.items() if arrays[name].dtype.kind != kind]
+    demand(not wrong, f"lemmas, {', '.join(wrong)}: integers must be integers, and floats floats")
+    side, sizes = arrays["side"].astype(np.int64), arrays["sizes"]
+    demand(side.ndim == 1 and sizes.shape == (len(side), 3), "the sizes of the lemmas do not fit")
+    relus, lemmas = sum(len(r.low) for r in reached if r.lines), []
+    demand((side != 0).all() and (abs(side) <= relus).all(), "a lemma is about no ReLU")
+    at = dict.fromkeys(("units", "parent", "split", "signs", "values"), 0)
+    for signed, (units, nodes, rows) in zip(side.tolist(), sizes.tolist(), strict=True):
+        demand(min(units, nodes, rows) >= 0, "the sizes of the lemmas do not fit")
+        counts = {"units": units, "parent": nodes, "split": nodes, "signs": rows * units, "values": rows * units}
+        own = {name: arrays[name][at[name] : at[name] + n] for name, n in counts.items()}
+        demand(all(own[name].shape == (n,) for name, n in counts.items()), "the arrays of the lemmas are too short")
+        at = {name: at[name] + n for name, n in counts.items()}
+        own |= {name: own[name].reshape(rows, units) for name in ("signs", "values")}
+        own |= {"multipliers": np.zeros((0, 2, units), np.float32), "limit": np.array([np.inf])}  # none is restricted
+        lemmas.append(Lemma(abs(signed) - 1, 1 if signed > 0 else -1, own))
+    demand(all(len(arrays[name]) == n for name, n in at.items()), "the arrays of the lemmas are too long")
+    return lemmas
+
+
+def _draw_in(network: Network, reached: list[Reach], low, high, lemmas: list[Lemma]):
+    """Draw low and high in, in place, to what lemmas say of the inputs of the ReLUs behind what is ``reached``."""
+    first = sum(len(r.low) for r in reached if r.lines)
+    for lemma in lemmas:
+        if first <= lemma.unit < first + len(low):
+            row = np.zeros((1, len(low)))
+            row[0, lemma.unit - first] = lemma.sign
+            bound = _replay(network, reached, row, lemma.proof)
+            demand(not math.isnan(bound), "a lemma's bound is not a number")
+            if lemma.sign > 0:
+                low[lemma.unit - first] = max(low[lemma.unit - first], bound)
+            else:
+                high[lemma.unit - first] = min(high[lemma.unit - first], -bound)
 
 
 # --- float32 ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ...errors import UserError
 from ..bounds.crown import Box, Lines, alpha_crown, crown, lower, minimiser
 from ..bounds.rounding import float32_errors
 from ..chain import Chain
-from ..exact import split
+from ..exact import lemmas, split
 from ..exact.bab import Proof
 from ..exact.milp import Solver, end_with_parent
 from ..formats.onnx_import import read_onnx
@@ -33,10 +33,12 @@ from ..proofs.checker import reach
 from ..proofs.network import CertificateError, Network, read_network
 from .attack import inside
 from .pipeline import PROVED
-from .schedule import settle
+from .schedule import MANY, settle
 
 ROWS = 256  # bounded at once
 FEW = 12  # inputs: with so few, splitting the box is faster than splitting ReLUs
+QUICK = 14.0  # seconds a case with MANY unstable ReLUs has, before they get better bounds
+TIGHTENING = 0.25  # ... for at most that share of the time that is left
 VERDICTS = ("unsat", "sat", "sat-real", "sat-float32", "timeout", "unknown")
 ANSWERED, UNANSWERED = VERDICTS[:2], (*VERDICTS[2:], "error")
 
@@ -157,6 +159,7 @@ class Run:
         self.proof: dict[str, np.ndarray] = {}
         self.seen: dict[str, tuple] = {}  # "sat", "sat-real", "sat-float32": (text, case)
         self.stage, self.timed_out = "", False
+        self.relus: dict[int, tuple[list, dict | None]] = {}  # of each box: the bounds, and the lemmas, once tried
         boxes: dict[int, list[int]] = {}
         for i, case in enumerate(prop.cases):
             boxes.setdefault(id(case.low), []).append(i)
@@ -330,12 +333,12 @@ class Run:
 
     def _bounds(self):
         """CROWN and alpha-CROWN of every row of the open cases, then another attack, from the corners they point to."""
-        self.relus, self.best, corners = {}, {}, {}
+        self.best, corners = {}, {}
         for region, members in self.groups:
             members = self._open(members)
             if not members:
                 continue
-            self.relus[id(region)] = crown(self.subject.chain, region.low, region.high)
+            self.relus[id(region)] = crown(self.subject.chain, region.low, region.high), None
             at = [(i, m) for i in members for m in range(len(self.cases[i].rows))]
             for first in range(0, len(at), ROWS):
                 self._bound_rows(region, at[first : first + ROWS], corners)
@@ -343,7 +346,7 @@ class Run:
 
     def _bound_rows(self, region: Region, at, corners):
         """Close cases by their rows: ``at``, (case, row) each. Of others, note how far they are from it, and where."""
-        chain, relus, owner = self.subject.chain, self.relus[id(region)], np.zeros(len(at), int)
+        chain, relus, owner = self.subject.chain, self.relus[id(region)][0], np.zeros(len(at), int)
         box, lines = Box.between(region.low, region.high), [Lines.around(*r) for r in relus]
         rows = np.array([self.cases[i].rows[m] for i, m in at])
         threshold = -np.array([self.cases[i].offsets[m] for i, m in at])
@@ -414,18 +417,39 @@ class Run:
         if target - threshold > PROVED:  # numbers so large that their rounding is as well
             threshold = target
         alone = len(case.rows) == 1
-        try:
+
+        def settled(until: float) -> bool:
+            """Was it, before so many seconds remain?"""
+            relus, proofs = self.relus[id(region)]
             answer = settle(
-                self.subject.chain, region.low, region.high, self.relus[id(region)], case.rows[m], error=np.inf,
-                left=lambda: self.remaining() - end, limit=self.limit, solver=self.solver,
+                self.subject.chain, region.low, region.high, relus, case.rows[m], error=np.inf,
+                left=lambda: self.remaining() - until, limit=self.limit, solver=self.solver,
                 confirm=partial(self._confirm, region, i, None if alone else m), threshold=threshold,
+                tightened=bool(proofs),
             )  # fmt: skip
+            self.solved += answer.solver_seconds
+            self.records[i].setdefault("solver", []).extend(answer.notes)
+            if answer.verdict == "proved":
+                self._close(i, answer.stage, m, answer.bound, answer.proof | (proofs or {} if answer.proof else {}))
+            return answer.verdict == "proved"
+
+        try:
+            relus, proofs = self.relus[id(region)]
+            if proofs is None and sum(int(((low < 0) & (high > 0)).sum()) for low, high in relus) >= MANY:
+                if settled(max(end, self.remaining() - QUICK)) or self.remaining() <= end:
+                    return
+                self._tighten(region)
+            settled(end)
         except _Hopeless:
             return
-        self.solved += answer.solver_seconds
-        self.records[i].setdefault("solver", []).extend(answer.notes)
-        if answer.verdict == "proved":
-            self._close(i, answer.stage, m, answer.bound, answer.proof)
+
+    def _tighten(self, region: Region):
+        """Better bounds of a box's ReLUs, for all cases that are still open: their searches begin anew with them."""
+        relus, until = self.relus[id(region)][0], (1 - TIGHTENING) * self.remaining()
+        relus, found = lemmas.tighten(
+            self.subject.chain, region.low, region.high, relus, lambda: self.remaining() - until
+        )
+        self.relus[id(region)] = relus, lemmas.arrays(found) if found else {}
 
     def _confirm(self, region: Region, i: int, m: int | None, candidate):
         """For the solvers: never returns an image; a witness ends the search, and a row that fails alone is left."""

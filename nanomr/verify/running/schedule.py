@@ -15,6 +15,7 @@ from ..exact.milp import Solver
 
 MANY = 600  # unstable ReLUs: programs then take seconds each; trees go first for longer, and then have less
 FEW_SLICES, MANY_SLICES = {"bab": 0.5, "hull": 2.0}, {"bab": 4.0, "hull": 8.0}  # seconds of the first turns
+TIGHT_SLICES = {"bab": 16.0, "hull": 4.0}  # the same where lemmas have drawn in the bounds: that helps trees more
 FLOAT32 = 0.2  # the share of the time in which a proof is to be one for float32 as well
 UNITS, LATE = 200, 0.5  # the MILP cannot go on where it stopped: it has few unstable ReLUs, and the last half
 SEARCHES = {"bab": bab.Search, "hull": hull.Search}
@@ -39,15 +40,17 @@ class Answer(NamedTuple):
 
 def settle(
     chain: Chain, low, high, relus, row, *, error: float, left: Callable[[], float], limit: float, solver: Solver,
-    confirm: Callable, proved: bool = False, float32: bool = True, threshold: float = 0.0,
+    confirm: Callable, proved: bool = False, float32: bool = True, threshold: float = 0.0, tightened: bool = False,
 ) -> Answer:  # fmt: skip
     """Is the margin row . logits > ``threshold`` in the box [low, high] (1, H, W, C)? ``float32``: and by ``error``?
 
     row (K,); relus: as :func:`~nanomr.verify.bounds.crown.crown` gives them. ``left()``: the seconds, of CPU or wall
     clock, that are left of ``limit``. ``confirm(image)``: the counterexample that an image (H, W, C) is or leads to, or
-    None. ``proved``: it is, and only ``error`` is to be tried.
+    None. ``proved``: it is, and only ``error`` is to be tried. ``tightened``: are relus better than CROWN's?
     """
     run, answer = _Run((chain, low, high, relus, row), left, limit, solver, confirm), None
+    if tightened:
+        run.slices = TIGHT_SLICES
     if float32 and 0 < error < np.inf:
         answer = run.play(threshold + error, FLOAT32 * run.left())
     if answer is None and not proved:
