@@ -13,7 +13,8 @@ from ..bounds.crown import Box, Lines, inner
 from ..chain import Chain
 from .halfspace import Rows, least, least_dense
 
-BLOCK = 20_000  # numbers in a product that cost as much as another product does
+BLOCK = 4_000  # numbers in a product that cost as much as another product does
+NEAR = 32  # neighbouring units that are drawn in at once: they see much the same
 DENSE = 0.2  # the share of pixels that a layer's units see, above which all are counted
 RATE, BETA_RATE, DECAY = 0.1, 0.5, 0.9  # Adam's first step for alpha, and for beta per unit of its coefficient
 SLACK_64 = 1e-6  # by how much (relatively) float64 must show a thing: a checker whose rounding differs sees it, too
@@ -30,29 +31,36 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, matrix) -> "Blocks":
-        """Rows join the block before them where that costs less than another product would (BLOCK)."""
-        seen = matrix != 0
-        found: list[list[int]] = []  # of row, to row; of column, to column
-        for row in np.flatnonzero(seen.any(1)).tolist():
-            a, b = int(seen[row].argmax()), seen.shape[1] - int(seen[row, ::-1].argmax())
-            if found:
-                top, end, left, right = found[-1]
-                joined = top, row + 1, min(left, a), max(right, b)
-                cost = (joined[1] - top) * (joined[3] - joined[2]) - (end - top) * (right - left)
-                if cost <= BLOCK + b - a:
-                    found[-1] = list(joined)
-                    continue
-            found.append([row, row + 1, a, b])
-        slices = [(slice(top, end), slice(left, right)) for top, end, left, right in found]
-        return cls([(*s, np.ascontiguousarray(matrix[s])) for s in slices], matrix.shape)
+        """Blocks are cut in two as long as what that saves is more than what another product costs (BLOCK)."""
+        seen, found = matrix != 0, []
+        rows = np.flatnonzero(seen.any(1))
+        if not len(rows):
+            return cls([], matrix.shape)
+        first, last = seen[rows].argmax(1), seen.shape[1] - seen[rows, ::-1].argmax(1)
+        todo = [(0, len(rows))]
+        while todo:
+            a, b = todo.pop()
+            height = np.append(rows[a + 1 : b], rows[b - 1] + 1) - rows[a]  # of the block above each cut, if it is there
+            above = np.maximum.accumulate(last[a:b]) - np.minimum.accumulate(first[a:b])
+            below = np.maximum.accumulate(last[a:b][::-1])[::-1] - np.minimum.accumulate(first[a:b][::-1])[::-1]
+            cost = height[:-1] * above[:-1] + (height[-1] - height[:-1]) * below[1:]
+            if len(cost) and cost.min() + BLOCK < height[-1] * above[-1]:
+                cut = a + 1 + int(cost.argmin())
+                todo += [(cut, b), (a, cut)]
+            else:
+                columns = slice(int(first[a:b].min()), int(last[a:b].max()))
+                found.append((slice(int(rows[a]), int(rows[b - 1]) + 1), columns))
+        return cls([(*s, np.ascontiguousarray(matrix[s])) for s in found], matrix.shape)
 
     def astype(self, dtype) -> "Blocks":
         return Blocks([(*s, block.astype(dtype)) for *s, block in self.blocks], self.shape)
 
-    def rows_times(self, x, out):
-        """out (S, C) += x (S, R) times the matrix."""
+    def rows_times(self, x, out, few: bool = False):
+        """out (S, C) += x (S, R) times the matrix. ``few``: do the rows of x have zeros where whole blocks are?"""
         for rows, columns, block in self.blocks:
-            out[:, columns] += x[:, rows] @ block
+            part = x[:, rows]
+            if not few or part.any():
+                out[:, columns] += part @ block
 
     def times_columns(self, y, out):
         """out (S, R) += y (S, C) times the transposed matrix."""
@@ -273,32 +281,39 @@ def restrict(net: Collapsed, part: Part, low, high, limit: float):
         units = at.start + np.flatnonzero((low[at] < 0) & (high[at] > 0))
         if len(units) == 0:
             continue
-        n, side = len(units), np.arange(2 * len(units))
-        factors = np.zeros((2 * n, at.stop))
-        factors[side, np.tile(units, 2)] = np.repeat([1.0, -1.0], n)
-        constant = np.concatenate([net.bias[units], -net.bias[units]])
-        for i, e in reversed(list(enumerate(net.layers[:m]))):
-            a = np.concatenate([net.between[units, e], -net.between[units, e]])
-            for after, parts in zip(net.layers[i + 1 : m], net.under[i + 1 : m], strict=True):
-                parts[i].rows_times(factors[:, after], a)
-            lines, negative = Lines.around(low[e], high[e]), np.minimum(a, 0)
-            constant += negative @ lines.offset
-            factors[:, e] = (a - negative) * lines.lower + negative * lines.upper
-            constant += factors[:, e] @ net.bias[e]
-        start, columns, values = net.sparse
-        if start[at.stop] - start[at.start] > DENSE * (at.stop - at.start) * len(c):
-            w = np.zeros((2 * n, len(c)))
-            for e, pixels in zip(net.layers[: m + 1], net.pixels, strict=False):
-                pixels.rows_times(factors[:, e], w)
-            bound, found = least_dense(w, c, k)
-        else:
-            bound, found = least(factors, start, columns, values, c, k)
-        bound += constant
-        multipliers[:, units] = found.reshape(2, n)
-        low[units], high[units] = np.maximum(low[units], bound[:n]), np.minimum(high[units], -bound[n:])
+        for some in np.split(units, range(NEAR, len(units), NEAR)):
+            bound, found = _least(net, m, some, low, high, c, k)
+            multipliers[:, some] = found.reshape(2, -1)
+            low[some] = np.maximum(low[some], bound[: len(some)])
+            high[some] = np.minimum(high[some], -bound[len(some) :])
         if is_empty(low, high):
             break
     return low, high, multipliers
+
+
+def _least(net: Collapsed, m: int, units, low, high, c, k):
+    """(bounds, multipliers), (2 S,) each, of z[units] and of -z[units], units of layer ``m``, where c . y + k <= 0."""
+    at, n, side = net.layers[m], len(units), np.arange(2 * len(units))
+    factors = np.zeros((2 * n, at.stop))
+    factors[side, np.tile(units, 2)] = np.repeat([1.0, -1.0], n)
+    constant = np.concatenate([net.bias[units], -net.bias[units]])
+    for i, e in reversed(list(enumerate(net.layers[:m]))):
+        a = np.concatenate([net.between[units, e], -net.between[units, e]])
+        for after, parts in zip(net.layers[i + 1 : m], net.under[i + 1 : m], strict=True):
+            parts[i].rows_times(factors[:, after], a, few=True)
+        lines, negative = Lines.around(low[e], high[e]), np.minimum(a, 0)
+        constant += negative @ lines.offset
+        factors[:, e] = (a - negative) * lines.lower + negative * lines.upper
+        constant += factors[:, e] @ net.bias[e]
+    start, columns, values = net.sparse
+    if start[at.stop] - start[at.start] > DENSE * (at.stop - at.start) * len(c):
+        w = np.zeros((2 * n, len(c)))
+        for e, pixels in zip(net.layers[: m + 1], net.pixels, strict=False):
+            pixels.rows_times(factors[:, e], w, few=True)
+        bound, found = least_dense(w, c, k)
+    else:
+        bound, found = least(factors, start, columns, values, c, k)
+    return bound + constant, found
 
 
 def is_empty(low, high) -> bool:
