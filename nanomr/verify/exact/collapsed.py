@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
         todo = [(0, len(rows))]
         while todo:
             a, b = todo.pop()
-            height = np.append(rows[a + 1 : b], rows[b - 1] + 1) - rows[a]  # of the block above each cut, if it is there
+            height = np.append(rows[a + 1 : b], rows[b - 1] + 1) - rows[a]  # of what is above each cut
             above = np.maximum.accumulate(last[a:b]) - np.minimum.accumulate(first[a:b])
             below = np.maximum.accumulate(last[a:b][::-1])[::-1] - np.minimum.accumulate(first[a:b][::-1])[::-1]
             cost = height[:-1] * above[:-1] + (height[-1] - height[:-1]) * below[1:]
