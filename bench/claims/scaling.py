@@ -66,7 +66,7 @@ def config_of(setting: dict, dataset, epochs: int) -> Config:
     return Config(
         architecture=models.small_cnn(input_shape=dataset.train_images.shape[1:]).architecture, method=method,
         data=dataset.name, epochs=epochs, batch_size=batch, lr=setting.get("lr", 0.03), seed=setting.get("seed", 0),
-        hold_out=5000 if dataset.name == "cifar10" else 2000, **own,
+        hold_out=min(len(dataset.train_images) // 10, 5000), **own,
     ).checked()  # fmt: skip
 
 
@@ -251,14 +251,24 @@ def launch(ranks: int, threads: int, sizes) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def busy() -> tuple[float, float, float]:
+    """(seconds by the clock, CPU seconds of the whole machine, of this process and those that it waited for)."""
+    jiffies = [int(word) for word in Path("/proc/stat").read_text().split(None, 9)[1:9]]
+    own = os.times()
+    whole = (sum(jiffies) - jiffies[3] - jiffies[4]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), whole, sum(own[:4])
+
+
 def times(args):
     """(a) by launches of their own, (b) in a launch of one rank with one thread: in rounds, of which each figure is the
-    median. A file that is there already gets further rounds."""
+    median. A file that is there already gets further rounds. "others": how many cores other processes had meanwhile."""
     found = checkpoint.read_json(args.json) if args.json and args.json.exists() else {"rounds": []}
     for _ in range(args.rounds):
-        load = os.getloadavg()[0]
+        before = busy()
         ranks = [{"ranks": p, "threads": t, **launch(p, t, args.sizes)} for p, t in args.launches]
-        found["rounds"].append({"load_average": load, "ranks": ranks, "local": launch(1, 1, args.local)["rows"]})
+        local = launch(1, 1, args.local)["rows"]
+        clock, whole, own = (after - b for after, b in zip(busy(), before, strict=True))
+        found["rounds"].append({"others": (whole - own) / clock, "ranks": ranks, "local": local})
         if args.json:
             checkpoint.write_json(args.json, found)
 
@@ -292,7 +302,7 @@ def medians(rounds: list[dict]) -> dict:
     for one in (one for r in rounds for one in r["ranks"] if one["threads"] == 1):
         sums.setdefault(str(one["ranks"]), []).append(one["sum"])
     return {
-        "rounds": len(rounds), "load_average": [round(r["load_average"], 2) for r in rounds],
+        "rounds": len(rounds), "others": [round(r["others"], 2) for r in rounds],
         "ranks": [middle(rows) for rows in zip(*flat, strict=True)],
         "local": [middle(rows) for rows in zip(*(r["local"] for r in rounds), strict=True)],
         "sum": {p: statistics.median(values) for p, values in sums.items()},
@@ -335,8 +345,8 @@ def summary(found: dict, rows: list[dict], target: float) -> dict:
             "modelled_best_ranks": least and least["ranks"],
             "modelled_seconds_to_target_best_ranks": steps and least and steps * least["manifold"],
         })  # fmt: skip
-    pairs = [{"pairs": k, **chosen(rows, batch=BASE, pairs=k)["held"], "lr": chosen(rows, batch=BASE, pairs=k)["setting"]["lr"]}
-             for k in (1, 2, 4) if chosen(rows, batch=BASE, pairs=k)]  # fmt: skip
+    wide = [(k, chosen(rows, batch=BASE, pairs=k)) for k in (1, 2, 4)]
+    pairs = [{"pairs": k, "lr": r["setting"]["lr"], **r["held"]} for k, r in wide if r]
     return {"target": target, "epochs": rows[0]["epochs"], "fits": fits, "sum_log2": a, "model": modelled,
             "batches": batches, "pairs": pairs, "times": found}  # fmt: skip
 
@@ -350,16 +360,13 @@ def draw(result: dict, path):
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     (bars, local), (modelled, learned) = axes
     color = dict(zip(TIMED, ("#1f77b4", "#d62728", "#2ca02c"), strict=True))
-    names, kinds = [], [(p, t) for p, t in LAUNCHES]
+    names = []
+    measured = {(r["method"], r["n"], r["ranks"], r["threads"]): r for r in result["times"]["ranks"]}
     for method in ("manifold", "pgd"):
         for n in GLOBAL:
-            for ranks, threads in kinds:
-                row = next(r for r in result["times"]["ranks"]
-                           if (r["method"], r["n"], r["ranks"], r["threads"]) == (method, n, ranks, threads))  # fmt: skip
-                bottom, x = 0.0, len(names)
-                whole = sum(row[part] for part in PARTS)
-                alone = next(r for r in result["times"]["ranks"]
-                             if (r["method"], r["n"], r["ranks"], r["threads"]) == (method, n, 1, 1))  # fmt: skip
+            for ranks, threads in LAUNCHES:
+                row, alone = measured[method, n, ranks, threads], measured[method, n, 1, 1]
+                bottom, x, whole = 0.0, len(names), sum(row[part] for part in PARTS)
                 for part, shade in zip(PARTS, ("#4c78a8", "#e45756", "#f2a0a0", "#bbbbbb"), strict=True):
                     height = row[part] / whole * row["seconds"] / alone["seconds"]
                     bars.bar(x, height, bottom=bottom, color=shade, label=part if x == 0 else None)
