@@ -30,7 +30,7 @@ RESULTS = Path("bench/results/claims")
 SMALL = dict(gamma_i=10.0, gamma_h=600.0, clip=1.0)  # train_cifar.py's for the small network, at N = 128
 BASE = 128
 FIRST = {  # peak learning rates to begin with, between those that grow with N's root and with N
-    128: (0.03, 0.06), 1024: (0.12, 0.06), 4096: (0.24, 0.12), 512: (0.06, 0.12), 2048: (0.12, 0.24), 256: (0.06, 0.03),
+    128: (0.03, 0.06), 4096: (0.24, 0.48), 2048: (0.12, 0.24), 1024: (0.12, 0.24), 512: (0.06, 0.12), 256: (0.06, 0.03),
 }  # fmt: skip
 MOST = 4  # learning rates that are tried for one N
 
@@ -134,9 +134,10 @@ def wanted(rows: list[dict], first: dict, most: int = MOST):
 def accuracy(args):
     dataset = data.load(args.data, args.data_dir, download=False)
     rows = checkpoint.read_jsonl(args.out) if args.out.exists() else []
+    rows = [r for r in rows if r["epochs"] == args.epochs]
     todo = wanted(rows, FIRST) if not args.setting else iter(args.setting)
     for setting in todo:
-        if any(r["setting"] == setting and r["epochs"] == args.epochs for r in rows):
+        if any(r["setting"] == setting for r in rows):
             continue
         start = time.monotonic()
         row = train(setting, dataset, args.epochs, args.runs)
@@ -149,6 +150,7 @@ def accuracy(args):
 
 GLOBAL = (128, 512, 1024, 4096)  # images a step, of all ranks
 LOCAL = tuple(2**i for i in range(13))  # images a step, of one rank alone
+FITTED = 2048  # up to so many: beyond them a step's arrays are new memory each time
 TIMED = ("manifold", "pgd", "ibp")
 LAUNCHES = ((1, 1), (2, 1), (1, 2))  # (ranks, threads of each)
 PARTS = ("compute", "sum", "wait", "rest")
@@ -321,7 +323,7 @@ def summary(found: dict, rows: list[dict], target: float) -> dict:
     """Of the medians of ``times`` and the runs of ``accuracy``: fits, the model, what each N comes to."""
     fits = {}
     for method in TIMED:
-        local = [(r["n"], r["seconds"]) for r in found["local"] if r["method"] == method]
+        local = [(r["n"], r["seconds"]) for r in found["local"] if r["method"] == method and r["n"] <= FITTED]
         t0, each = fit(*zip(*local, strict=True))
         worst = max(abs(t0 + n * each - seconds) / seconds for n, seconds in local)
         fits[method] = {"t0": t0, "t_img": each, "worst_relative_error": worst}
@@ -381,7 +383,7 @@ def draw(result: dict, path):
         local.loglog(
             *zip(*line, strict=True), "o", ms=4, color=color[method], label="PGD-7" if method == "pgd" else method
         )
-        n, of = np.array([x for x, _ in line]), result["fits"][method]
+        n, of = np.array([x for x, _ in line if x <= FITTED]), result["fits"][method]
         local.loglog(n, 1e3 * (of["t0"] + n * of["t_img"]), "-", lw=1, color=color[method])
     local.set(
         title="Measured, one thread; lines: t0 + n t_img", xlabel="images n of the local batch", ylabel="ms a step"
@@ -404,6 +406,7 @@ def draw(result: dict, path):
         title=f"Measured: held-out accuracy after {result['epochs']} epochs", xlabel="images N a step", ylabel="%"
     )
     learned.set_xticks(x, x, fontsize=8)
+    learned.set_xticks([], minor=True)
     learned.legend(fontsize=8)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -412,6 +415,7 @@ def draw(result: dict, path):
 
 def report(args):
     found, rows = medians(checkpoint.read_json(args.times)["rounds"]), checkpoint.read_jsonl(args.accuracy)
+    rows = [r for r in rows if r["epochs"] == args.epochs]
     result = summary(found, rows, args.target)
     for key in ("fits", "sum_log2"):
         print(key, result[key])
@@ -448,6 +452,7 @@ def main():
     one = parts.add_parser("report", help="fits, the model for more ranks, pictures, of what the others left")
     one.add_argument("--times", type=Path, default=RESULTS / "scaling_times.json")
     one.add_argument("--accuracy", type=Path, default=RESULTS / "scaling_accuracy.jsonl")
+    one.add_argument("--epochs", type=int, default=6)
     one.add_argument("--target", type=float, default=0.2, help="held-out robust accuracy that is to be reached")
     one.add_argument("--json", type=Path)
     one.add_argument("--picture", type=Path)
