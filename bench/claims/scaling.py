@@ -329,7 +329,7 @@ def summary(found: dict, rows: list[dict], target: float) -> dict:
         fits[method] = {"t0": t0, "t_img": each, "worst_relative_error": worst}
     a = found["sum"]["2"]  # of one message, and the work of the sum: log2(2) times
     modelled = []
-    for n in GLOBAL:
+    for n in sorted({*GLOBAL, *(r["setting"]["batch"] for r in rows)}):
         for p in (2**i for i in range(13) if 2**i <= n):
             seconds = {m: float(model(p, n, fits[m]["t0"], fits[m]["t_img"], a, 0.0)) for m in ("manifold", "pgd")}
             modelled.append({"n": n, "ranks": p, **seconds, "ratio": seconds["pgd"] / seconds["manifold"]})
