@@ -407,7 +407,7 @@ def draw(result: dict, path):
     )
     learned.set_xticks(x, x, fontsize=8)
     learned.set_xticks([], minor=True)
-    learned.legend(fontsize=8)
+    learned.legend(fontsize=8, loc="center left", bbox_to_anchor=(0.02, 0.55))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
