@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-N = 128  # clean images a step; the manifold step sends 3 N through the network
+N = 128  # clean images a step, unless --images says otherwise; the manifold step sends 3 N through the network
 EPS, ALPHA, GAMMA_I, GAMMA_H = 8 / 255, 8.0, 0.4, 600.0
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 5e-4
 FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # make OpenBLAS use kernels for another CPU
@@ -56,6 +56,7 @@ def arguments():
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     parser.add_argument("--side", choices=("both", "nanomr", "torch"), default="both", help="time one library alone")
+    parser.add_argument("--images", type=int, default=N, help="clean images a step (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the JSON line here too")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few seconds; its figures mean nothing")
     parser.add_argument("--profile", action="store_true", help="only: nanomr's step of the method, split by kernel")
@@ -87,14 +88,14 @@ def kinds_of(args) -> tuple:
     return args.method, "standard"
 
 
-def batch():
+def batch(n: int = N):
     """(x, rho, labels), NHWC: random images; the time does not depend on what they show."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    x = rng.random((N, 32, 32, 3), np.float32)
+    x = rng.random((n, 32, 32, 3), np.float32)
     rho = np.where(rng.random(x.shape) < 0.5, np.float32(EPS), np.float32(-EPS))
-    return x, rho, rng.integers(0, 10, N)
+    return x, rho, rng.integers(0, 10, n)
 
 
 def build(args, kind="manifold"):
@@ -429,17 +430,17 @@ def summary(args, times: dict, memory: dict, figures: dict) -> dict:
         "method": args.method,
         "precision": args.precision,
         "threads": args.threads,
-        "images_per_step": N,
+        "images_per_step": args.images,
     } | figures
     if args.model != "small":
         found["width"] = args.width
     for kind, prefix in zip(kinds_of(args), ("", "standard_"), strict=True):
         ours, plain = (times.get(f"{kind} {precision}") for precision in (args.precision, "fp32"))
         if ours:
-            found[f"{prefix}images_per_s"] = N / statistics.median(ours)
+            found[f"{prefix}images_per_s"] = args.images / statistics.median(ours)
             found[f"{prefix}seconds"] = statistics.median(ours)
         if name := best(times, kind, *PRECISIONS):
-            found[f"torch_{prefix}images_per_s"] = N / statistics.median(times[name])
+            found[f"torch_{prefix}images_per_s"] = args.images / statistics.median(times[name])
             found[f"torch_{prefix}best"] = name.removeprefix(f"{kind} ")
             if ours:
                 found[f"{prefix}ratio_vs_torch"] = ratio(times[name], ours)
@@ -459,13 +460,13 @@ def summary(args, times: dict, memory: dict, figures: dict) -> dict:
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in found.items()}
 
 
-def table(times: dict) -> str:
+def table(times: dict, n: int = N) -> str:
     """Milliseconds (median, best and quartiles over the rounds) and images a second of every variant."""
     lines = [f"{'step':44} {'ms':>8} {'best':>8} {'quartiles':>18} {'images/s':>10}"]
     for name, values in times.items():
         low, middle, high = statistics.quantiles([1e3 * v for v in values], n=4)
         label, spread = f"{'PyTorch' if group(name)[2] else 'nanomr'} {name}", f"{low:.2f} .. {high:.2f}"
-        lines.append(f"{label:44} {middle:8.2f} {1e3 * min(values):8.2f} {spread:>18} {1e3 * N / middle:10.0f}")
+        lines.append(f"{label:44} {middle:8.2f} {1e3 * min(values):8.2f} {spread:>18} {1e3 * n / middle:10.0f}")
     return "\n".join(lines)
 
 
@@ -479,7 +480,7 @@ def costs(args, x, rho, labels) -> str:
     lines = [f"{'step':14} {'ms':>9} {'over standard':>14}"]
     for name in sorted(found, key=found.get):
         lines.append(f"{name:14} {1e3 * statistics.median(times[name]):9.2f} {found[name]:14.2f}")
-    line = json.dumps({"over_standard": found, "threads": args.threads, "images_per_step": N})
+    line = json.dumps({"over_standard": found, "threads": args.threads, "images_per_step": args.images})
     if args.json:
         args.json.write_text(line + "\n")
     return "\n".join([*lines, line])
@@ -504,7 +505,7 @@ def main():
     args = arguments()
     fix_environment(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    x, rho, labels = batch()
+    x, rho, labels = batch(args.images)
     if args.costs:
         print_machine(args.threads, load)
         print(costs(args, x, rho, labels))
@@ -533,7 +534,7 @@ def main():
     times = time_rounds(dict(sorted(turns.items())), args.rounds, args.burst)
     found = summary(args, times, memory, figures)
 
-    print(table(times))
+    print(table(times, args.images))
     for key, text in REPORT.items():
         if key in found:
             print(f"{text:74} {found[key]:8}")

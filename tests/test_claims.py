@@ -20,7 +20,7 @@ def script(name):
     return module
 
 
-laplacian, sparsity, convexity = map(script, ("laplacian", "sparsity", "convexity"))
+laplacian, sparsity, convexity, scaling = map(script, ("laplacian", "sparsity", "convexity", "scaling"))
 
 
 def test_the_operator_is_the_sum_of_appendix_a(rng):
@@ -131,3 +131,117 @@ def test_the_counterexample_of_the_page():
     on = {p: a @ p + b > 0 for p in itertools.product((0, 0.5, 1), repeat=2)}
     corners = [on[p] for p in on if 0.5 not in p]
     assert max((p != q).sum() for p in corners for q in corners) == 2 and (on[0.5, 0] != on[0.5, 1]).sum() == 4
+
+
+# --- strong scaling ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_finds_its_line_and_the_model_follows_it():
+    n = np.array([1, 4, 64, 4096])
+    t0, each = scaling.fit(n, 2e-3 + 5e-5 * n)
+    assert (t0, each) == (pytest.approx(2e-3), pytest.approx(5e-5))
+    assert scaling.fit([1, 10], [1e-3, 1e-2])[0] == pytest.approx(0, abs=1e-9)
+    found = scaling.model([1, 2, 8], 800, 0.1, 0.01, a=0.3, b=0.05)
+    np.testing.assert_allclose(found, [8.1, 4.1 + 0.35, 1.1 + 0.95])  # alone there is nothing to add up
+
+
+def test_learning_rates_are_followed_to_where_both_neighbours_are_worse():
+    """Of runs whose best rate is known: 0.24 for 128 images, 0.01 for 256, beyond the rates that are tried."""
+
+    def outcome(setting):
+        best = {128: 0.24, 256: 0.01}[setting["batch"]]
+        return {"setting": setting, "held": {"pgd10": 1 - abs(np.log2(setting["lr"] / best)) / 20}}
+
+    rows, order = [], []
+    for setting in scaling.wanted(rows, {128: (0.03, 0.06), 256: (0.06, 0.03)}, most=5):
+        rows.append(outcome(setting))
+        order.append((setting["batch"], setting["lr"], setting.get("pairs", 1), setting["seed"]))
+    assert order[:5] == [(128, 0.03, 1, 0), (256, 0.06, 1, 0), (128, 0.06, 1, 0), (256, 0.03, 1, 0), (128, 0.06, 2, 0)]
+    assert order[5:11] == [(128, lr, 1, 0) for lr in (0.12, 0.24, 0.48)] + [
+        (256, lr, 1, 0) for lr in (0.015, 0.0075, 0.00375)
+    ]
+    assert order[11:] == [(128, 0.24, 4, 0), (128, 0.24, 1, 1), (256, 0.0075, 1, 1)]
+    assert scaling.chosen(rows, batch=128)["setting"] == {"batch": 128, "lr": 0.24, "seed": 0}
+    assert scaling.chosen(rows, batch=64) is None
+    rows.append({"setting": {"batch": 64, "lr": 1.0, "seed": 0}, "stopped": "collapsed at epoch 2"})
+    assert scaling.score(scaling.chosen(rows, batch=64)) == 0
+
+
+def few(rng):
+    images, labels = rng.integers(0, 256, (200, 8, 8, 3), np.uint8), rng.integers(0, 10, 200)
+    return mr.data.Dataset("few", mr.data.CIFAR10_CLASSES, images, labels, images[:1], labels[:1], {})
+
+
+def test_pairs_of_one_image_have_corners_of_their_own(rng, tmp_path, monkeypatch):
+    """And the Hamming term's weight makes up for the norm over more rows, which makes it smaller."""
+    dataset, seen = few(rng), []
+    config = scaling.config_of({"batch": 64, "pairs": 2}, dataset, 1)
+    assert config.gamma_h == scaling.SMALL["gamma_h"] and config.hold_out == 20
+    assert scaling.config_of({"batch": 512}, dataset, 1).gamma_h == 2 * scaling.SMALL["gamma_h"]
+    assert scaling.config_of({"batch": 512, "scaled": False}, dataset, 1).gamma_h == scaling.SMALL["gamma_h"]
+    step = mr.methods.manifold.manifold_step
+    monkeypatch.setattr(mr.methods.manifold, "manifold_step", lambda *args: seen.append(args[1:4]) or step(*args))
+    run = scaling.Run(config, dataset, tmp_path)
+    run.pairs = 2
+    run.train_step()
+    x, labels, rho = seen[0]
+    assert x.shape == (128, 8, 8, 3) and (x[0::2] == x[1::2]).all() and (labels[0::2] == labels[1::2]).all()
+    assert (rho[0::2] != rho[1::2]).any((1, 2, 3)).all() and (x[0] != x[2]).any()
+
+
+def test_the_norm_over_the_batch_falls_with_the_root_of_its_rows(rng):
+    z, other = rng.normal(size=(2, 64, 50))
+    one, four = (mr.losses.hamming(np.tile(z, (k, 1)), np.tile(other, (k, 1)))[0] for k in (1, 4))
+    assert one == pytest.approx(2 * four)
+
+
+def test_a_sweep_goes_on_where_it_stopped(rng, tmp_path, monkeypatch):
+    dataset, setting = few(rng), {"batch": 32, "lr": 0.01, "seed": 0}
+    whole = scaling.train(setting, dataset, 2, tmp_path / "whole")
+    save = scaling.Run.save
+
+    def killed(self):
+        save(self)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling.Run, "save", killed)
+    with pytest.raises(mr.train.Interrupted):
+        scaling.train(setting, dataset, 2, tmp_path / "halves")
+    monkeypatch.undo()
+    again = scaling.train(setting, dataset, 2, tmp_path / "halves")
+    without = [[{k: v for k, v in r.items() if k != "seconds"} for r in row["log"]] for row in (whole, again)]
+    assert without[0] == without[1] and again["held"] == whole["held"] and again["steps"] == 10
+    assert again["held"]["images"] == again["judges"] == 20
+    assert scaling.to_reach(again, 0.0) == 5 and scaling.to_reach(again, 1.1) is None
+
+
+@pytest.mark.parametrize("method", scaling.TIMED)
+def test_the_parts_of_a_step_are_all_of_it(method):
+    row = scaling.time_step(method, 4, seconds=0.02)
+    assert row["compute"] > 0 and row["sum"] == row["wait"] == 0 and row["rest"] > 0
+    if method != "ibp":
+        rows = mr.parallel.InTurns(2).run(lambda ranks: scaling.time_step(method, 4, ranks, seconds=0.02))
+        assert all(row["sum"] > 0 and row["wait"] > 0 and row["steps"] == rows[0]["steps"] for row in rows)
+
+
+def test_the_report_of_two_rounds(tmp_path):
+    def a_round(scale):
+        rows = [{"method": m, "n": n, "seconds": scale * n, "steps": 2, **dict.fromkeys(scaling.PARTS, scale * n / 4)}
+                for m in scaling.TIMED for n in scaling.GLOBAL]  # fmt: skip
+        ranks = [{"ranks": p, "threads": t, "sum": 0.001 * p, "rows": rows} for p, t in scaling.LAUNCHES]
+        return {"others": 0.1, "ranks": ranks, "local": rows}
+
+    found = scaling.medians([a_round(0.1), a_round(0.3)])
+    assert found["sum"] == {"1": 0.001, "2": 0.002} and len(found["ranks"]) == 3 * len(found["local"]) == 36
+    assert found["local"][0]["seconds"] == pytest.approx(0.2 * 128)
+    logs = [{"epoch": 1, "held_pgd10": 0.1}, {"epoch": 2, "held_pgd10": 0.3}]
+    held = {"images": 20, "clean": 0.5, "pgd10": 0.3}
+    rows = [{"setting": {"batch": n, "lr": 0.1, "seed": 0}, "epochs": 2, "steps": 2000 // n, "held": held, "log": logs}
+            for n in scaling.GLOBAL]  # fmt: skip
+    result = scaling.summary(found, rows, 0.2)
+    assert result["fits"]["pgd"]["t_img"] == pytest.approx(0.2) and result["batches"][0]["steps_to_target"] == 15
+    assert result["batches"][0]["seconds_to_target_1_rank"] == pytest.approx(15 * 0.2 * 128)
+    assert [m["ranks"] for m in result["model"] if m["n"] == 128] == [1, 2, 4, 8, 16, 32, 64, 128]
+    scaling.draw(result, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
