@@ -73,8 +73,8 @@ def balance(model, box, now):
 
 def ibp(model, x, labels, draw, now) -> dict:
     """kappa CE(clean) + (1 - kappa) CE(worst margins by intervals) + balance (1 - ramp) Shi's regulariser; kappa goes
-    from 1 to ``now["kappa"]`` with the ramp. Gowal et al. 2018. A q above 0, to which it grows, makes the worst margins'
-    cross-entropy a generalised one, which lets hopeless images go (:func:`nanomr.losses.cross_entropy`)."""
+    from 1 to ``now["kappa"]`` with the ramp. Gowal et al. 2018. A q above 0, to which it grows, makes the worst
+    margins' cross-entropy a generalised one, which lets hopeless images go (:func:`nanomr.losses.cross_entropy`)."""
     kappa = 1 - (1 - now["kappa"]) * now["ramp"]
     return _worst_case(model, x, labels, now, kappa, 1 - kappa, q=now.get("q", 0.0) * now["ramp"])
 
