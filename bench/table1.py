@@ -121,6 +121,8 @@ def measure(row: dict, config, dataset, args) -> dict:
     trainer = Trainer(config, dataset, folder, args.device)
     if (folder / "last.safetensors").exists():
         trainer.resume()
+    elif "init" in row["flags"]:
+        training.begin_with(trainer, Path(row["flags"]["init"]))
     try:
         trainer.run()
     except UserError as error:

@@ -11,10 +11,12 @@ from .layers import BehindReLU, Normalized, PairBatch
 from .ops import ops_for
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits, labels, q=0.0):
     """(mean of -log softmax(logits)[label], its gradient). logits (N, K), labels (N,) ints in [0, K).
 
-    ``derivations/cross_entropy.md``: the gradient is (softmax - onehot) / N. ValueError for other shapes or labels.
+    ``derivations/cross_entropy.md``: the gradient is (softmax - onehot) / N. With ``q`` in (0, 1], the mean of
+    (1 - p^q) / q in place of -log p, p the label's softmax, which it is for q -> 0 (Zhang, Sabuncu 2018): an image's
+    gradient is p^q times that, so that hopeless ones count for little. ValueError for other shapes or labels.
     """
     check("cross_entropy", "logits", logits, ("N", "K"))
     xp, (n, classes) = array_module(logits), logits.shape
@@ -23,10 +25,13 @@ def cross_entropy(logits, labels):
     exp = xp.exp(shifted)
     total = exp.sum(1, keepdims=True)
     rows = xp.arange(n)
-    value = (xp.log(total[:, 0]) - shifted[rows, labels]).mean()
+    each = xp.log(total[:, 0]) - shifted[rows, labels]
     gradient = exp / total
     gradient[rows, labels] -= 1
-    return value, gradient * (1.0 / n)
+    if q:
+        power = xp.exp(-q * each)
+        each, gradient = (1 - power) / q, gradient * power[:, None]
+    return each.mean(), gradient * (1.0 / n)
 
 
 def kl_divergence(z, z_moved):

@@ -144,13 +144,16 @@ def network(dtype=np.float64, seed=0):
 
 @pytest.mark.parametrize("ramp", [0.3, 1.0])
 @pytest.mark.parametrize("balance", [0.0, 5.0])
-@pytest.mark.parametrize("method", ["ibp", "mtl-ibp", "sabr", "diffai", "rs"])
-def test_the_gradient_of_the_step(method, ramp, balance):
+@pytest.mark.parametrize(
+    ("method", "q"), [("ibp", 0), ("ibp", 0.7), ("mtl-ibp", 0), ("sabr", 0), ("diffai", 0), ("rs", 0)]
+)
+def test_the_gradient_of_the_step(method, q, ramp, balance):
     model, g = network()
     x, labels = g.random((4, 8, 8, 3)), g.integers(0, 3, 4)
     if "balance" not in METHODS[method].constants:
         balance = 0.0
     given = {"balance": balance} if balance else {"rs": 0.2, "l1": 0.1} if method == "rs" else {}
+    given |= {"q": q} if q else {}
     now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, **METHODS[method].filled(given)}
     norms = [layer for _, layer in model.walk() if isinstance(layer, BatchNorm2d)]
     buffers = [{name: value.copy() for name, value in norm.buffers.items()} for norm in norms]
@@ -178,6 +181,26 @@ def test_the_gradient_of_the_step(method, ramp, balance):
     with pytest.raises(GradientError):
         wrong = found * (1 + 1e-3 * (np.arange(found.size) % 2))
         check_vjp(loss, lambda d: (d * wrong,), [w])
+
+
+@fewer(0.3)
+@given(seed=seeds, q=st.floats(0.05, 1))
+def test_generalised_cross_entropy(seed, q):
+    """Its formula, its gradient, its limit, and a hopeless image, which it lets go and cross-entropy does not."""
+    g = np.random.default_rng(seed)
+    z, labels = 3 * g.standard_normal((4, 5)), g.integers(0, 5, 4)
+    value, gradient = losses.cross_entropy(z, labels, q)
+    p = (np.exp(z) / np.exp(z).sum(1, keepdims=True))[np.arange(4), labels]
+    assert value == pytest.approx(((1 - p**q) / q).mean(), rel=1e-12)
+    check_vjp(lambda z: np.asarray(losses.cross_entropy(z, labels, q)[0]), lambda d: (d * gradient,), [z])
+    with pytest.raises(GradientError):  # without p^q it is another's
+        plain = losses.cross_entropy(z, labels)[1]
+        check_vjp(lambda z: np.asarray(losses.cross_entropy(z, labels, q)[0]), lambda d: (d * plain,), [z])
+    near, limit = losses.cross_entropy(z, labels, 1e-7), losses.cross_entropy(z, labels)
+    np.testing.assert_allclose(near[0], limit[0], rtol=1e-4)
+    np.testing.assert_allclose(near[1], limit[1], atol=1e-5)
+    hopeless = np.array([[-100.0, 0.0]]), np.array([0])
+    assert abs(losses.cross_entropy(*hopeless, q)[1]).max() < 0.01 < abs(losses.cross_entropy(*hopeless)[1]).max()
 
 
 def test_stability_is_its_formula():

@@ -1,5 +1,6 @@
 """The program: its flags, its exit codes, and that a kill costs no more than the work since the last save."""
 
+import hashlib
 import json
 import os
 import random
@@ -128,6 +129,18 @@ def test_out_names_the_folder_and_the_seed_the_default(program):
     arguments = "--epochs 1 --test-images 0 --seed 7 --method standard --train-images 100".split()
     assert program(*TINY, *arguments)[0] == 0
     assert Path("runs/mlp-shapes10-standard-7/model.safetensors").exists()
+
+
+def test_a_run_begins_with_anothers_weights_and_says_whose(program, finished):
+    arguments = (*TINY, "--epochs", 0, "--test-images", 0, "--out", "second", "--init")
+    assert program(*arguments, finished[0])[0] == 0
+    assert np.array_equal(models.load("second").weights, models.load(finished[0]).weights)
+    digest = hashlib.sha256((finished[0] / "last.safetensors").read_bytes()).hexdigest()
+    assert json.loads(Path("second/config.json").read_text())["config"]["init"] == digest
+    assert program("--resume", "second", "--test-images", 0)[0] == 0  # the other run is not needed any more
+    assert_one_error_line(program(*arguments, "nowhere", "--out", "third"), "--init nowhere", "last.safetensors")
+    other = ("--model", "small", "--method", "standard", "--out", "fourth")
+    assert_one_error_line(program(*arguments, finished[0], *other), "another network")
 
 
 @pytest.mark.parametrize("columns", [200, 80, 60, 30, 1])

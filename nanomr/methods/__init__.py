@@ -67,6 +67,7 @@ _START = {"start": Constant(1.0, "share of the ball that it begins in", high=1.0
 _STEPS = {"steps": Constant(10, "of the attack", low=1), "step_size": Constant(0.25, "of the attack, in eps")}
 _KAPPA = {"kappa": Constant(0.2, "weight of the clean cross-entropy at the end", high=1.0)}
 _ROBUST = Constant(0.0, "weight of the clean cross-entropy at the end", high=1.0)
+_Q = {"q": Constant(0.0, "at the end worst margins cost (1 - p^q) / q; 0: -log p", high=1.0)}
 _BALANCE = {"balance": Constant(0.5, "weight of Shi et al.'s regulariser at the beginning")}
 _CERTIFIED = dict(begin=certified.begin, finish=fold, certifies=True)
 METHODS: dict[str, Method] = {
@@ -74,7 +75,7 @@ METHODS: dict[str, Method] = {
     "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
     "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
     "ibp": Method(
-        certified.ibp, "interval bounds, batch norm folded (Gowal et al.; Shi et al.)", _KAPPA | _BALANCE,
+        certified.ibp, "interval bounds, batch norm folded (Gowal et al.; Shi et al.)", _KAPPA | _BALANCE | _Q,
         reports=("interval", "balance"), **_CERTIFIED,
     ),
     "mtl-ibp": Method(

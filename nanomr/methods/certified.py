@@ -73,9 +73,10 @@ def balance(model, box, now):
 
 def ibp(model, x, labels, draw, now) -> dict:
     """kappa CE(clean) + (1 - kappa) CE(worst margins by intervals) + balance (1 - ramp) Shi's regulariser; kappa goes
-    from 1 to ``now["kappa"]`` with the ramp. Gowal et al. 2018."""
+    from 1 to ``now["kappa"]`` with the ramp. Gowal et al. 2018. A q above 0, to which it grows, makes the worst
+    margins' cross-entropy a generalised one, which lets hopeless images go (:func:`nanomr.losses.cross_entropy`)."""
     kappa = 1 - (1 - now["kappa"]) * now["ramp"]
-    return _worst_case(model, x, labels, now, kappa, 1 - kappa)
+    return _worst_case(model, x, labels, now, kappa, 1 - kappa, q=now.get("q", 0.0) * now["ramp"])
 
 
 def mtl_ibp(model, x, labels, draw, now) -> dict:
@@ -153,7 +154,7 @@ def sabr(model, x, labels, draw, now) -> dict:
     return _worst_case(model, x, labels, now, kappa, 1 - kappa, box)
 
 
-def _worst_case(model, x, labels, now, kappa, weight, box=None) -> dict:
+def _worst_case(model, x, labels, now, kappa, weight, box=None, q=0.0) -> dict:
     """kappa CE(clean) + weight CE(worst margins) + Shi's regulariser, as ``now`` has it; gradients are added.
 
     The margins are those in ``box``, [x; centres] and radii: by default the whole one.
@@ -166,7 +167,7 @@ def _worst_case(model, x, labels, now, kappa, weight, box=None) -> dict:
     logits, at_last = last.forward(features.points)
     gain = rivals_gain(features.radius, last.params["weight"], labels)
     clean, d_clean = cross_entropy(logits[:n], labels)
-    worst, d_worst = cross_entropy(logits[n:] + gain, labels)
+    worst, d_worst = cross_entropy(logits[n:] + gain, labels, q)
     d_worst *= weight
     points = last.backward(xp.concatenate([kappa * d_clean, d_worst]), at_last)
     radius, d_weight = rivals_gain_backward(d_worst, features.radius, last.params["weight"], labels)

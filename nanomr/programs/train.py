@@ -10,6 +10,7 @@ mpiexec -n 2 python -m mpi4py -m nanomr train   # on two ranks
 """
 
 import argparse
+import hashlib
 import json
 import math
 from contextlib import suppress
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--method", choices=METHODS, default="manifold", metavar="NAME", help=text)
     text = "a constant of the method's own, may be given several times; default: see below"
     g.add_argument("--constant", type=_constant, action="append", metavar="NAME=VALUE", help=text)
+    text = "begin with the weights of another run of the same network, as its last.safetensors has them"
+    g.add_argument("--init", type=Path, metavar="RUN", help=text)
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
 
@@ -205,6 +208,11 @@ def configure(args, device: str, dataset) -> Config:
     paired = method.corners is not None
     if not paired and args.precision not in (None, "fp32"):
         raise UserError(f"--method {args.method} is trained in fp32: leave out --precision {args.precision}")
+    digest, weights = "", args.init and args.init / "last.safetensors"
+    if weights:
+        if not weights.is_file():
+            raise UserError(f"--init {args.init} is not a run: there is no {weights.name} in it")
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return Config(
         architecture=architecture, method=args.method, data=dataset.source["file"] if own else args.data,
         epochs=EPOCHS.get(args.data, 30) if args.epochs is None else args.epochs,
@@ -214,7 +222,7 @@ def configure(args, device: str, dataset) -> Config:
         ramp_from=args.ramp_from, ramp_to=args.ramp_to, alpha=args.alpha, hamming_norm=args.hamming_norm,
         augment=not own if args.augment is None else args.augment,
         precision=args.precision or ("bf16" if device == "gpu" and paired else "fp32"),
-        local_batchnorm=args.local_batchnorm, exact=args.exact, **chosen,
+        local_batchnorm=args.local_batchnorm, exact=args.exact, init=digest, **chosen,
     )  # fmt: skip
 
 
@@ -295,9 +303,17 @@ def _main(args, ranks: parallel.Ranks) -> int:
                 )
             elif trainer.writes:
                 checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
+            if args.init and not resume:
+                begin_with(trainer, args.init)
             return train(trainer, args.test_images)
 
     return parallel.play(work, ranks) if config.exact else work(ranks)
+
+
+def begin_with(trainer: Trainer, run: Path):
+    """Give the trainer's network the weights of another run's last.safetensors. UserError where they do not fit."""
+    tensors, _ = checkpoint.load_tensors(run / "last.safetensors")
+    trainer.model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
 
 
 def train(trainer: Trainer, test_images: int) -> int:
