@@ -65,7 +65,9 @@ def tighten(chain: Chain, low, high, relus, left: Callable[[], float], most: int
 
 
 def arrays(lemmas: list[Lemma]) -> dict[str, np.ndarray]:
-    """What a proof file holds of them, beside the tree that they help (``docs/soundness.md``)."""
+    """What a proof file holds of them, beside the tree that they help (``docs/soundness.md``), if there are any."""
+    if not lemmas:
+        return {}
     trees = [lemma.proof.arrays() for lemma in lemmas]
     found = {f"lemma_{name}": np.concatenate([tree[name].ravel() for tree in trees])
              for name in ("units", "parent", "split", "signs", "values")}  # fmt: skip

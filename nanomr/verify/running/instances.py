@@ -449,7 +449,7 @@ class Run:
         relus, found = lemmas.tighten(
             self.subject.chain, region.low, region.high, relus, lambda: self.remaining() - until
         )
-        self.relus[id(region)] = relus, lemmas.arrays(found) if found else {}
+        self.relus[id(region)] = relus, lemmas.arrays(found)
 
     def _confirm(self, region: Region, i: int, m: int | None, candidate):
         """For the solvers: never returns an image; a witness ends the search, and a row that fails alone is left."""
