@@ -1,4 +1,4 @@
-"""Better bounds of single ReLUs' inputs, each with a small tree of its own. ``docs/derivations/lemmas.md``.
+"""Better bounds of single ReLUs' inputs, each with a small tree of its own. ``docs/derivations/beta_crown.md``.
 
 A ReLU of an early convolution sees a patch of the image through a few unstable ReLUs, so that a tree of some dozen
 cases is nearly exact where CROWN is not, and what follows from its bound (the chord above that ReLU, CROWN's bounds of
