@@ -15,7 +15,7 @@ from ..exact.milp import Solver
 
 MANY = 600  # unstable ReLUs: programs then take seconds each; trees go first for longer, and then have less
 FEW_SLICES, MANY_SLICES = {"bab": 0.5, "hull": 2.0}, {"bab": 4.0, "hull": 8.0}  # seconds of the first turns
-TIGHT_SLICES = {"bab": 16.0, "hull": 4.0}  # the same where lemmas have drawn in the bounds: that helps trees more
+TIGHT_SLICES = {"bab": 8.0, "hull": 8.0}  # the same where lemmas have drawn in the bounds
 FLOAT32 = 0.2  # the share of the time in which a proof is to be one for float32 as well
 UNITS, LATE = 200, 0.5  # the MILP cannot go on where it stopped: it has few unstable ReLUs, and the last half
 SEARCHES = {"bab": bab.Search, "hull": hull.Search}
