@@ -7,6 +7,7 @@ all later layers) helps every rival at once. From the first layer to the last, e
 
 import heapq
 from collections.abc import Callable
+from functools import partial
 from itertools import count, pairwise
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def tighten(chain: Chain, low, high, relus, left: Callable[[], float], most: int
     relus, lemmas, box = [(z.copy(), y.copy()) for z, y in relus], [], Box.between(low, high)
     ends = np.cumsum([0, *(z.size for z, _ in relus)])
     for k in range(1, len(relus)):
-        one_by_one(lambda *args: lower(chain, *args), box, [Lines.around(*r) for r in relus[:k]], *relus[k])
+        one_by_one(partial(lower, chain), box, [Lines.around(*r) for r in relus[:k]], *relus[k])
         net = collapse(chain, low, high, relus, np.zeros(chain.classes))
         z_low, z_high = (z.reshape(-1) for z in relus[k])  # views
         area = -z_low * z_high
