@@ -21,8 +21,9 @@ def _pyplot():
 METHOD_TERMS = ("adversarial", "balance", "bounds", "interval", "kl", "stability")
 
 
-def curves(log: list[dict], path) -> Path | None:
-    """Accuracy, loss terms, ReLU stability and schedules, from the records of a run's log. None without matplotlib."""
+def curves(log: list[dict], path, held: bool = True) -> Path | None:
+    """Accuracy, loss terms, ReLU stability and schedules, from the records of a run's log; ``held``: were the images
+    that it was judged on held out? None without matplotlib."""
     plt = _pyplot()
     if plt is None:
         return None
@@ -36,7 +37,7 @@ def curves(log: list[dict], path) -> Path | None:
     accuracy.plot(epochs, series("pgd10", 100), label="PGD-10, 500 images")
     if any(r.get("ibp_verified") is not None for r in log):
         accuracy.plot(epochs, series("ibp_verified", 100), label="proved by intervals, at the full eps")
-    accuracy.set(title="Accuracy on held-out images", ylabel="%", ylim=(0, 100))
+    accuracy.set(title=f"Accuracy on {'held-out' if held else 'training'} images", ylabel="%", ylim=(0, 100))
     loss.plot(epochs, series("loss"), "k", label="loss")
     loss.plot(epochs, series("cross_entropy"), label="cross-entropy")
     weights = {"intrinsic": "gamma_i", "hamming": "gamma_h"}

@@ -586,7 +586,7 @@ class Trainer:
 
     def plot(self) -> Path | None:
         """Draw ``curves.png``; None without matplotlib or without an epoch to draw."""
-        return plots.curves(self.log, self.folder / "curves.png") if self.log else None
+        return plots.curves(self.log, self.folder / "curves.png", self.config.hold_out > 0) if self.log else None
 
 
 # Titles, keys and formats of what is printed of a record, what matters most first: log.jsonl has it all.

@@ -71,6 +71,9 @@ def test_curves_draws_what_the_log_says(drawn, tmp_path):
     assert next(v for k, v in found.items() if k.startswith("switching")) == pytest.approx([100 * 7 / 12] * 3)
     assert next(v for k, v in found.items() if k.startswith("dead")) == pytest.approx([100 / 12] * 3)
     assert next(v for k, v in found.items() if k.startswith("lr")) == pytest.approx([1 / 3, 2 / 3, 1])
+    assert "Accuracy on held-out images" in axes
+    plots.curves(LOG, tmp_path / "curves.png", held=False)
+    assert "Accuracy on training images" in drawn()
 
 
 KEYS = sorted(set(record(1)) - {"epoch"})
