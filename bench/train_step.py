@@ -334,10 +334,10 @@ def tile_peak_gflops(precision: str, threads: int) -> float:
     import numba
     import numpy as np
 
-    from nanomr.ops.cpu import gather_gemm, simd
+    from nanomr.ops.cpu import convolution, gather_gemm, simd
 
     r, rows = 128, 4 * simd.ROWS
-    lanes = simd.Lanes(simd.MAX_LANES, "float32" if precision == "fp32" else gather_gemm.PRODUCT)
+    lanes = simd.Lanes(simd.MAX_LANES, "float32" if precision == "fp32" else convolution.PRODUCT)
     width, dtype = simd.WIDTH * lanes.count, np.float32 if precision == "fp32" else np.int32
     x, w, bias = np.zeros(rows * r, dtype), np.zeros(r * width, dtype), np.zeros(width, np.float32)
     a, b, o, out = np.arange(rows) * r, np.arange(r), np.arange(rows) * width, np.zeros(rows * width, np.float32)
@@ -347,7 +347,7 @@ def tile_peak_gflops(precision: str, threads: int) -> float:
         for _thread in numba.prange(threads):
             mine, nothing = out.copy(), np.empty(0, np.float32)
             for _ in range(times):
-                gather_gemm._sweep(x, a, 0, rows, b, 0, r, w, bias, nothing, mine, 0, o, width, 1, 0, lanes)
+                gather_gemm.sweep(x, a, 0, rows, b, 0, r, w, bias, nothing, mine, 0, o, width, 1, 0, lanes)
 
     times = 2000
     run(1, lanes)
@@ -522,9 +522,9 @@ def main():
     figures = {"load_average": load, "sgemm_gflops": sgemm_gflops()}
     memory = {}
     if ours:
-        from nanomr.ops.cpu import gather_gemm
+        from nanomr.ops.cpu import convolution
 
-        figures["kernel"] = "fma" if args.precision == "fp32" else gather_gemm.PRODUCT
+        figures["kernel"] = "fma" if args.precision == "fp32" else convolution.PRODUCT
         figures["tile_peak_gflops"] = tile_peak_gflops(args.precision, args.threads)
         figures["flops"] = flops(ours[f"{args.method} {args.precision}"])
         if args.model == "small" and args.method == "manifold":

@@ -484,7 +484,7 @@ class Zones:
 def zones(monkeypatch):
     """All that the CPU's kernels get from ``memory.empty``, and what a test places."""
     found = Zones()
-    for name in ("gather_gemm", "elementwise", "attacks", "training"):
+    for name in ("convolution", "winograd", "gather_gemm", "elementwise", "attacks", "training"):
         monkeypatch.setattr(importlib.import_module(f"nanomr.ops.cpu.{name}"), "empty", found.empty)
     return found
 
@@ -547,7 +547,7 @@ def test_products_and_passes_stay_within_their_arrays(sizes, seed):
 
 def zones_of(patch):
     found = Zones()
-    for name in ("gather_gemm", "elementwise", "attacks", "training"):
+    for name in ("convolution", "winograd", "gather_gemm", "elementwise", "attacks", "training"):
         patch.setattr(importlib.import_module(f"nanomr.ops.cpu.{name}"), "empty", found.empty)
     return found
 

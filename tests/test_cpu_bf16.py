@@ -24,7 +24,7 @@ from test_layers import TINY, applies, make_case
 from test_ops import CHANNELS, OPERATIONS, feature_maps
 
 from nanomr.ops import cpu, ops_for
-from nanomr.ops.cpu import amx, gather_gemm, simd
+from nanomr.ops.cpu import amx, convolution, simd
 from nanomr.testing.contract import CHECKS, Case, cast
 from nanomr.testing.strategies import convolutions, seeds
 
@@ -45,14 +45,14 @@ TILES = {"amx": amx.Tiles("amx"), "emulated tiles": amx.Tiles("emulated")}
 @pytest.fixture(params=[*simd.PRODUCTS, *["amx"] * amx.works()])
 def product(request, monkeypatch):
     """Each way to multiply that this machine has."""
-    monkeypatch.setattr(gather_gemm, "TILES", TILES.get(request.param))
+    monkeypatch.setattr(convolution, "TILES", TILES.get(request.param))
     if request.param not in TILES:
-        monkeypatch.setattr(gather_gemm, "PRODUCT", request.param)
+        monkeypatch.setattr(convolution, "PRODUCT", request.param)
 
 
 @pytest.fixture(params=["emulated tiles", *["amx"] * amx.works()])
 def tiles(request, monkeypatch):
-    monkeypatch.setattr(gather_gemm, "TILES", TILES[request.param])
+    monkeypatch.setattr(convolution, "TILES", TILES[request.param])
 
 
 def test_the_dtype_decides():
@@ -195,9 +195,9 @@ def test_results_do_not_depend_on_the_threads(monkeypatch, rng):
             *cpu.batchnorm_relu_backward(dy, x, *constants, 8.0, np.ones(3, np.float32)),
         ]
 
-    monkeypatch.setattr(gather_gemm, "threads", lambda: 1)
+    monkeypatch.setattr(convolution, "threads", lambda: 1)
     alone = results()
-    monkeypatch.setattr(gather_gemm, "threads", lambda: 5)
+    monkeypatch.setattr(convolution, "threads", lambda: 5)
     for one, many in zip(alone, results(), strict=True):
         np.testing.assert_array_equal(one, many)
 
@@ -256,7 +256,7 @@ FAULTS = {
     "a swapped pair": ("_words", _swapped_pairs),
     "a skipped tap": ("_forward_tables", _skipped_tap),
     "a wrong block of images": ("_forward_tables", _wrong_images),
-    "a batch that is no multiple": ("_gather_gemm_reduce_pairs", _last_image_twice),
+    "a batch that is no multiple": ("gather_gemm_reduce_pairs", _last_image_twice),
     "truncated, not rounded": ("_words", lambda words: lambda w: words(w) & np.int32(-0x10001)),
 }
 
@@ -266,6 +266,6 @@ def test_faults_are_caught(product, fault, rng, monkeypatch):
     shape = ((7, 4, 4, 4), (3, 3, 4, 5), 1, ALL_ROUND)
     check_convolutions(cpu, np, rng, *shape)
     name, wrong = FAULTS[fault]
-    monkeypatch.setattr(gather_gemm, name, wrong(getattr(gather_gemm, name)))
+    monkeypatch.setattr(convolution, name, wrong(getattr(convolution, name)))
     with pytest.raises(AssertionError):
         check_convolutions(cpu, np, rng, *shape)

@@ -481,11 +481,12 @@ def test_convolutions_of_the_networks(backend, operation, x_shape, w_shape, stri
 @pytest.mark.parametrize("chunks", [2, 3, 5])
 def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
     """However the work is cut: by columns, by rows where there are more threads than columns, by images."""
-    cpu, gather_gemm = (importlib.import_module(f"nanomr.ops.{name}") for name in ("cpu", "cpu.gather_gemm"))
+    cpu = importlib.import_module("nanomr.ops.cpu")
     x, w, dy = _normal(rng, (23, 40)), _normal(rng, (40, 70)), _normal(rng, (23, 70))
     images, filters = _normal(rng, (4, 6, 6, 3)), _normal(rng, (4, 4, 3, 16))
     up = _normal(rng, (4, 3, 3, 16))
     geometry = (2, (1, 1, 1, 1))
+    deep, window = _normal(rng, (7, 9, 8, 32)), _normal(rng, (3, 3, 32, 32))  # by winograd
 
     def results():
         return [
@@ -496,11 +497,16 @@ def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
             *cpu.linear_weight_gradient(x, dy),
             *cpu.conv2d_weight_gradient(images, up, filters.shape, *geometry),
             *cpu.conv2d_weight_gradient(images[:, :, :1], up[:, :, :1], filters.shape, 2, (1, 1, 1, 2)),
+            cpu.conv2d(deep, window, None, 1, (1, 1, 1, 1)),
+            *cpu.conv2d_weight_gradient(deep, deep, window.shape, 1, (1, 1, 1, 1)),
         ]
 
-    monkeypatch.setattr(gather_gemm, "threads", lambda: 1)
+    modules = [importlib.import_module(f"nanomr.ops.cpu.{name}") for name in ("gather_gemm", "convolution", "winograd")]
+    for module in modules:
+        monkeypatch.setattr(module, "threads", lambda: 1)
     alone = results()
-    monkeypatch.setattr(gather_gemm, "threads", lambda: chunks)
+    for module in modules:
+        monkeypatch.setattr(module, "threads", lambda: chunks)
     for one, many in zip(alone, results(), strict=True):
         np.testing.assert_array_equal(one, many)
 
@@ -509,7 +515,7 @@ def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
 def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkeypatch, rng):
     """Whatever is summed over images, or over all gradients, is cut by sizes alone. ``threads`` stands for more threads
     than this machine has: it is all that kernels know of them."""
-    modules = [importlib.import_module(f"nanomr.ops.cpu.{name}") for name in ("gather_gemm", "training")]
+    modules = [importlib.import_module(f"nanomr.ops.cpu.{name}") for name in ("gather_gemm", "convolution", "training")]
     x, rho = rng.random((2, 11, 32, 32, 3), np.float32)
     labels = rng.integers(0, 10, 11)
 

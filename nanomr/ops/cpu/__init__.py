@@ -1,7 +1,8 @@
 """The CPU: Numba kernels for float32 and bfloat16. The same functions as ``reference``, which is their oracle.
 
-``gather_gemm``: convolutions and linear layers; ``amx``: the same by tiles. ``normalization``: batch norm and the ReLU
-behind it. ``elementwise``, ``boxes``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors in
+``convolution``: which kernel a convolution gets. ``gather_gemm``: the sum behind all layers, and the linear ones;
+``amx``: the same by tiles; ``winograd``: with fewer multiplications. ``normalization``: batch norm and the ReLU behind
+it. ``elementwise``, ``boxes``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors, kept in
 registers. ``memory``: recycled arrays.
 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
@@ -9,6 +10,13 @@ bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and g
 
 from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
 from .boxes import box_around, box_sums, relu_box, relu_box_backward  # noqa: F401
+from .convolution import (  # noqa: F401
+    conv2d,
+    conv2d_input_gradient,
+    conv2d_shape,
+    conv2d_weight_gradient,
+    kernel,
+)
 from .elementwise import (  # noqa: F401
     average_pool,
     average_pool_backward,
@@ -23,16 +31,7 @@ from .elementwise import (  # noqa: F401
     relu_hamming_pair,
     relu_hamming_pair_backward,
 )
-from .gather_gemm import (  # noqa: F401
-    conv2d,
-    conv2d_input_gradient,
-    conv2d_shape,
-    conv2d_weight_gradient,
-    kernel,
-    linear,
-    linear_input_gradient,
-    linear_weight_gradient,
-)
+from .gather_gemm import linear, linear_input_gradient, linear_weight_gradient  # noqa: F401
 from .memory import release  # noqa: F401
 from .normalization import (  # noqa: F401
     batchnorm,

@@ -2,7 +2,7 @@
 
 A tile is 16 rows of 16 words (pairs of bfloat16 numbers), or of 16 float32 sums; one instruction adds the product of
 two tiles of words to one of sums. Rows of a tile must lie equally far apart, which 16 pixels of an image often do not,
-but 16 images do: 32 images are stored side by side, pixel by pixel, and the tables of ``gather_gemm`` say for one image
+but 16 images do: 32 images are stored side by side, pixel by pixel, and the tables of ``convolution`` say for one image
 where each pixel and tap begins. Four tiles hold 32 x 32 sums, two the operands of either side.
 
     forward, input gradient    rows: 32 images        words: pairs of channels     columns: 32 output channels
@@ -305,7 +305,7 @@ def _place_row(x, n, count, padded, place, r, words, vector):
 
 @njit(parallel=True, **FLAGS)
 def gather(x, words, place, w, bias, plus, out, a, o, pixels, b, taps, run, chunks, tiles, config, vector):
-    """``gather_gemm._gather_gemm`` for x (N, H, W words), a multiple of 16 words a pixel, w in panels of 32 columns,
+    """``gather_gemm.gather_gemm`` for x (N, H, W words), a multiple of 16 words a pixel, w in panels of 32 columns,
     all of them channels. ``run`` pixels at a time meet each panel. Rows are placed as pixels come to need them."""
     blocks, size, row = -(-len(x) // IMAGES), out.shape[1] * out.shape[2], place[2]
     flat_out, flat_plus, furthest = out.reshape(-1), plus.reshape(-1), b.max()
@@ -364,7 +364,7 @@ def _place_pairs(x, n, count, padded, start, place, channels, turned):
 
 @njit(parallel=True, **FLAGS)
 def reduce(x, channels, place, dy, taps, pixels, dw, db, tiles, config, lanes):
-    """``gather_gemm._gather_gemm_reduce_pairs`` for x (N, H, W C), channels C a multiple of 32, and dy (N, pixels, C'),
+    """``gather_gemm.gather_gemm_reduce_pairs`` for x (N, H, W C), channels C a multiple of 32, and dy (N, pixels, C'),
     C' too. ``taps`` and ``pixels`` are those of one image; dw (parts, taps, C')."""
     n_pixels, columns = dy.shape[1:]
     parts, k_taps, blocks = dw.shape[0], len(taps), -(-len(x) // IMAGES)

@@ -334,6 +334,35 @@ def fma(typingctx, array, index, b, c):
     return c(array, types.intp, b, c), codegen
 
 
+@intrinsic
+def zeros(typingctx, lanes):
+    """Sums that are 0."""
+    kind = Sums(lanes.width)
+    return kind(lanes), lambda context, builder, signature, args: _splat(kind.llvm, 0.0)
+
+
+@intrinsic
+def total(typingctx, a, b):
+    """a + b, sums."""
+    return a(a, b), lambda context, builder, signature, args: builder.fadd(*args)
+
+
+@intrinsic
+def minus(typingctx, a, b):
+    """a - b, sums."""
+    return a(a, b), lambda context, builder, signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def times(typingctx, a, number):
+    """The sums a, times a float32 number."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fmul(args[0], _broadcast(builder, args[1], signature.return_type.llvm.count))
+
+    return a(a, types.float32), codegen
+
+
 # --- a tile of sums ---------------------------------------------------------------------------------------------------
 
 _ELEMENTS = {types.float32: _FLOAT, types.int32: _I32, types.uint16: _I16}
