@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import conv_net
 
 from nanomr import checkpoint, models
 from nanomr.layers import AveragePool2d, BatchNorm2d, Conv2d, Flatten, Linear, Normalize, ReLU, Sequential
@@ -762,6 +763,20 @@ def test_float32_error(tmp_path_factory, seed):
     theirs = rounding.float32_errors(chain, *box, crown.crown(chain, *box), rows, [0, 0])
     for ours, bound in zip(checked.float32_error.values(), theirs, strict=True):  # the verifier counts every term
         assert 0 < ours <= (1 + 2 * network.slack / certificate.U32) * bound
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_promise_for_sums_that_float32_may_compute_otherwise(tmp_path, stride, rng):
+    """A 3 x 3 window of stride 1 goes by Winograd's algorithm, whose rounding no order of summation explains."""
+    model = conv_net(rng, (3, stride, 1), (2, 2, 0), size=(4, 4)).astype(np.float32)
+    network, image = read(model, tmp_path), picture(model, rng)
+    errors = np.array(list(certificate.check_image(network, image, 0, 0.1).float32_error.values()))
+    box, rows = crown.image_box(image[None], 0.1), crown.margin_rows([0, 0], [1, 2], 3)
+    chain = Chain(model)
+    theirs = rounding.float32_errors(chain, *box, crown.crown(chain, *box), rows, [0, 0])
+    assert np.isfinite(errors).all() == np.isfinite(theirs).all() == (stride == 2)
+    case = certificate.check_case(network, *(b[0] for b in box), np.eye(3)[:1] - np.eye(3)[1:2], np.array([1e3]))
+    assert np.isfinite(case.float32_error) == (stride == 2)
 
 
 N = 1000

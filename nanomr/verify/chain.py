@@ -51,16 +51,20 @@ class Chain:
     def __init__(self, model: Model, dtype=np.float64):
         self.dtype = np.dtype(dtype)
         self.input_shape = model.input_shape
-        self.folded = False  # is there a batch norm? It rounds in ways of its own
+        # Does the float32 network compute the sums of these layers? A batch norm rounds in ways of its own, and a 3 x 3
+        # window of stride 1 may go by Winograd's algorithm (here, ops/cpu/winograd.py; in other libraries).
+        self.sums = True
         groups: list[list[Affine]] = [[]]
         for name, layer in _flat(copy.deepcopy(model).astype(np.float64)):
             if isinstance(layer, ReLU):
                 groups.append([])
             elif isinstance(layer, BatchNorm2d):
                 fold(groups[-1], layer)
-                self.folded = True
+                self.sums = False
             elif isinstance(layer, KNOWN):
                 groups[-1].append(layer)
+                if isinstance(layer, Conv2d) and layer.params["weight"].shape[:2] == (3, 3) and layer.stride == 1:
+                    self.sums = False
             else:
                 raise UserError(
                     f"cannot verify {name!r} ({type(layer).__name__}): only chains of convolutions, linear layers, "

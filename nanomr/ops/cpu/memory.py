@@ -11,7 +11,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _SMALL = 1 << 14  # floats; below, malloc is as fast
 _LINE = 16  # floats in a cache line
-_LIMIT = 1 << 30  # bytes of idle buffers that a thread may keep
+_LIMIT = 1 << 32  # bytes of buffers that a thread may keep idle: a step of the main network has them all in use
 _local = threading.local()
 
 
@@ -50,7 +50,8 @@ def empty(shape, dtype=np.float32) -> np.ndarray:
     for buffer, first in pool.setdefault(rounded, []):
         if sys.getrefcount(buffer) == _IDLE:
             return buffer[first : first + size].reshape(shape)
-    if 4 * sum(key * len(buffers) for key, buffers in pool.items()) > _LIMIT:
+    idle = (size for size, buffers in pool.items() for buffer, _ in buffers if sys.getrefcount(buffer) == _IDLE)
+    if 4 * sum(idle) > _LIMIT:
         release()
         return empty(shape)
     buffer, first = _fresh(rounded)

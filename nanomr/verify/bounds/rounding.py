@@ -25,14 +25,14 @@ def float32_errors(chain: Chain, low, high, relus, rows, owner):
     """(S,): bounds on |rows . float32 logits - rows . real logits| over boxes of float32 images [low, high].
 
     low, high (B, H, W, C); ``relus``: the bounds of every ReLU's input (:func:`nanomr.verify.bounds.crown.crown`); rows
-    (S, K), owner (S,): which box each is about. Infinite for a network with batch norms: folded, they round otherwise
-    than as they are deployed.
+    (S, K), owner (S,): which box each is about. Infinite for a network with batch norms, which are folded here and
+    round otherwise as they are deployed, and for one whose convolutions may go by Winograd's algorithm.
 
     The difference of the two networks is itself a network, linear through every ReLU that is surely on in both: the
     rows go back through it, signs and all, and each layer's own rounding is charged as they come by. Where a ReLU may
     be on in one and off in the other, the largest error of its input is charged instead.
     """
-    if chain.folded:
+    if not chain.sums:
         return np.full(len(rows), np.inf)
     owner = np.asarray(owner)
     largest, error = np.maximum(abs(low), abs(high)), np.zeros_like(low)

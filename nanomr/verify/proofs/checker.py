@@ -164,7 +164,7 @@ def check_image(network: Network, image, label: int, eps: float, proofs: Mapping
                 bound[rival] = max(bound[rival], _replay(network, known, rows[[rivals.index(rival)]], tree))
             except CertificateError as error:
                 raise CertificateError(f"rival {rival}: {error}") from None
-        error = float32_error(network, reached, rows)
+        error = _deployed_error(network, reached, rows)
     return Checked(bound, dict(zip(rivals, error.tolist(), strict=True)))
 
 
@@ -196,7 +196,7 @@ def check_case(network: Network, low, high, rows, offsets, proof: Mapping | None
     demand(row is None or (type(row) is int and 0 <= row < len(rows)), f"there is no row {row}")
     with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are refused, or prove nothing
         reached = reach(network, low.copy(), high.copy())
-        error = float32_error(network, reached, rows)
+        error = _deployed_error(network, reached, rows)
         if proof and "cut" in proof:
             with_rows = _with_rows(network, rows, offsets)
             bound = bound_of_parts(with_rows, reach(with_rows, low.copy(), high.copy()), proof)
@@ -216,7 +216,7 @@ def _with_rows(network: Network, rows, offsets) -> Network:
     weight = csr_array(rows)
     maps = [*network.maps, Map(False, weight, abs(weight), offsets, abs(offsets), 0)]
     n = max(max(m.weight.shape) for m in maps) + 16 * len(maps)
-    return Network(maps, network.input_shape, 8 * gamma(n, U64))
+    return network._replace(maps=maps, slack=8 * gamma(n, U64))
 
 
 def margins(network: Network, image, label: int):
@@ -570,3 +570,8 @@ def float32_error(network: Network, reached: list[Reach], rows):
             total += abs(a) @ np.where(on | off, 0, error)
             a = a * on
     return total
+
+
+def _deployed_error(network: Network, reached: list[Reach], rows):
+    """:func:`float32_error`, but infinite for a network that float32 may compute by other sums."""
+    return float32_error(network, reached, rows) if network.sums else np.full(len(rows), np.inf)

@@ -50,6 +50,7 @@ class Network(NamedTuple):
     maps: list[Map]
     input_shape: tuple
     slack: float  # rounding error of any sum of the checker's, per unit of the sum's absolute value
+    sums: bool = True  # does float32 compute the sums of these products, too? Not where a 3 x 3 window goes by Winograd
 
 
 def read_network(path) -> Network:
@@ -121,6 +122,7 @@ def _build(tensors, shape, nodes) -> Network:
         add(diags_array(np.ones(size)), np.zeros(size), np.zeros(size), extra=0)
 
     maps: list[Map] = []
+    sums = True
     input_shape, relu = shape, False  # relu: does the next map take the ReLU of what the last one gave?
     demand(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape), f"images cannot be of shape {shape}")
     for name, node in _leaves(nodes):
@@ -152,6 +154,7 @@ def _build(tensors, shape, nodes) -> Network:
                 padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
                 demand(type(stride) is int and stride > 0, f"{name}: the stride cannot be {stride}")
                 bias = take(f"{name}.bias", len(weight)) if node.get("bias", True) else np.zeros(len(weight))
+                sums = sums and not (kernel == 3 and stride == 1)
                 weight, shape = _convolution(weight, shape, stride, padding)
                 bias = np.tile(bias, shape[0] * shape[1])
                 add(weight, bias, abs(bias), extra=0)
@@ -175,7 +178,7 @@ def _build(tensors, shape, nodes) -> Network:
     demand(maps and len(shape) == 1, "it does not end in logits")
     demand(not tensors, f"the file holds {min(tensors, default='')!r}, which the checker has no place for")
     n = max(max(m.weight.shape) for m in maps) + 16 * len(maps)
-    return Network(maps, input_shape, 8 * gamma(n, U64))
+    return Network(maps, input_shape, 8 * gamma(n, U64), sums)
 
 
 def _pooling(window, shape):

@@ -105,13 +105,13 @@ class Subject:
 
     def __init__(self, model, checked: Network | None):
         self.model, self.chain, self.checked = model, Chain(model), checked
-        self.unfolded = copy.copy(self.chain)  # float64 computes with the folded weights themselves
-        self.unfolded.folded = False
+        self.summed = copy.copy(self.chain)  # float64 computes the sums of these very layers
+        self.summed.sums = True
 
     def rounding(self, low, high, relus, rows):
         """(S,): far above what float64 loses of rows . logits, by this code or another."""
         owner = np.zeros(len(rows), int)
-        return float32_errors(self.unfolded, low, high, relus, rows, owner) * 2.0**-23
+        return float32_errors(self.summed, low, high, relus, rows, owner) * 2.0**-23
 
     def deployed(self, image):
         """The float32 network's logits (K,) as Fractions, or None if they are not finite; ``image`` (H, W, C)."""
