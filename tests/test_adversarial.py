@@ -1,5 +1,6 @@
 """Adversarial training and its kin: what a step minimises, where its images are, and that a run goes on bit for bit."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -25,6 +26,7 @@ from nanomr.testing.strategies import fewer, seeds
 from nanomr.train import Config, Trainer
 from nanomr.verify import interval
 
+wasserstein_attack = importlib.import_module("nanomr.attacks.wasserstein")  # the package has a function of the name
 NAMES = ("fgsm", "pgd", "trades", "mmc", "msd", "wasserstein")
 names = pytest.mark.parametrize("name", NAMES)
 SHAPE, CLASSES, EPS = (4, 4, 2), 3, 0.1
@@ -180,6 +182,86 @@ def test_msds_formula_with_another_constant_is_other_images(constant):
         other = settings | {constant: factor * settings[constant]}
         wanted = multi_steepest(model, x, labels, draws()(rng.METHOD), other)
         assert (abs(found - wanted).max() < 1e-9) == same
+
+
+def moved_mass(x, y, radius, strength):
+    """The nearest image to y, one image (H, W, 1), in the Wasserstein ball around x: coordinate ascent in the dual, the
+    plan a matrix, until nothing changes."""
+    at = np.stack(np.indices(x.shape[:2]), -1).reshape(-1, 2)
+    away = at[:, None] - at
+    cost, allowed = (away**2).sum(-1), (abs(away) <= 2).all(-1)
+    mass, beta, price, log_w = x.sum(), np.zeros(x.size), 1.0, np.zeros(x.size)
+    x, y = x.ravel() / mass, y.ravel() / mass
+    for _ in range(2000):
+        before = np.append(beta, price)
+        kernel = allowed * np.exp(-price * cost)
+        from_x = x / (kernel @ np.exp(beta))
+        plan = from_x[:, None] * kernel * np.exp(beta)
+        paid = (plan * cost).sum()
+        price = max(0.0, price + np.log(paid / radius) * paid / (plan * cost**2).sum())
+        arrives = from_x @ (allowed * np.exp(-price * cost))
+        t = strength * y + np.log(strength * arrives)
+        for _ in range(4):  # w + log w = t, in the end
+            log_w = log_w - (np.exp(log_w) + log_w - t) / (np.exp(log_w) + 1)
+        beta = strength * y - np.exp(log_w)
+        if abs(np.append(beta, price) - before).max() < 1e-10:
+            break
+    return (np.exp(log_w) / strength * mass).reshape(*at.max(0) + 1, 1)
+
+
+def transported(model, x, labels, c):
+    """The images that wasserstein learns from, one at a time."""
+    images = x.copy()
+    for i, (x0, label) in enumerate(zip(x, labels, strict=True)):
+        for k in range(c["steps"]):
+            z, cache = model.forward(images[i : i + 1])
+            if z[0].argmax() != label:
+                break
+            slope = model.backward(softmax(z) - np.eye(z.shape[1])[[label]], cache, param_grads=False)[0]
+            radius = c["radius"] * c["factor"] ** (k // c["every"])
+            goal = images[i] + c["step_size"] * np.sign(slope)
+            images[i] = np.clip(moved_mass(x0, goal, radius, c["regularization"]), 0, 1)
+    return images
+
+
+MASS = {"radius": 0.05, "factor": 1.5, "every": 2, "step_size": 0.15, "regularization": 100.0}
+
+
+@pytest.fixture
+def exactly(monkeypatch):
+    """Projections until they stand still: ascend stops them at a thousandth, as the source does."""
+    run = wasserstein_attack.project
+    exact = dict(tolerance=1e-9, iterations=20000)
+    monkeypatch.setattr(wasserstein_attack, "project", lambda *args, **options: run(*args, **options, **exact))
+
+
+def mass_case():
+    model = models.mlp((9, 6, 3), seed=4, input_shape=(3, 3, 1)).astype(np.float64)
+    model.weights *= 2
+    draw = np.random.default_rng(4)
+    x = draw.uniform(0.1, 0.8, (8, 3, 3, 1))
+    labels = logits(model, x).argmax(1)
+    labels[0] = (labels[0] + 1) % 3  # wrong to begin with
+    return model, x, labels
+
+
+def test_wassersteins_images_are_the_formulas(exactly, learned_from):
+    model, x, labels = mass_case()
+    wanted = transported(model, x, labels, now("wasserstein", **MASS))
+    found = step("wasserstein", model, x, labels, **MASS)
+    np.testing.assert_allclose(learned_from[-1], wanted, atol=1e-6)
+    assert found["loss"] == pytest.approx(-np.log(softmax(logits(model, wanted))[range(8), labels]).mean(), rel=1e-5)
+    fooled = logits(model, wanted).argmax(1) != labels
+    assert 1 < fooled.sum() < 7, "some must leave early, and some stay"
+
+
+@pytest.mark.parametrize("constant", MASS)
+def test_wassersteins_formula_with_another_constant_is_other_images(constant, exactly, learned_from):
+    """The negative control."""
+    model, x, labels = (a if isinstance(a, Model) else a[4:7] for a in mass_case())
+    other = MASS | {constant: 1 if constant == "every" else 0.8 * MASS[constant]}
+    step("wasserstein", model, x, labels, **MASS)
+    assert abs(learned_from[-1] - transported(model, x, labels, now("wasserstein", **other))).max() > 1e-4
 
 
 def centres(classes):
