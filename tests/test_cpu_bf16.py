@@ -24,7 +24,7 @@ from test_layers import TINY, applies, make_case
 from test_ops import CHANNELS, OPERATIONS, feature_maps
 
 from nanomr.ops import cpu, ops_for
-from nanomr.ops.cpu import amx, convolution, simd
+from nanomr.ops.cpu import amx, convolution, gather_gemm, simd
 from nanomr.testing.contract import CHECKS, Case, cast
 from nanomr.testing.strategies import convolutions, seeds
 
@@ -253,11 +253,11 @@ def _last_image_twice(reduce):
 
 
 FAULTS = {
-    "a swapped pair": ("_words", _swapped_pairs),
-    "a skipped tap": ("_forward_tables", _skipped_tap),
-    "a wrong block of images": ("_forward_tables", _wrong_images),
-    "a batch that is no multiple": ("gather_gemm_reduce_pairs", _last_image_twice),
-    "truncated, not rounded": ("_words", lambda words: lambda w: words(w) & np.int32(-0x10001)),
+    "a swapped pair": (gather_gemm, "_words", _swapped_pairs),
+    "a skipped tap": (convolution, "_forward_tables", _skipped_tap),
+    "a wrong block of images": (convolution, "_forward_tables", _wrong_images),
+    "a batch that is no multiple": (convolution, "gather_gemm_reduce_pairs", _last_image_twice),
+    "truncated, not rounded": (gather_gemm, "_words", lambda words: lambda w: words(w) & np.int32(-0x10001)),
 }
 
 
@@ -265,7 +265,7 @@ FAULTS = {
 def test_faults_are_caught(product, fault, rng, monkeypatch):
     shape = ((7, 4, 4, 4), (3, 3, 4, 5), 1, ALL_ROUND)
     check_convolutions(cpu, np, rng, *shape)
-    name, wrong = FAULTS[fault]
-    monkeypatch.setattr(convolution, name, wrong(getattr(convolution, name)))
+    module, name, wrong = FAULTS[fault]
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     with pytest.raises(AssertionError):
         check_convolutions(cpu, np, rng, *shape)
