@@ -146,21 +146,21 @@ def test_a_fit_finds_its_line_and_the_model_follows_it():
 
 
 def test_learning_rates_are_followed_to_where_both_neighbours_are_worse():
-    """Of runs whose best rate is known: 0.24 for 128 images, 0.01 for 256, beyond the rates that are tried."""
-
-    def outcome(setting):
-        best = {128: 0.24, 256: 0.01}[setting["batch"]]
-        return {"setting": setting, "held": {"pgd10": 1 - abs(np.log2(setting["lr"] / best)) / 20}}
-
+    """Of runs whose best rate is known: 0.24 for 128 images, 0.01 for 256, which is not reached; for PGD 0.04."""
+    best = {("manifold", 128): 0.24, ("manifold", 256): 0.01, ("pgd", 128): 0.04}
     rows, order = [], []
-    for setting in scaling.wanted(rows, {128: (0.03, 0.06), 256: (0.06, 0.03)}, most=5):
-        rows.append(outcome(setting))
+    first = {"manifold": {128: (0.03, 0.06, 0.12), 256: (0.06, 0.03)}, "pgd": {128: (0.03, 0.06)}}
+    for setting in scaling.wanted(rows, first):
+        far = abs(np.log2(setting["lr"] / best[setting.get("method", "manifold"), setting["batch"]]))
+        rows.append({"setting": setting, "held": {"pgd10": 1 - far / 20}})
         order.append((setting["batch"], setting["lr"], setting.get("pairs", 1), setting["seed"]))
-    assert order[:5] == [(128, 0.03, 1, 0), (256, 0.06, 1, 0), (128, 0.06, 1, 0), (256, 0.03, 1, 0), (128, 0.06, 2, 0)]
-    assert order[5:11] == [(128, lr, 1, 0) for lr in (0.12, 0.24, 0.48)] + [
-        (256, lr, 1, 0) for lr in (0.015, 0.0075, 0.00375)
+    assert order[:8] == [(128, lr, 1, 0) for lr in (0.03, 0.06, 0.12, 0.24)] + [
+        (256, lr, 1, 0) for lr in (0.06, 0.03, 0.015, 0.0075)
     ]
-    assert order[11:] == [(128, 0.24, 4, 0), (128, 0.24, 1, 1), (256, 0.0075, 1, 1)]
+    seeds = [(batch, lr, 1, seed) for seed in (1, 2) for batch, lr in ((128, 0.24), (256, 0.0075))]
+    assert order[8:14] == [(128, 0.24, pairs, 0) for pairs in (2, 4)] + seeds
+    assert order[14:] == [(128, lr, 1, 0) for lr in (0.03, 0.06, 0.015)] + [(128, 0.03, 1, 1)]
+    assert [s["setting"].get("method") for s in rows[13:15]] == [None, "pgd"]
     assert scaling.chosen(rows, batch=128)["setting"] == {"batch": 128, "lr": 0.24, "seed": 0}
     assert scaling.chosen(rows, batch=64) is None
     rows.append({"setting": {"batch": 64, "lr": 1.0, "seed": 0}, "stopped": "collapsed at epoch 2"})
@@ -237,11 +237,20 @@ def test_the_report_of_two_rounds(tmp_path):
     assert found["local"][0]["seconds"] == pytest.approx(0.2 * 128)
     logs = [{"epoch": 1, "held_pgd10": 0.1}, {"epoch": 2, "held_pgd10": 0.3}]
     held = {"images": 20, "clean": 0.5, "pgd10": 0.3}
-    rows = [{"setting": {"batch": n, "lr": 0.1, "seed": 0}, "epochs": 2, "steps": 2000 // n, "held": held, "log": logs}
-            for n in scaling.GLOBAL]  # fmt: skip
+    rows = [{"setting": {"batch": n, "lr": 0.1, "seed": 0, **own}, "epochs": 2, "steps": 2000 // n, "log": logs,
+             "held": held, "test": held} for n in scaling.GLOBAL for own in ({}, {"method": "pgd"})]  # fmt: skip
+    rows.append(rows[0] | {"setting": rows[0]["setting"] | {"lr": 0.2}, "held": held | {"pgd10": 0.2}})
+    rows.append(rows[0] | {"setting": rows[0]["setting"] | {"seed": 1}, "held": held | {"pgd10": 0.4}})
+    rows.append({"setting": rows[1]["setting"] | {"batch": 64}, "stopped": "collapsed", "steps": 31, "epochs": 2})
     result = scaling.summary(found, rows, 0.2)
-    assert result["fits"]["pgd"]["t_img"] == pytest.approx(0.2) and result["batches"][0]["steps_to_target"] == 15
-    assert result["batches"][0]["seconds_to_target_1_rank"] == pytest.approx(15 * 0.2 * 128)
+    one = result["batches"][0]
+    assert result["fits"]["pgd"]["t_img"] == pytest.approx(0.2) and one["steps_to_target"] == [15, 15]
+    assert one["seconds_to_target_1_rank"] == pytest.approx(15 * 0.2 * 128)
+    assert one["seeds"] == {"0": 0.3, "1": 0.4} and one["tried"] == {"0.1": 0.3, "0.2": 0.2} and one["lr"] == 0.1
+    assert one["pgd10"] == pytest.approx(0.35) and one["pgd10_error"] == pytest.approx(0.05)
+    assert one["test"] == scaling.over([held]) and one["test"]["runs"] == 1  # of seeds that chose nothing
+    assert [(b["method"], b["batch"]) for b in result["batches"]] == [(m, n) for m in ("manifold", "pgd")
+                                                                      for n in scaling.GLOBAL]  # fmt: skip
     assert [m["ranks"] for m in result["model"] if m["n"] == 128] == [1, 2, 4, 8, 16, 32, 64, 128]
     scaling.draw(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
