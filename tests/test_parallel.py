@@ -479,6 +479,11 @@ class Comm:
     def __init__(self, ranks):
         self.ranks, self.Get_rank, self.Get_size = ranks, lambda: ranks.rank, lambda: ranks.size
         self.Barrier, self.Bcast = ranks.barrier, ranks.broadcast_
+        self.Iallreduce, self.Ibcast = self.at_once(self.Allreduce), self.at_once(self.Bcast)
+
+    def at_once(self, call):
+        """A call that returns a request, which has ended already."""
+        return lambda *args: call(*args) is self or types.SimpleNamespace(Test=lambda: True)
 
     def Split_type(self, kind):
         return self
@@ -540,6 +545,26 @@ def test_mpi_ranks_add_up_arrays_of_the_host_and_of_a_device(mpi4py, cupy):
         return vector.tolist(), one.sum_(np.array([2.0])).tolist()
 
     assert InTurns(3).run(work) == [([3.0, 3.0], [6.0])] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_sum_to_which_not_all_come_is_waited_for_so_long(mpi4py, monkeypatch, rank):
+    """Rank 2 for two seconds more, in which rank 0 has said so and ended it."""
+    comm, clock = Comm(ALONE), [100.0]
+    comm.Get_rank = lambda: rank
+    comm.Iallreduce = comm.Ibcast = lambda *args: types.SimpleNamespace(Test=lambda: clock.append(clock[-1] + 0.5))
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: clock[-1])
+    ranks = parallel.Mpi(comm, timeout=5)
+    for call, what in ((ranks.sum_, "the sum"), (ranks.broadcast_, "the broadcast")):
+        clock[:] = [100.0]
+        with pytest.raises(
+            UserError, match=f"for 5 s not all ranks have come to {what} of 1,000 numbers.*--parallel-t"
+        ):
+            call(np.zeros(1000))
+        assert clock[-1] == 105.5 + rank
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: clock.append(0) or 1e9 * len(clock))
+    comm.Iallreduce = lambda *args: types.SimpleNamespace(Test=lambda: len(clock) > 100)
+    parallel.Mpi(comm, timeout=float("inf")).sum_(np.zeros(1))  # --parallel-timeout 0
 
 
 def stand_in_nccl():
@@ -757,6 +782,34 @@ os.replace = full
 def test_what_all_ranks_refuse_rank_0_says_once(tmp_path):
     code, out, err = launch(tmp_path, 3, *TINY, "--method", "fgsm")
     assert code == 2 and out == "" and err.count("error:") == 1 and "rank 1" not in err
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_what_argparse_refuses_rank_0_says_once(tmp_path):
+    code, out, err = launch(tmp_path, 2, *TINY, "--lr", "much")
+    assert code == 2 and out == "" and err.count("usage:") == 1 and "rank 1" not in err
+    assert err.count("error:") == 1 and "run.py: error: argument --lr: 'much' is not" in err
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_all_after_so_long(tmp_path, rank):
+    """But not while rank 0 compiles, which takes twice as long here."""
+    hang = DURING.format(name="hanging", rank=rank, step=3, what="open('hung', 'w').close(); time.sleep(600)")
+    slow = """
+before = train.Trainer.train_step
+def compiling(self):
+    time.sleep(4 * (self.ranks.size == 1))
+    return before(self)
+train.Trainer.train_step = compiling
+"""
+    code, _, err = launch(tmp_path, 2, *TINY, "--parallel-timeout", 2, patches=hang + slow)
+    assert time.time() - (tmp_path / "hung").stat().st_mtime < 30  # of which 2 or 3 are the limit's
+    who = "error: " if rank else "error: rank 1: "
+    assert code == 2 and err.count("error:") == 1 and f"{who}for 2 s not all ranks have come to the sum of" in err
+    assert steps_of(tmp_path / "x") == 0 and not list((tmp_path / "x").glob(".*.tmp"))
 
 
 @pytest.mark.slow
