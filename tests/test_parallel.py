@@ -3,6 +3,7 @@
 Most ranks are played in turns by this process (``parallel.InTurns``); those of the slow tests are MPI's.
 """
 
+import contextlib
 import copy
 import ctypes
 import importlib.util
@@ -28,6 +29,8 @@ from nanomr.errors import UserError
 from nanomr.layers import BatchNorm2d
 from nanomr.methods import METHODS
 from nanomr.parallel import ALONE, WHOLE, InTurns, Nccl, Share
+from nanomr.programs import attack as attacking
+from nanomr.programs import train as training
 from nanomr.train import Interrupted, Trainer
 
 LOOK = dict(input_shape=(4, 4, 3), classes=3, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -160,6 +163,41 @@ def test_a_copied_or_pickled_network_is_one_processs():
     assert model.share.ranks.size == 2 and not model.children["bn1"].share.whole
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(layer.share.whole for _, layer in other.walk())
+
+
+def test_what_ends_one_rank_ends_all_and_says_once_why(monkeypatch):
+    """The others' message comes a second later: rank 0, which fails of the same, has ended them by then."""
+    slept = []
+    monkeypatch.setattr(parallel.time, "sleep", slept.append)
+    for error, status in ((UserError("full"), 2), (KeyboardInterrupt(), 130), (ZeroDivisionError("full"), 1)):
+        for rank, size in ((0, 1), (0, 2), (1, 2)):
+            ranks, ended = parallel.Ranks(), []
+            ranks.rank, ranks.size, ranks.fail = rank, size, ended.append
+            with pytest.raises(type(error)) as caught, ranks.together():
+                raise error
+            assert ended == [status] * (size > 1) and slept == [1] * rank
+            assert str(caught.value) == "rank 1: " * (rank == 1 and status == 2) + str(error)
+            slept.clear()
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "wanted"),
+    [
+        (training, "--lr much", "auto"),
+        (training, "--lr much --parallel mpi", "auto"),
+        (training, "--lr much --parallel=none", "none"),  # of a job array: the others may be at work
+        (attacking, "--n many", "none"),
+        (attacking, "--n many --executor mpi", "auto"),
+    ],
+)
+def test_what_argparse_refuses_is_refused_among_the_ranks(monkeypatch, program, flags, wanted):
+    started, within, alone = [], [], parallel.Ranks()
+    alone.together = lambda: contextlib.nullcontext(within.append(len(started)))
+    monkeypatch.setattr(parallel, "start", lambda *how: started.append(how) or alone)
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
+    with pytest.raises(UserError, match=r"argument --[a-z]+: 'm[a-z]+' is not a") as caught:
+        program.main()
+    assert started == [(wanted, "cpu")] and within == [1] and caught.value.head.endswith("\nx: error:")
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
