@@ -284,7 +284,7 @@ def times(args):
     found = checkpoint.read_json(args.json) if args.json and args.json.exists() else {"rounds": []}
     for _ in range(args.rounds):
         before = busy()
-        ranks = [{"ranks": p, "threads": t, **launch(p, t, args.sizes)} for p, t in args.launches]
+        ranks = [{"ranks": p, "threads": t, **launch(p, t, args.sizes)} for p, t in LAUNCHES]
         local = launch(1, 1, args.local)["rows"]
         clock, whole, own = (after - b for after, b in zip(busy(), before, strict=True))
         found["rounds"].append({"others": (whole - own) / clock, "ranks": ranks, "local": local})
@@ -303,10 +303,9 @@ def fit(n, seconds) -> tuple[float, float]:
     return max(float(t0), 0.0), float(each)
 
 
-def model(p, n: int, t0: float, each: float, a: float, b: float):
-    """Seconds of a step of n images on p ranks: a model, t0 + n t_img / p + a log2 p + b."""
-    p = np.asarray(p, float)
-    return t0 + n * each / p + np.where(p > 1, a * np.log2(p) + b, 0.0)
+def model(p, n: int, t0: float, each: float, a: float):
+    """Seconds of a step of n images on p ranks: a model, t0 + n t_img / p + a log2 p."""
+    return t0 + n * each / np.asarray(p, float) + a * np.log2(p)
 
 
 def medians(rounds: list[dict]) -> dict:
@@ -358,7 +357,7 @@ def summary(found: dict, rows: list[dict], target: float) -> dict:
     modelled = []
     for n in sorted({*GLOBAL, *(r["setting"]["batch"] for r in rows)}):
         for p in (2**i for i in range(13) if 2**i <= n):
-            seconds = {m: float(model(p, n, fits[m]["t0"], fits[m]["t_img"], a, 0.0)) for m in ("manifold", "pgd")}
+            seconds = {m: float(model(p, n, fits[m]["t0"], fits[m]["t_img"], a)) for m in ("manifold", "pgd")}
             modelled.append({"n": n, "ranks": p, **seconds, "ratio": seconds["pgd"] / seconds["manifold"]})
     batches = []
     for method, batch in sorted({(r["setting"].get("method", "manifold"), r["setting"]["batch"]) for r in rows}):
@@ -479,7 +478,7 @@ def main():
     one.add_argument("--local", type=int, nargs="+", default=LOCAL, help="images a step, of one")
     one.add_argument("--rounds", type=int, default=1, help="that the file is to have more")
     one.add_argument("--json", type=Path)
-    one.set_defaults(call=times, launches=LAUNCHES)
+    one.set_defaults(call=times)
     one = parts.add_parser("worker", help="what mpiexec starts for times")
     one.add_argument("--sizes", type=int, nargs="+", default=GLOBAL)
     one.set_defaults(call=worker)
