@@ -152,9 +152,11 @@ def test_rank_0_goes_first():
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
-def test_ranks_in_turns_have_as_many_threads_as_who_plays_them():
-    assert numba.get_num_threads() == 1  # of two, by conftest.py
-    assert InTurns(3).run(lambda ranks: numba.get_num_threads()) == [1, 1, 1]
+def test_ranks_in_turns_have_as_many_threads_as_who_plays_them(monkeypatch):
+    limits, limit = [], numba.set_num_threads
+    monkeypatch.setattr(parallel.numba, "set_num_threads", lambda n: limits.append(n) or limit(n))
+    assert numba.get_num_threads() == 1  # of two, by conftest.py, but where the environment says one
+    assert InTurns(3).run(lambda ranks: numba.get_num_threads()) == [1, 1, 1] and limits == [1, 1]
 
 
 def test_a_copied_or_pickled_network_is_one_processs():
@@ -396,28 +398,40 @@ def test_rank_0_compiles_before_the_others_look(tmp_path, monkeypatch):
     assert steps[0] == (0, 1) and steps.count((0, 1)) == 1 and steps.count((1, 2)) == STEPS
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_weights_that_drift_apart_are_noticed(tmp_path, monkeypatch, who):
+@pytest.mark.parametrize(
+    ("who", "what"),
+    [
+        (0, lambda one: one.model.weights),
+        (1, lambda one: one.model.weights),
+        (1, lambda one: one.optimizer.state["velocity"]),
+        (1, lambda one: one.model.children["bn2"].buffers["running_var"]),
+    ],
+)
+def test_what_drifts_apart_is_noticed(tmp_path, monkeypatch, who, what):
     step = Trainer.train_step
 
     def drifting(self):
         values = step(self)
-        if self.ranks.size > 1 and self.ranks.rank == who and self.step == 3:
-            self.model.weights[5] += 1e-6
+        if self.ranks.size > 1 and self.ranks.rank == who and self.step == 4:
+            what(self)[5] += 1e-6
         return values
 
     monkeypatch.setattr(Trainer, "train_step", drifting)
     monkeypatch.setattr(train, "COMPARE_EVERY", 4)
     with pytest.raises(UserError, match=r"1 of 2 ranks have another .* than rank 0 \(step 4\): start all"):
-        run(tmp_path, 2)
+        run(tmp_path, 2, replace(CONFIG, architecture=NETWORKS["norms"]))
 
 
-@pytest.mark.parametrize("what", ["seed", "labels"])
+@pytest.mark.parametrize("what", ["lr", "labels", "source"])
 def test_ranks_of_two_runs_do_not_begin(tmp_path, what):
     def work(ranks):
-        dataset, config = toy(), replace(CONFIG, seed=ranks.rank if what == "seed" else 0)
+        dataset, config = toy(), CONFIG
+        if what == "lr" and ranks.rank:
+            config = replace(CONFIG, lr=2 * CONFIG.lr)
         if what == "labels" and ranks.rank:
             dataset.train_labels[:5] = 0
+        if what == "source" and ranks.rank:
+            dataset.source["sha256"] = "another file's"
         Trainer(config, dataset, tmp_path, ranks=ranks).run()
 
     with pytest.raises(UserError, match="1 of 2 ranks have another configuration"):
