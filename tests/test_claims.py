@@ -48,8 +48,14 @@ def test_perturbations_fill_the_ball(rng):
     np.testing.assert_array_less(np.linalg.norm(cloud - np.repeat(np.eye(3), 4, 0), axis=1), 0.1)
 
 
-def test_the_factor_is_the_predicted_one():
-    rows = laplacian.medians([laplacian.fixed(20_000, 50, seed) for seed in range(3)])
+def test_figures_are_medians_of_the_runs():
+    runs = [[{"n": 7, "factor": x}, {"n": 8, "factor": -x}] for x in (0.5, 0.1, 0.2)]
+    assert laplacian.medians(runs) == [{"n": 7, "factor": 0.2}, {"n": 8, "factor": -0.2}]
+
+
+@pytest.mark.parametrize("ambient", [2, 50])
+def test_the_factor_is_the_predicted_one(ambient):
+    rows = laplacian.medians([laplacian.fixed(20_000, ambient, seed) for seed in range(3)])
     assert [r["ratio"] for r in rows] == [0.01, 0.1, 0.25, 0.5, 0.99]
     for row in rows:
         assert abs(row["factor"] - row["predicted"]) < 0.03, row
