@@ -434,8 +434,8 @@ def draw(result: dict, path):
             points = [(b["batch"], 100 * v) for b in own for v in b[key].values()]
             learned.plot(*zip(*points, strict=True), mark, ms=4, color=color[method])
     learned.set(
-        title=f"Measured: held-out accuracy after {result['epochs']} epochs (o: seeds; -: other learning rates)",
-        xlabel="images N a step", ylabel="%",
+        title=f"Measured: held-out accuracy after {result['epochs']} epochs", ylabel="%",
+        xlabel="images N a step (dots: seeds; dashes: other learning rates)",
     )  # fmt: skip
     x = sorted({b["batch"] for b in result["batches"]})
     learned.set_xticks(x, x, fontsize=8)
