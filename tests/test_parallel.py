@@ -535,7 +535,12 @@ class Comm:
 
     def at_once(self, call):
         """A call that returns a request, which has ended already."""
-        return lambda *args: call(*args) is self or types.SimpleNamespace(Test=lambda: True)
+
+        def begin(*args):
+            call(*args)
+            return types.SimpleNamespace(Test=lambda: True)
+
+        return begin
 
     def Split_type(self, kind):
         return self
