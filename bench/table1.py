@@ -14,9 +14,7 @@ The last training images (5,000 of CIFAR-10's) are held out of every run. Test i
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -81,17 +79,12 @@ def command(row: dict, data_name: str) -> list[str]:
 
 def configure(row: dict, number: int, args, dataset):
     """The row's Config, as train_cifar.py would have it. Raises UserError, naming the row, for what that refuses."""
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            here = ["--device", args.device, "--no-download", *(["--data-dir", args.data_dir] if args.data_dir else [])]
-            flags = training.parser().parse_args(command(row, args.data) + here)
+        here = ["--device", args.device, "--no-download", *(["--data-dir", args.data_dir] if args.data_dir else [])]
+        flags = training.parser().parse_args(command(row, args.data) + here)
         return training.configure(flags, args.device, dataset).checked()
-    except SystemExit:
-        reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
     except (UserError, ValueError) as error:
-        reason = str(error)
-    raise UserError(f"{args.rows}, row {number}: {reason}")
+        raise UserError(f"{args.rows}, row {number}: {error}") from None
 
 
 def folder_of(row: dict, config, args) -> Path:

@@ -22,13 +22,22 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if plain else action.help
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Raises a UserError where argparse would print and exit: several ranks, which all refuse, say so once."""
+
+    def error(self, message):
+        refused = UserError(message)
+        refused.head = f"{self.format_usage()}{self.prog}: error:"
+        raise refused
+
+
+def parser(doc: str) -> Parser:
     """A program's parser: its docstring is one line, then examples, which show the name that it was started by."""
     prog = Path(sys.argv[0]).name
     what, examples = doc.strip().split("\n\n")
     if prog.endswith(".py"):
         examples = re.sub(r"^nanomr \w+", f"python {prog}", examples, flags=re.M)
-    return argparse.ArgumentParser(prog=prog, description=fold([what]), epilog=examples, formatter_class=Formatter)
+    return Parser(prog=prog, description=fold([what]), epilog=examples, formatter_class=Formatter)
 
 
 def given(parser: argparse.ArgumentParser) -> set[str]:
@@ -116,10 +125,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         try:
             code = main()
-        except SystemExit as stopped:  # argparse's, whose help may still be in a buffer
+        except SystemExit as stopped:  # argparse's --help, which may still be in a buffer
             code = stopped.code
         except UserError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print(error.head, " ".join(str(error).split()), file=sys.stderr)
             code = 2
         except MemoryError as error:
             said = " ".join(str(error).split())

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from .backend import array_module, find_cupy, gpu_available, to_numpy
 from .errors import UserError
 
+TIMEOUT = 1800.0  # seconds that a rank waits for the others: rank 0 looks at held-out images meanwhile, and saves
 PARTS = 12  # ranks of an exact run, whoever plays them: 1, 2, 3, 4, 6 or 12 processes
 
 
@@ -25,7 +26,8 @@ class Ranks:
     """``rank`` of ``size`` processes, and what they do together. This one is alone, and has nothing to add up.
 
     A vector is flat and contiguous, NumPy's or CuPy's. All ranks call the same in the same order, with vectors of one
-    length and dtype; all find the same bits in theirs.
+    length and dtype; all find the same bits in theirs. For a sum or a broadcast they wait as long as the backend says,
+    at a barrier until all have come.
     """
 
     rank, size = 0, 1
@@ -74,14 +76,25 @@ ALONE = Ranks()
 
 
 class Mpi(Ranks):
-    """The processes of an MPI communicator (mpi4py's). Device arrays go by way of the host."""
+    """The processes of an MPI communicator (mpi4py's). Device arrays go by way of the host.
 
-    def __init__(self, comm):
+    A sum or a broadcast to which the others have not come within ``timeout`` seconds is a UserError: one of them hangs.
+    """
+
+    def __init__(self, comm, timeout: float = TIMEOUT):
         self.comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
+        self.timeout = timeout
 
-    def _on_host(self, call, vector):
+    def _on_host(self, begin, vector, what):
+        """``begin(host)`` is a request of MPI's; asking for its end is as fast as a call that returns at its end."""
         host = to_numpy(vector)
-        call(host)
+        request, began = begin(host), time.monotonic()
+        while not request.Test():
+            if time.monotonic() - began > self.timeout + self.rank:  # of all that wait, one is the first to say so
+                raise UserError(
+                    f"for {self.timeout:g} s not all ranks have come to {what} of {host.size:,} numbers: one hangs, or "
+                    "needs longer (--parallel-timeout)"
+                )
         if host is not vector:
             vector[...] = array_module(vector).asarray(host)
         return vector
@@ -89,10 +102,10 @@ class Mpi(Ranks):
     def sum_(self, vector):
         from mpi4py.MPI import IN_PLACE
 
-        return self._on_host(lambda host: self.comm.Allreduce(IN_PLACE, host), vector)
+        return self._on_host(lambda host: self.comm.Iallreduce(IN_PLACE, host), vector, "the sum")
 
     def broadcast_(self, vector):
-        return self._on_host(self.comm.Bcast, vector)
+        return self._on_host(self.comm.Ibcast, vector, "the broadcast")
 
     def barrier(self):
         self.comm.Barrier()
@@ -104,10 +117,11 @@ class Mpi(Ranks):
 
 
 class Nccl(Mpi):
-    """The same, where each process has a GPU of its own: NCCL adds device arrays up, MPI does all else."""
+    """The same, where each process has a GPU of its own: NCCL adds device arrays up, without a limit of time; MPI does
+    all else."""
 
-    def __init__(self, comm):
-        super().__init__(comm)
+    def __init__(self, comm, timeout: float = TIMEOUT):
+        super().__init__(comm, timeout)
         self.nccl = nccl()
         name = np.array(self.nccl.get_unique_id() if self.rank == 0 else [0] * 128, np.int8)
         comm.Bcast(name)
@@ -260,9 +274,10 @@ WHOLE = Share(ALONE, 1)  # the batch, however large it is
 LAUNCHED = ("PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")  # what launchers of MPI (mpiexec, srun) leave behind
 
 
-def start(wanted: str = "auto", device: str = "auto") -> Ranks:
+def start(wanted: str = "auto", device: str = "auto", timeout: float = TIMEOUT) -> Ranks:
     """The ranks that this process is one of, by ``--parallel auto|none|mpi|nccl``: "auto" is one alone, unless mpiexec
-    started it. Each keeps to its part of the machine's cores, and takes a GPU of its own. Raises UserError."""
+    started it. Each keeps to its part of the machine's cores, takes a GPU of its own, and waits for the others for
+    ``timeout`` seconds. Raises UserError."""
     launched = any(name in os.environ for name in LAUNCHED)
     if wanted == "none" or (wanted == "auto" and not launched):
         return ALONE
@@ -288,7 +303,8 @@ def start(wanted: str = "auto", device: str = "auto") -> Ranks:
             f"--parallel nccl needs CuPy, NCCL (pip install 'nanomr[nccl12]', or [nccl13]) and a GPU a rank: here "
             f"are {gpus} GPUs, {here.Get_size()} ranks{'' if nccl() else ', and no NCCL'}; or --parallel mpi"
         )
-    return Nccl(comm) if one_each and (wanted == "nccl" or comm.Get_size() > 1) else Mpi(comm)
+    kind = Nccl if one_each and (wanted == "nccl" or comm.Get_size() > 1) else Mpi
+    return kind(comm, timeout)
 
 
 def nccl():

@@ -3,6 +3,7 @@
 Most ranks are played in turns by this process (``parallel.InTurns``); those of the slow tests are MPI's.
 """
 
+import contextlib
 import copy
 import ctypes
 import importlib.util
@@ -28,6 +29,8 @@ from nanomr.errors import UserError
 from nanomr.layers import BatchNorm2d
 from nanomr.methods import METHODS
 from nanomr.parallel import ALONE, WHOLE, InTurns, Nccl, Share
+from nanomr.programs import attack as attacking
+from nanomr.programs import train as training
 from nanomr.train import Interrupted, Trainer
 
 LOOK = dict(input_shape=(4, 4, 3), classes=3, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -149,9 +152,11 @@ def test_rank_0_goes_first():
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
-def test_ranks_in_turns_have_as_many_threads_as_who_plays_them():
-    assert numba.get_num_threads() == 1  # of two, by conftest.py
-    assert InTurns(3).run(lambda ranks: numba.get_num_threads()) == [1, 1, 1]
+def test_ranks_in_turns_have_as_many_threads_as_who_plays_them(monkeypatch):
+    limits, limit = [], numba.set_num_threads
+    monkeypatch.setattr(parallel.numba, "set_num_threads", lambda n: limits.append(n) or limit(n))
+    assert numba.get_num_threads() == 1  # of two, by conftest.py, but where the environment says one
+    assert InTurns(3).run(lambda ranks: numba.get_num_threads()) == [1, 1, 1] and limits == [1, 1]
 
 
 def test_a_copied_or_pickled_network_is_one_processs():
@@ -160,6 +165,41 @@ def test_a_copied_or_pickled_network_is_one_processs():
     assert model.share.ranks.size == 2 and not model.children["bn1"].share.whole
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(layer.share.whole for _, layer in other.walk())
+
+
+def test_what_ends_one_rank_ends_all_and_says_once_why(monkeypatch):
+    """The others' message comes a second later: rank 0, which fails of the same, has ended them by then."""
+    slept = []
+    monkeypatch.setattr(parallel.time, "sleep", slept.append)
+    for error, status in ((UserError("full"), 2), (KeyboardInterrupt(), 130), (ZeroDivisionError("full"), 1)):
+        for rank, size in ((0, 1), (0, 2), (1, 2)):
+            ranks, ended = parallel.Ranks(), []
+            ranks.rank, ranks.size, ranks.fail = rank, size, ended.append
+            with pytest.raises(type(error)) as caught, ranks.together():
+                raise error
+            assert ended == [status] * (size > 1) and slept == [1] * rank
+            assert str(caught.value) == "rank 1: " * (rank == 1 and status == 2) + str(error)
+            slept.clear()
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "wanted"),
+    [
+        (training, "--lr much", "auto"),
+        (training, "--lr much --parallel mpi", "auto"),
+        (training, "--lr much --parallel=none", "none"),  # of a job array: the others may be at work
+        (attacking, "--n many", "none"),
+        (attacking, "--n many --executor mpi", "auto"),
+    ],
+)
+def test_what_argparse_refuses_is_refused_among_the_ranks(monkeypatch, program, flags, wanted):
+    started, within, alone = [], [], parallel.Ranks()
+    alone.together = lambda: contextlib.nullcontext(within.append(len(started)))
+    monkeypatch.setattr(parallel, "start", lambda *how: started.append(how) or alone)
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
+    with pytest.raises(UserError, match=r"argument --[a-z]+: 'm[a-z]+' is not a") as caught:
+        program.main()
+    assert started == [(wanted, "cpu")] and within == [1] and caught.value.head.endswith("\nx: error:")
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -358,28 +398,40 @@ def test_rank_0_compiles_before_the_others_look(tmp_path, monkeypatch):
     assert steps[0] == (0, 1) and steps.count((0, 1)) == 1 and steps.count((1, 2)) == STEPS
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_weights_that_drift_apart_are_noticed(tmp_path, monkeypatch, who):
+@pytest.mark.parametrize(
+    ("who", "what"),
+    [
+        (0, lambda one: one.model.weights),
+        (1, lambda one: one.model.weights),
+        (1, lambda one: one.optimizer.state["velocity"]),
+        (1, lambda one: one.model.children["bn2"].buffers["running_var"]),
+    ],
+)
+def test_what_drifts_apart_is_noticed(tmp_path, monkeypatch, who, what):
     step = Trainer.train_step
 
     def drifting(self):
         values = step(self)
-        if self.ranks.size > 1 and self.ranks.rank == who and self.step == 3:
-            self.model.weights[5] += 1e-6
+        if self.ranks.size > 1 and self.ranks.rank == who and self.step == 4:
+            what(self)[5] += 1e-6
         return values
 
     monkeypatch.setattr(Trainer, "train_step", drifting)
     monkeypatch.setattr(train, "COMPARE_EVERY", 4)
     with pytest.raises(UserError, match=r"1 of 2 ranks have another .* than rank 0 \(step 4\): start all"):
-        run(tmp_path, 2)
+        run(tmp_path, 2, replace(CONFIG, architecture=NETWORKS["norms"]))
 
 
-@pytest.mark.parametrize("what", ["seed", "labels"])
+@pytest.mark.parametrize("what", ["lr", "labels", "source"])
 def test_ranks_of_two_runs_do_not_begin(tmp_path, what):
     def work(ranks):
-        dataset, config = toy(), replace(CONFIG, seed=ranks.rank if what == "seed" else 0)
+        dataset, config = toy(), CONFIG
+        if what == "lr" and ranks.rank:
+            config = replace(CONFIG, lr=2 * CONFIG.lr)
         if what == "labels" and ranks.rank:
             dataset.train_labels[:5] = 0
+        if what == "source" and ranks.rank:
+            dataset.source["sha256"] = "another file's"
         Trainer(config, dataset, tmp_path, ranks=ranks).run()
 
     with pytest.raises(UserError, match="1 of 2 ranks have another configuration"):
@@ -479,6 +531,16 @@ class Comm:
     def __init__(self, ranks):
         self.ranks, self.Get_rank, self.Get_size = ranks, lambda: ranks.rank, lambda: ranks.size
         self.Barrier, self.Bcast = ranks.barrier, ranks.broadcast_
+        self.Iallreduce, self.Ibcast = self.at_once(self.Allreduce), self.at_once(self.Bcast)
+
+    def at_once(self, call):
+        """A call that returns a request, which has ended already."""
+
+        def begin(*args):
+            call(*args)
+            return types.SimpleNamespace(Test=lambda: True)
+
+        return begin
 
     def Split_type(self, kind):
         return self
@@ -540,6 +602,29 @@ def test_mpi_ranks_add_up_arrays_of_the_host_and_of_a_device(mpi4py, cupy):
         return vector.tolist(), one.sum_(np.array([2.0])).tolist()
 
     assert InTurns(3).run(work) == [([3.0, 3.0], [6.0])] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_sum_to_which_not_all_come_is_waited_for_so_long(mpi4py, monkeypatch, rank):
+    """Rank 2 for two seconds more, in which rank 0 has said so and ended it."""
+    comm, clock = Comm(ALONE), [0.0]
+
+    class Request:
+        def Test(self):
+            clock[0] += 0.5
+            assert clock[0] < 100, "it waits for ever"
+
+    comm.Get_rank = lambda: rank
+    comm.Iallreduce = comm.Ibcast = lambda *args: Request()
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: clock[0])
+    ranks = parallel.Mpi(comm, timeout=5)
+    for call, what in ((ranks.sum_, "the sum"), (ranks.broadcast_, "the broadcast")):
+        clock[0] = 0.0
+        with pytest.raises(UserError, match=f"for 5 s not all ranks have come to {what} of 1,000 numbers.*--par"):
+            call(np.zeros(1000))
+        assert clock[0] == 5.5 + rank
+    with pytest.raises(AssertionError, match="it waits for ever"):
+        parallel.Mpi(comm, timeout=float("inf")).sum_(np.zeros(1))  # --parallel-timeout 0
 
 
 def stand_in_nccl():
@@ -757,6 +842,34 @@ os.replace = full
 def test_what_all_ranks_refuse_rank_0_says_once(tmp_path):
     code, out, err = launch(tmp_path, 3, *TINY, "--method", "fgsm")
     assert code == 2 and out == "" and err.count("error:") == 1 and "rank 1" not in err
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_what_argparse_refuses_rank_0_says_once(tmp_path):
+    code, out, err = launch(tmp_path, 2, *TINY, "--lr", "much")
+    assert code == 2 and out == "" and err.count("usage:") == 1 and "rank 1" not in err
+    assert err.count("error:") == 1 and "run.py: error: argument --lr: 'much' is not" in err
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_all_after_so_long(tmp_path, rank):
+    """But not while rank 0 compiles, which takes twice as long here."""
+    hang = DURING.format(name="hanging", rank=rank, step=3, what="open('hung', 'w').close(); time.sleep(600)")
+    slow = """
+before = train.Trainer.train_step
+def compiling(self):
+    time.sleep(4 * (self.ranks.size == 1))
+    return before(self)
+train.Trainer.train_step = compiling
+"""
+    code, _, err = launch(tmp_path, 2, *TINY, "--parallel-timeout", 2, patches=hang + slow)
+    assert time.time() - (tmp_path / "hung").stat().st_mtime < 30  # of which 2 or 3 are the limit's
+    who = "error: " if rank else "error: rank 1: "
+    assert code == 2 and err.count("error:") == 1 and f"{who}for 2 s not all ranks have come to the sum of" in err
+    assert steps_of(tmp_path / "x") == 0 and not list((tmp_path / "x").glob(".*.tmp"))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomr import checkpoint, data, metrics, models, parallel
+from nanomr import checkpoint, data, metrics, models, optim, parallel
 from nanomr.errors import UserError
 from nanomr.methods import METHODS
 from nanomr.train import Config, Trainer
@@ -30,9 +30,16 @@ RESULTS = Path("bench/results/claims")
 SMALL = dict(gamma_i=10.0, gamma_h=600.0, clip=1.0)  # train_cifar.py's for the small network, at N = 128
 BASE = 128
 FIRST = {  # peak learning rates to begin with, between those that grow with N's root and with N
-    128: (0.03, 0.06), 4096: (0.24, 0.48), 2048: (0.12, 0.24), 1024: (0.12, 0.24), 512: (0.06, 0.12), 256: (0.06, 0.03),
+    "manifold": {
+        128: (0.03, 0.06), 256: (0.06, 0.03), 512: (0.06, 0.12), 1024: (0.12, 0.24), 2048: (0.12, 0.24),
+        4096: (0.24, 0.48),
+    },
+    "pgd": {128: (0.03, 0.06), 512: (0.06, 0.12), 2048: (0.12, 0.24)},
+    "ibp": {128: (5e-4, 1e-3), 512: (1e-3, 2e-3), 2048: (2e-3, 4e-3)},
 }  # fmt: skip
-MOST = 4  # learning rates that are tried for one N
+MOST = {"manifold": 4, "pgd": 3, "ibp": 2}  # learning rates that are tried for one N
+SEEDS = {"manifold": (1, 2), "pgd": (1,), "ibp": ()}  # beside 0, of the best learning rate
+PAIRS = (2, 4)
 
 
 class Run(Trainer):
@@ -55,24 +62,28 @@ def config_of(setting: dict, dataset, epochs: int) -> Config:
     """A setting is {"batch", "lr", "seed", "pairs", "method", "scaled"}; what it lacks of the last four is PLAIN's.
 
     The norm "over the batch" of the Hamming term falls with the root of its rows, and so does its gradient: ``scaled``
-    makes up for that, so that the objective is the same for every N and every number of pairs.
+    makes up for that, so that the objective is the same for every N and every number of pairs. PGD has the manifold
+    method's schedule, IBP its own and its batch norms.
     """
     batch, pairs, method = setting.get("batch", BASE), setting.get("pairs", 1), setting.get("method", "manifold")
-    own = dict(SMALL, constants={"steps": 7} if method == "pgd" else {})
+    own = dict(SMALL, recipe="paper")
     if setting.get("scaled", True):
         own["gamma_h"] *= (batch * pairs / BASE) ** 0.5
-    if method != "manifold":
-        own["recipe"] = "paper"  # one schedule for both
+    if method == "pgd":
+        own["constants"] = {"steps": 7}
+    if method == "ibp":
+        own = optim.RECIPES["ramp"].defaults | {"recipe": "ramp"}
+    own["lr"] = setting.get("lr", 0.03)
+    network = models.small_cnn(input_shape=dataset.train_images.shape[1:], batchnorm=METHODS[method].finish is not None)
     return Config(
-        architecture=models.small_cnn(input_shape=dataset.train_images.shape[1:]).architecture, method=method,
-        data=dataset.name, epochs=epochs, batch_size=batch, lr=setting.get("lr", 0.03), seed=setting.get("seed", 0),
-        hold_out=min(len(dataset.train_images) // 10, 5000), **own,
+        architecture=network.architecture, method=method, data=dataset.name, epochs=epochs, batch_size=batch,
+        seed=setting.get("seed", 0), hold_out=min(len(dataset.train_images) // 10, 5000), **own,
     ).checked()  # fmt: skip
 
 
 def train(setting: dict, dataset, epochs: int, runs: Path) -> dict:
-    """One run, which goes on where it stopped: what the held-out images say after each epoch, and all of them at the
-    end."""
+    """One run, which goes on where it stopped: what the held-out images say after each epoch, and all of them and the
+    test images at the end."""
     config = config_of(setting, dataset, epochs)
     folder = runs / "-".join(f"{key}{value:g}" if key != "method" else value for key, value in sorted(setting.items()))
     trainer = Run(config, dataset, folder)
@@ -84,13 +95,13 @@ def train(setting: dict, dataset, epochs: int, runs: Path) -> dict:
         model = trainer.run()
     except UserError as error:
         return {**row, "stopped": str(error).split(";")[0].split(":")[0]}
-    held = trainer.held, trainer.held_labels
-    row["held"] = {
-        "images": len(held[0]), "clean": metrics.accuracy(model, *held),
-        "pgd10": metrics.robust_accuracy(model, *held, config.eps, steps=10, seed=config.seed),
-    }  # fmt: skip
+    judged = {"held": (trainer.held, trainer.held_labels), "test": (dataset.test_images, dataset.test_labels)}
+    for name, (x, labels) in judged.items():  # the first choose the learning rate, the second nothing
+        robust = metrics.robust_accuracy(model, x, labels, config.eps, steps=10, seed=config.seed)
+        row[name] = {"images": len(x), "clean": metrics.accuracy(model, x, labels), "pgd10": robust}
     keys = ("epoch", "loss", "accuracy", "held_pgd10", "unstable", "gradient_norm", "seconds")
-    return {**row, "judges": min(trainer.judges, len(held[0])), "log": [{k: r[k] for k in keys} for r in trainer.log]}
+    row["judges"] = min(trainer.judges, len(trainer.held))
+    return row | {"log": [{k: r[k] for k in keys} for r in trainer.log]}
 
 
 def score(row: dict) -> float:
@@ -111,31 +122,37 @@ def chosen(rows: list[dict], **which) -> dict | None:
     return max(alike(rows, **which), key=score, default=None)
 
 
-def wanted(rows: list[dict], first: dict, most: int = MOST):
-    """Settings, in the order in which they are to be run: the ``first`` learning rates for every N, two pairs an image,
-    further learning rates where the best is the largest or the smallest, ``most`` in all, four pairs, second seeds.
-    ``rows``: what is done, to which the caller adds."""
-    for i in range(max(map(len, first.values()))):
-        for batch, rates in first.items():
-            if i < len(rates):
-                yield {"batch": batch, "lr": rates[i], "seed": 0}
-    yield chosen(rows, batch=BASE)["setting"] | {"pairs": 2}
-    for batch in first:
-        while len(rates := [r["setting"]["lr"] for r in alike(rows, batch=batch)]) < most:
-            lr = chosen(rows, batch=batch)["setting"]["lr"]
-            if lr not in (min(rates), max(rates)):
-                break
-            yield {"batch": batch, "lr": lr * 2 if lr == max(rates) else lr / 2, "seed": 0}
-    yield chosen(rows, batch=BASE)["setting"] | {"pairs": 4}
-    for batch in first:
-        yield chosen(rows, batch=batch)["setting"] | {"seed": 1}
+def followed(rows: list[dict], rates, most: int, **which):
+    """Settings of ``which`` with these learning ``rates``, then, as long as the best of them is the largest or the
+    smallest, with the next one beyond it; ``most`` in all. ``rows``: what is done, to which the caller adds."""
+    for lr in rates:
+        yield which | {"lr": lr, "seed": 0}
+    while len(rates := [r["setting"]["lr"] for r in alike(rows, **which)]) < most:
+        lr = chosen(rows, **which)["setting"]["lr"]
+        if lr not in (min(rates), max(rates)):
+            break
+        yield which | {"lr": lr * 2 if lr == max(rates) else lr / 2, "seed": 0}
+
+
+def wanted(rows: list[dict], first: dict = FIRST):
+    """Settings, in the order in which they are to be run: of each method the learning rates for every N, then further
+    seeds of the best ones; of the manifold method also more pairs an image, at N = BASE."""
+    for method, batches in first.items():
+        own = {} if method == "manifold" else {"method": method}
+        for batch, rates in batches.items():
+            yield from followed(rows, rates, MOST[method], batch=batch, **own)
+        for pairs in PAIRS if method == "manifold" else ():
+            yield chosen(rows, batch=BASE)["setting"] | {"pairs": pairs}
+        for seed in SEEDS[method]:
+            for batch in batches:
+                yield chosen(rows, batch=batch, **own)["setting"] | {"seed": seed}
 
 
 def accuracy(args):
     dataset = data.load(args.data, args.data_dir, download=False)
     rows = checkpoint.read_jsonl(args.out) if args.out.exists() else []
     rows = [r for r in rows if r["epochs"] == args.epochs]
-    todo = wanted(rows, FIRST) if not args.setting else iter(args.setting)
+    todo = wanted(rows) if not args.setting else iter(args.setting)
     for setting in todo:
         if any(r["setting"] == setting for r in rows):
             continue
@@ -267,7 +284,7 @@ def times(args):
     found = checkpoint.read_json(args.json) if args.json and args.json.exists() else {"rounds": []}
     for _ in range(args.rounds):
         before = busy()
-        ranks = [{"ranks": p, "threads": t, **launch(p, t, args.sizes)} for p, t in args.launches]
+        ranks = [{"ranks": p, "threads": t, **launch(p, t, args.sizes)} for p, t in LAUNCHES]
         local = launch(1, 1, args.local)["rows"]
         clock, whole, own = (after - b for after, b in zip(busy(), before, strict=True))
         found["rounds"].append({"others": (whole - own) / clock, "ranks": ranks, "local": local})
@@ -286,10 +303,9 @@ def fit(n, seconds) -> tuple[float, float]:
     return max(float(t0), 0.0), float(each)
 
 
-def model(p, n: int, t0: float, each: float, a: float, b: float):
-    """Seconds of a step of n images on p ranks: a model, t0 + n t_img / p + a log2 p + b."""
-    p = np.asarray(p, float)
-    return t0 + n * each / p + np.where(p > 1, a * np.log2(p) + b, 0.0)
+def model(p, n: int, t0: float, each: float, a: float):
+    """Seconds of a step of n images on p ranks: a model, t0 + n t_img / p + a log2 p."""
+    return t0 + n * each / np.asarray(p, float) + a * np.log2(p)
 
 
 def medians(rounds: list[dict]) -> dict:
@@ -319,6 +335,16 @@ def to_reach(row: dict, target: float) -> int | None:
     return None
 
 
+def over(judged: list[dict]) -> dict:
+    """Of what runs of one setting, which differ by seed, were judged to be: the means, and PGD-10's standard error by
+    their spread. All are judged on the same images, whose choice is not in it."""
+    if not judged:
+        return {"runs": 0}
+    clean, robust = (np.array([j[key] for j in judged]) for key in ("clean", "pgd10"))
+    error = float(robust.std(ddof=1) / len(robust) ** 0.5) if len(robust) > 1 else None
+    return {"runs": len(judged), "clean": float(clean.mean()), "pgd10": float(robust.mean()), "pgd10_error": error}
+
+
 def summary(found: dict, rows: list[dict], target: float) -> dict:
     """Of the medians of ``times`` and the runs of ``accuracy``: fits, the model, what each N comes to."""
     fits = {}
@@ -331,23 +357,28 @@ def summary(found: dict, rows: list[dict], target: float) -> dict:
     modelled = []
     for n in sorted({*GLOBAL, *(r["setting"]["batch"] for r in rows)}):
         for p in (2**i for i in range(13) if 2**i <= n):
-            seconds = {m: float(model(p, n, fits[m]["t0"], fits[m]["t_img"], a, 0.0)) for m in ("manifold", "pgd")}
+            seconds = {m: float(model(p, n, fits[m]["t0"], fits[m]["t_img"], a)) for m in ("manifold", "pgd")}
             modelled.append({"n": n, "ranks": p, **seconds, "ratio": seconds["pgd"] / seconds["manifold"]})
     batches = []
-    for batch in sorted({r["setting"]["batch"] for r in rows}):
-        best = chosen(rows, batch=batch)
-        steps, t = to_reach(best, target), fits["manifold"]
-        least = min((m for m in modelled if m["n"] == batch), key=lambda m: m["manifold"], default=None)
+    for method, batch in sorted({(r["setting"].get("method", "manifold"), r["setting"]["batch"]) for r in rows}):
+        best = chosen(rows, batch=batch, method=method)
+        same = [r for r in rows if PLAIN | r["setting"] | {"seed": 0} == PLAIN | best["setting"] and "held" in r]
+        if not same:
+            continue
+        reached, t = [to_reach(r, target) for r in same], fits[method]
+        steps = None if None in reached else statistics.median(reached)
+        least = min((m for m in modelled if m["n"] == batch and method in m), key=lambda m: m[method], default=None)
         batches.append({
-            "batch": batch, "lr": best["setting"]["lr"], "steps": best["steps"], **best["held"],
-            "tried": {f"{r['setting']['lr']:g}": score(r) for r in alike(rows, batch=batch)},
-            "other_seeds": [score(r) for r in alike(rows, batch=batch, seed=1)],
-            "steps_to_target": steps,
+            "method": method, "batch": batch, "lr": best["setting"]["lr"], "steps": best["steps"],
+            "tried": {f"{r['setting']['lr']:g}": score(r) for r in alike(rows, batch=batch, method=method)},
+            "seeds": {str(r["setting"]["seed"]): score(r) for r in same}, **over([r["held"] for r in same]),
+            "test": over([r["test"] for r in same if "test" in r and r["setting"]["seed"]]),  # seed 0 chose the rate
+            "steps_to_target": reached,
             "seconds_to_target_1_rank": steps and steps * (t["t0"] + batch * t["t_img"]),
             "modelled_best_ranks": least and least["ranks"],
-            "modelled_seconds_to_target_best_ranks": steps and least and steps * least["manifold"],
+            "modelled_seconds_to_target_best_ranks": steps and least and steps * least[method],
         })  # fmt: skip
-    wide = [(k, chosen(rows, batch=BASE, pairs=k)) for k in (1, 2, 4)]
+    wide = [(k, chosen(rows, batch=BASE, pairs=k)) for k in (1, *PAIRS)]
     pairs = [{"pairs": k, "lr": r["setting"]["lr"], **r["held"]} for k, r in wide if r]
     return {"target": target, "epochs": rows[0]["epochs"], "fits": fits, "sum_log2": a, "model": modelled,
             "batches": batches, "pairs": pairs, "times": found}  # fmt: skip
@@ -394,20 +425,22 @@ def draw(result: dict, path):
         modelled.semilogx([m["ranks"] for m in line], [m["ratio"] for m in line], "--", color=shade, label=f"N = {n}")
     modelled.set(title="Model, not measured: a PGD-7 step over a manifold step", xlabel="ranks, one thread each")
     modelled.legend(fontsize=8)
-    x = [b["batch"] for b in result["batches"]]
-    learned.semilogx(x, [100 * b["pgd10"] for b in result["batches"]], "o-", label="PGD-10, best learning rate")
-    learned.semilogx(x, [100 * b["clean"] for b in result["batches"]], "s-", color="0.5", label="clean")
-    tried = [(b["batch"], 100 * v) for b in result["batches"] for v in b["tried"].values()]
-    learned.plot(*zip(*tried, strict=True), "_", color="#1f77b4", label="PGD-10, other learning rates")
-    seeds = [(b["batch"], 100 * v) for b in result["batches"] for v in b["other_seeds"]]
-    if seeds:
-        learned.plot(*zip(*seeds, strict=True), "x", color="black", label="PGD-10, a second seed")
+    for method in sorted({b["method"] for b in result["batches"]}, key=TIMED.index):
+        own, name = [b for b in result["batches"] if b["method"] == method], "PGD-7" if method == "pgd" else method
+        x, robust = [b["batch"] for b in own], [100 * b["pgd10"] for b in own]
+        learned.semilogx(x, robust, "-", color=color[method], label=f"{name}: PGD-10, mean of seeds, best rate")
+        learned.semilogx(x, [100 * b["clean"] for b in own], ":", color=color[method], label=f"{name}: clean")
+        for key, mark in (("seeds", "o"), ("tried", "_")):
+            points = [(b["batch"], 100 * v) for b in own for v in b[key].values()]
+            learned.plot(*zip(*points, strict=True), mark, ms=4, color=color[method])
     learned.set(
-        title=f"Measured: held-out accuracy after {result['epochs']} epochs", xlabel="images N a step", ylabel="%"
-    )
+        title=f"Measured: held-out accuracy after {result['epochs']} epochs", ylabel="%",
+        xlabel="images N a step (dots: seeds; dashes: other learning rates)",
+    )  # fmt: skip
+    x = sorted({b["batch"] for b in result["batches"]})
     learned.set_xticks(x, x, fontsize=8)
     learned.set_xticks([], minor=True)
-    learned.legend(fontsize=8, loc="center left", bbox_to_anchor=(0.02, 0.55))
+    learned.legend(fontsize=7)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -445,7 +478,7 @@ def main():
     one.add_argument("--local", type=int, nargs="+", default=LOCAL, help="images a step, of one")
     one.add_argument("--rounds", type=int, default=1, help="that the file is to have more")
     one.add_argument("--json", type=Path)
-    one.set_defaults(call=times, launches=LAUNCHES)
+    one.set_defaults(call=times)
     one = parts.add_parser("worker", help="what mpiexec starts for times")
     one.add_argument("--sizes", type=int, nargs="+", default=GLOBAL)
     one.set_defaults(call=worker)

@@ -11,6 +11,7 @@ nanomr attack --check a/l2/examples.npz --weights runs/x
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import time
@@ -557,8 +558,8 @@ def _read_npz(path: Path) -> dict:
 
 def main() -> int:
     p = parser()
-    args = p.parse_args()
-    ranks = parallel.start("mpi", args.device) if args.executor == "mpi" else parallel.ALONE
+    args = common.arguments(p, "--executor", lambda value: value == "mpi")
+    ranks = parallel.start("mpi", args.device, math.inf) if args.executor == "mpi" else parallel.ALONE
     with ranks.together():
         return _main(p, args, ranks)
 

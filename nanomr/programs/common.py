@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import checkpoint, compiling, data, metrics, models
+from .. import checkpoint, compiling, data, metrics, models, parallel
 from ..attacks.common import logits_of
 from ..backend import to_device, to_numpy
 from ..errors import NoClass, UserError
@@ -19,6 +19,18 @@ def announce_compilation():
     """Say so when kernels are compiled, as they are when a program is first used."""
     text = "compiling the kernels: about half a minute, once"
     compiling.announce(lambda: tqdm.write(text, file=sys.stderr))
+
+
+def arguments(parser, flag: str, among_ranks) -> argparse.Namespace:
+    """What was typed. What all ranks refuse is said once, where ``among_ranks(value)`` of the flag that starts them."""
+    try:
+        return parser.parse_args()
+    except UserError:
+        alone = argparse.ArgumentParser(add_help=False)
+        alone.add_argument(flag, dest="value", nargs="?")
+        value = alone.parse_known_args()[0].value
+        with parallel.start("auto" if among_ranks(value) else "none", "cpu").together():
+            raise
 
 
 def add_data(group, which: str, default: str | None = None):

@@ -41,7 +41,7 @@ FLAGS_OF = {
     "width": "preact_resnet18",
     "batch_norm": "small",
 }  # one model alone has a use
-WITH_RESUME = {"resume", "device", "no_graph", "kernels", "data_dir", "no_download", "test_images", "parallel"}
+WITH_RESUME = set("resume device no_graph kernels data_dir no_download test_images parallel parallel_timeout".split())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,6 +135,9 @@ def parser() -> argparse.ArgumentParser:
     )
     text = "several ranks train as one (docs/distributed.md); auto: those that mpiexec started, by NCCL on a GPU each"
     g.add_argument("--parallel", choices=("auto", "none", "mpi", "nccl"), default="auto", help=text)
+    text = "seconds that a rank waits for the others before all end; 0: for ever; not on NCCL"
+    timeout = cli.number(float, low=0)
+    g.add_argument("--parallel-timeout", type=timeout, default=parallel.TIMEOUT, metavar="SECONDS", help=text)
     text = f"the same bits on 1, 2, 3, 4, 6 or 12 ranks, which play {parallel.PARTS}: slower, on CPUs"
     g.add_argument("--exact", action="store_true", help=text)
     text = "batch norms use the statistics of each rank's rows: fewer sums, but another algorithm, with noisier ones"
@@ -263,8 +266,8 @@ def closing_table(model, dataset, config: Config, n: int, device: str) -> dict:
 
 
 def main() -> int:
-    args = parser().parse_args()
-    ranks = parallel.start(args.parallel, args.device)
+    args = common.arguments(parser(), "--parallel", lambda value: value != "none")
+    ranks = parallel.start(args.parallel, args.device, args.parallel_timeout or math.inf)
     with ranks.together():
         return _main(args, ranks)
 
