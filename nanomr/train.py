@@ -74,6 +74,7 @@ class Config:
     pad: int = 4  # black pixels around an image, within which it is cropped
     local_batchnorm: bool = False  # each rank's rows have statistics of their own: how many there are decides then, too
     init: str = ""  # SHA-256 of the last.safetensors whose weights it begins with; "": the method's own
+    revive: bool = False  # init's dead channels are given part of the live ones' work: certified.revive
     exact: bool = False  # parallel.PARTS ranks, played by the processes that there are: the same bits for any number
 
     def checked(self) -> "Config":
@@ -124,7 +125,7 @@ class Config:
 
 
 # what a config.json of an earlier version lacks, and was
-LATER = ("precision", "optimizer", "recipe", "ramp_from", "ramp_to", "pad", "local_batchnorm", "exact", "init")
+LATER = "precision optimizer recipe ramp_from ramp_to pad local_batchnorm exact init revive".split()
 EARLIER = {"constants": {}} | {name: getattr(Config, name) for name in LATER}
 LOOKS = {"tf32": InTf32, "bf16": InBfloat16}  # how the log looks at the network, by precision
 SCHEDULED = ("lr", "eps", "gamma_i", "gamma_h")  # of the paper's methods, on a GPU

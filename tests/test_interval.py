@@ -1,5 +1,6 @@
 """Boxes through the layers, the elided last layer, Shi's regulariser, IBP's step, and folded batch norms."""
 
+import networks
 import numpy as np
 import pytest
 from hypothesis import given
@@ -287,3 +288,49 @@ def test_a_box_that_does_not_fit_is_refused():
         model.forward(Box(box.points[3:], box.radius), train=True)
     with pytest.raises(ValueError, match="ends with a Linear"):
         certified.halves(Sequential({"relu": ReLU()}))
+
+
+def bounded(model, x, labels):
+    """(Logits, the worst margins that intervals allow.)"""
+    body, last = certified.halves(model)
+    features, _ = body.forward(certified.box_around(x, 0.02))
+    gain = losses.rivals_gain(features.radius, last.params["weight"], labels)
+    return model.forward(x)[0], last.apply(features.points[len(x) :]) + gain
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@fewer(0.3)
+@given(seed=seeds)
+def test_dead_channels_are_revived_and_the_network_stays_as_it_is(norm, seed):
+    """One is dead behind each convolution, and one of the hidden units."""
+    g = np.random.default_rng(seed)
+    model = networks.conv_net(g, (3, 1, 1), (3, 2, 1), norm=norm)
+    images, labels = g.uniform(0, 255, (6, *model.input_shape)), g.integers(0, 3, 6)
+    layers = list(model.children.values())
+    for i in (i for i, layer in enumerate(layers) if isinstance(layer, ReLU)):
+        layers[i - 1].params["bias"] += 2
+        layers[i - 1].params["bias"][0] = -1e3
+    logits, worst = bounded(model, images / 255, labels)
+    assert certified.revive(model, images, 0.02, g, noise=0) >= 3
+    for before, after in zip((logits, worst), bounded(model, images / 255, labels), strict=True):
+        assert abs(before - after).max() <= 1e-12 * abs(before).max()
+    assert certified.revive(model, images, 0.02, g) == 0  # all are alive
+
+
+def test_a_revived_channel_parts_from_its_model_by_the_noise():
+    g = np.random.default_rng(0)
+    model = networks.conv_net(g, (3, 1, 1), (3, 2, 1))
+    conv = model.children["0"]
+    conv.params["bias"][...] = -1e3, 2
+    kept = conv.params["weight"][..., 1].copy()
+    certified.revive(model, g.uniform(0, 255, (6, *model.input_shape)), 0.02, g)
+    one, other = np.moveaxis(conv.params["weight"], -1, 0) / kept
+    assert np.allclose(one + other, 2) and np.allclose(abs(one - other), 0.2)
+
+
+def test_dead_channels_of_a_network_with_branches_are_not_revived():
+    g = np.random.default_rng(0)
+    branches = Residual({"branch": Sequential({"conv": Conv2d(2, 2, 3, 1, 1), "relu": ReLU()})})
+    model = networks.sequence([branches, Flatten(), Linear(32, 3)], (4, 4, 2), g)
+    with pytest.raises(ValueError, match="chain"):
+        certified.revive(model, g.uniform(0, 255, (6, 4, 4, 2)), 0.02, g)

@@ -181,6 +181,14 @@ def test_a_batch_without_augmentation_is_the_images_and_their_labels(tmp_path):
     assert np.array_equal(labels, data.train_labels[index])
 
 
+def test_without_padding_augmentation_is_flips_alone(tmp_path):
+    run, whole = trainer(tmp_path, replace(CONFIG, pad=0)), trainer(tmp_path, replace(CONFIG, augment=False))
+    batches = [(run.batch(step)[0], whole.batch(step)[0]) for step in range(STEPS)]
+    flipped = [np.array_equal(x, image[:, ::-1]) for xs, images in batches for x, image in zip(xs, images, strict=True)]
+    same = [np.array_equal(x, image) for xs, images in batches for x, image in zip(xs, images, strict=True)]
+    assert all(a != b for a, b in zip(flipped, same, strict=True)) and 10 < sum(flipped) < 50
+
+
 def test_a_batch_is_a_function_of_its_step_alone(tmp_path):
     run = trainer(tmp_path)
     forward = [run.batch(step) for step in range(2 * STEPS)]

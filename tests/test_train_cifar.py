@@ -143,6 +143,20 @@ def test_a_run_begins_with_anothers_weights_and_says_whose(program, finished):
     assert_one_error_line(program(*arguments, finished[0], *other), "another network")
 
 
+def test_dead_channels_of_the_weights_it_begins_with_are_revived(program, finished, monkeypatch):
+    def revive(model, images, eps, draw):
+        assert images.dtype == np.uint8 and len(images) == 300 and eps == 8 / 255
+        model.weights[...] = draw.uniform()
+
+    monkeypatch.setattr(train_cifar.certified, "revive", revive)
+    arguments = (*TINY, "--epochs", 0, "--test-images", 0, "--revive", "--pad", 1, "--out", "second")
+    assert_one_error_line(program(*arguments), "--revive", "--init")
+    assert program(*arguments, "--init", finished[0])[0] == 0
+    assert len(set(models.load("second").weights.tolist())) == 1
+    config = json.loads(Path("second/config.json").read_text())["config"]
+    assert config["revive"] is True and config["pad"] == 1
+
+
 @pytest.mark.parametrize("columns", [200, 80, 60, 30, 1])
 def test_rows_fit_the_terminal(finished, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

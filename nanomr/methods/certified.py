@@ -190,6 +190,47 @@ def begin(model, generator: np.random.Generator):
         weight[...] = array_module(weight).asarray(drawn.astype(weight.dtype))
 
 
+def revive(model, images, eps, generator: np.random.Generator, noise=0.1) -> int:
+    """Give each channel that no box of radius eps around these uint8 ``images`` turns on the work of a live one: its
+    weights, and a share of what it says to the next layer. Returns how many. ValueError unless the model is a chain.
+
+    Shares differ from weight to weight, but for the last layer, whose rows are subtracted from each other: with
+    ``noise`` 0 logits and interval bounds stay as they are. Otherwise the two have weights (1 + noise) and (1 - noise)
+    times as long, with signs at random, so that they part. ``docs/derivations/interval.md``.
+    """
+    layers, n = list(model.children.values()), len(images)
+    halves(model)  # it ends with a linear layer
+    if any(layer.children for layer in layers):
+        raise ValueError(f"dead channels are revived in a chain of layers, and {model.name} has branches")
+    at, seen = box_around(as_float(images), eps), {}
+    for i, layer in enumerate(layers[:-1]):
+        at, z = layer.forward(at)[0], at
+        if isinstance(layer, ReLU):
+            axes = tuple(range(z.radius.ndim - 1))
+            seen[i] = (z.points[n:] + z.radius > 0).any(axes), at.radius.mean(axes)
+    number = 0
+    for i, (on, radius) in seen.items():
+        first = max(k for k in range(i) if layers[k].fan_in)
+        reader = next(layer for layer in layers[i:] if layer.fan_in)
+        heard = reader.params["weight"]
+        heard = heard.reshape(-1, len(on), heard.shape[-1])
+        order = np.argsort(-radius * abs(heard).sum((0, 2)), kind="stable")[: on.sum()]
+        for k, dead in enumerate(np.flatnonzero(~on) if len(order) else ()):
+            live, number = order[k % len(order)], number + 1
+            for layer in layers[first:i]:
+                for value in (*layer.params.values(), *layer.buffers.values()):
+                    if value.ndim:
+                        value[..., dead] = value[..., live]
+            weight = layers[first].params["weight"]
+            signs = noise * generator.choice([-1, 1], weight.shape[:-1]).astype(weight.dtype)
+            weight[..., dead] *= 1 + signs
+            weight[..., live] *= 1 - signs
+            share = 0.5 if reader is layers[-1] else generator.uniform(0, 1, heard[:, live].shape).astype(heard.dtype)
+            heard[:, dead] = (1 - share) * heard[:, live]
+            heard[:, live] *= share
+    return number
+
+
 def verified(model, images, labels, eps, batch_size=500) -> float:
     """Share of uint8 ``images`` whose label float32 intervals prove within eps: a diagnostic, not the verifier's."""
     (body, last), right = halves(model), 0

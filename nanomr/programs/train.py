@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoint, cli, metrics, models, optim, parallel
+from .. import checkpoint, cli, metrics, models, optim, parallel, rng
 from ..backend import to_device, use_device
 from ..errors import UserError
-from ..methods import METHODS
+from ..methods import METHODS, certified
 from ..train import Config, Interrupted, Trainer
 from . import common
 
@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--constant", type=_constant, action="append", metavar="NAME=VALUE", help=text)
     text = "begin with the weights of another run of the same network, as its last.safetensors has them"
     g.add_argument("--init", type=Path, metavar="RUN", help=text)
+    text = "with --init: channels that no box around 1,000 training images turns on get part of the live ones' work"
+    g.add_argument("--revive", action="store_true", help=text)
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
 
@@ -81,10 +83,10 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--hold-out", type=natural, default=None, help=text)
     g.add_argument("--train-images", type=natural, default=0, help="use only the first so many; 0: all")
-    text = (
-        "random crops (4 pixels of padding, 2 by --recipe ramp) and flips, of uint8 images; default: not for your own"
-    )
+    text = "random crops (of --pad pixels of padding) and flips, of uint8 images; default: not for your own"
     g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help=text)
+    text = "black pixels around an image that is cropped, 0: flips alone; default: 4, 2 by --recipe ramp"
+    g.add_argument("--pad", type=natural, default=None, help=text)
 
     text = "what is not given is the recipe's, the recipe the method's, scaled to --epochs"
     g = p.add_argument_group("optimisation", text)
@@ -212,6 +214,8 @@ def configure(args, device: str, dataset) -> Config:
     if not paired and args.precision not in (None, "fp32"):
         raise UserError(f"--method {args.method} is trained in fp32: leave out --precision {args.precision}")
     digest, weights = "", args.init and args.init / "last.safetensors"
+    if args.revive and not (weights and device == "cpu"):
+        raise UserError("--revive is for the weights that --init names, on a CPU: give --init, and --device cpu")
     if weights:
         if not weights.is_file():
             raise UserError(f"--init {args.init} is not a run: there is no {weights.name} in it")
@@ -225,7 +229,8 @@ def configure(args, device: str, dataset) -> Config:
         ramp_from=args.ramp_from, ramp_to=args.ramp_to, alpha=args.alpha, hamming_norm=args.hamming_norm,
         augment=not own if args.augment is None else args.augment,
         precision=args.precision or ("bf16" if device == "gpu" and paired else "fp32"),
-        local_batchnorm=args.local_batchnorm, exact=args.exact, init=digest, **chosen,
+        local_batchnorm=args.local_batchnorm, exact=args.exact, init=digest, revive=args.revive,
+        **chosen,
     )  # fmt: skip
 
 
@@ -314,9 +319,16 @@ def _main(args, ranks: parallel.Ranks) -> int:
 
 
 def begin_with(trainer: Trainer, run: Path):
-    """Give the trainer's network the weights of another run's last.safetensors. UserError where they do not fit."""
+    """Give the trainer's network the weights of another run's last.safetensors, its dead channels revived where the
+    configuration says so. UserError where they do not fit."""
     tensors, _ = checkpoint.load_tensors(run / "last.safetensors")
     trainer.model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+    if trainer.config.revive:
+        draw = rng.generator(trainer.config.seed, rng.INIT, 3)
+        try:
+            certified.revive(trainer.model, trainer.images[:1000], trainer.config.eps, draw)
+        except ValueError as error:
+            raise UserError(f"--revive: {error}") from None
 
 
 def train(trainer: Trainer, test_images: int) -> int:
