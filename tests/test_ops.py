@@ -7,6 +7,7 @@ itself computed on absolute values. ``Operation.magnitude`` is that bound.
 
 import importlib
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -509,6 +510,25 @@ def test_the_number_of_threads_decides_nothing(chunks, monkeypatch, rng):
         monkeypatch.setattr(module, "threads", lambda: chunks)
     for one, many in zip(alone, results(), strict=True):
         np.testing.assert_array_equal(one, many)
+
+
+def test_recycled_memory_is_given_up_only_when_too_much_lies_idle(monkeypatch):
+    """What is in use does not count: a step of a large network holds far more than the limit, and must find the same
+    buffers again in the next."""
+    memory = importlib.import_module("nanomr.ops.cpu.memory")
+    monkeypatch.setattr(memory, "_local", threading.local())
+    size = 2 * memory._SMALL
+    monkeypatch.setattr(memory, "_LIMIT", 4 * 3 * size)
+    buffers = lambda: sum(len(some) for some in memory._local.pool.values())  # noqa: E731
+    held = [memory.empty((size,)) for _ in range(8)]  # more than the limit
+    assert buffers() == len(held) == 8
+    idle = memory.empty((2 * size,))
+    del idle
+    held.append(memory.empty((4 * size,)))
+    assert buffers() == 10
+    del held
+    memory.empty((8 * size,))
+    assert buffers() == 1
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

@@ -173,6 +173,13 @@ def test_it_stays_within_its_arrays(rng, monkeypatch):
         assert not zones.broken() and all(np.isfinite(a).all() for a in found)
 
 
+def test_a_bias_of_another_length_is_refused(rng):
+    x, w, b, *_ = arguments(rng, 1, 4, 4, 32, 32, ALL_ROUND)["conv2d"]
+    for wrong in (b[:31], np.append(b, b)):
+        with pytest.raises(ValueError):
+            cpu.conv2d(x, w, wrong, 1, ALL_ROUND)
+
+
 def test_what_is_not_finite_shows(rng):
     """It may spread over its tile, but not to another image, and is never lost."""
     x, w, *_ = arguments(rng, 3, 8, 8, 32, 32, ALL_ROUND)["conv2d"]

@@ -20,7 +20,7 @@ from numba import njit, prange
 
 from . import simd
 from .flags import FLAGS
-from .gather_gemm import lanes_of, place_image, reduce, sum_parts, sweep, threads
+from .gather_gemm import bias_of, lanes_of, place_image, reduce, sum_parts, sweep, threads
 from .memory import empty, ready
 from .simd import ROWS, WIDTH
 
@@ -357,9 +357,8 @@ def conv2d(x, w, b, padding, plus, shape):
     grid, place, images = _geometry(x.shape, padding)
     v, m = _tiles(threads(), c_in), _tiles(threads(), c_out)
     tables = np.arange(BLOCK) * c_in, np.arange(BLOCK) * c_out, np.arange(c_in)
-    bias = np.zeros(c_out, np.float32) if b is None else ready(b)
     plus = y[:0] if plus is None else ready(plus)
-    _convolve(_rows(x), place, grid, u, bias, plus, y, images, v, m, *tables, lanes, one)
+    _convolve(_rows(x), place, grid, u, bias_of(b, c_out), plus, y, images, v, m, *tables, lanes, one)
     return y
 
 
