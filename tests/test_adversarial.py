@@ -18,8 +18,10 @@ from nanomr.backend import to_numpy
 from nanomr.data import Dataset
 from nanomr.layers import BatchNorm2d, Conv2d, Flatten, Linear, ReLU
 from nanomr.losses import kl_divergence, max_mahalanobis
-from nanomr.methods import METHODS, adversarial
+from nanomr.manifold import corners_of
+from nanomr.methods import METHODS, adversarial, manifold
 from nanomr.models import Model
+from nanomr.ops import bfloat16, ops_for
 from nanomr.optim import SGD
 from nanomr.programs import train as train_program
 from nanomr.testing.strategies import fewer, seeds
@@ -27,7 +29,7 @@ from nanomr.train import Config, Trainer
 from nanomr.verify import interval
 
 wasserstein_attack = importlib.import_module("nanomr.attacks.wasserstein")  # the package has a function of the name
-NAMES = ("fgsm", "pgd", "trades", "mmc", "msd", "wasserstein")
+NAMES = ("fgsm", "pgd", "trades", "mmc", "msd", "wasserstein", "worst-corner")
 names = pytest.mark.parametrize("name", NAMES)
 SHAPE, CLASSES, EPS = (4, 4, 2), 3, 0.1
 
@@ -49,7 +51,7 @@ def draws(seed=0):
 
 def now(name, eps=EPS, **constants):
     few = {"steps": 4} if "steps" in METHODS[name].constants else {}
-    return METHODS[name].filled(few | constants) | {"eps": eps, "eps_end": eps, "lr": 0.1, "ramp": 1.0}
+    return METHODS[name].filled(few | constants) | {"eps": eps, "eps_end": eps, "lr": 0.1, "ramp": 1.0, "alpha": 8.0}
 
 
 def step(name, model, x, labels, seed=0, **constants):
@@ -102,6 +104,8 @@ def reference(name, model, x, labels, c, seed=0):
         mu = centres(CLASSES)
         z = logits(model, x) @ rotation(mu)  # the logits are z, rotated
         return ((z - c["norm"] * mu[labels]) ** 2).sum(1).mean(), x
+    if name == "worst-corner":
+        return worse_pair(model, x, labels, seed, c)
     if name in ("fgsm", "pgd"):
         noise = np.stack([generator.uniform(-1, 1, SHAPE) for _ in x])
         start = np.clip(x + c["start"] * c["eps"] * noise, 0, 1)
@@ -114,6 +118,37 @@ def reference(name, model, x, labels, c, seed=0):
     moved = climb(model, x, start, lambda z: softmax(z) - p, c["step_size"] * c["eps"], c["steps"], c["eps"])
     kl = (p * (np.log(p) - np.log(softmax(logits(model, moved))))).sum(1)
     return (nll(logits(model, x)) + c["beta"] * kl).mean(), moved
+
+
+def worse_pair(model, x, labels, seed, c):
+    """worst-corner's loss, and x + rho: a slope by central differences, the bits of the draw one by one."""
+    words = draws(seed)(rng.CORNERS).bit_generator.random_raw(-(-x.size // 64))
+    bits = np.array([int(word) >> i & 1 for word in words for i in range(64)][: x.size])
+    drawn = (np.float32(c["eps"]) * (1.0 - 2 * bits)).reshape(x.shape)
+    rho, rows = drawn.copy(), np.arange(len(x))
+
+    def nll(images):
+        return -np.log(softmax(logits(model, images))[rows, labels])
+
+    for place in np.ndindex(SHAPE):
+        nudge = np.zeros(SHAPE)
+        nudge[place] = 1e-6
+        at = x + c["start"] * drawn
+        slope = (nll(at + nudge) - nll(at - nudge)) / 2e-6
+        turned = abs(slope) > 1e-8
+        rho[(turned, *place)] = np.float32(c["eps"]) * np.sign(slope[turned])
+    up, down = (hidden_and_logits(model, x + sign * rho) for sign in (1, -1))
+    hamming = np.sqrt(((np.tanh(c["alpha"] * up[0]) - np.tanh(c["alpha"] * down[0])) ** 2).sum()) / (2 * up[0].size)
+    pair = ((up[1] - down[1]) ** 2).sum(1).mean()
+    ce = (1 - c["share"]) * nll(x).mean() + c["share"] * nll(x + rho).mean()
+    return ce + c["gamma_i"] * pair + c["gamma_h"] * hamming, x + rho
+
+
+def hidden_and_logits(model, x):
+    """(what the ReLU of :func:`network` takes in, its logits)"""
+    first, last = (layer.params for layer in model.children.values() if layer.params)
+    hidden = x.reshape(len(x), -1) @ first["weight"] + first["bias"]
+    return hidden, np.maximum(hidden, 0) @ last["weight"] + last["bias"]
 
 
 def multi_steepest(model, x, labels, generator, c):
@@ -282,7 +317,7 @@ def rotation(mu):
     return u @ v
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "trades", "mmc"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "trades", "mmc", "worst-corner"])
 @fewer(0.5)
 @given(seed=seeds)
 def test_a_step_is_the_formula(name, seed):
@@ -292,11 +327,12 @@ def test_a_step_is_the_formula(name, seed):
 
 
 def test_a_formula_with_another_constant_is_another_number():
-    """The negative control: the comparison sees a tenth of a step, of beta, of a centre's length."""
+    """The negative control: the comparison sees a tenth of a step, of beta, of a centre's length; start is left out."""
     model, (x, labels) = network(), batch()
-    for name, constant in (("fgsm", "step_size"), ("pgd", "step_size"), ("trades", "beta"), ("mmc", "norm")):
+    pairs = [("worst-corner", name) for name in METHODS["worst-corner"].constants]
+    for name, constant in (("fgsm", "step_size"), ("pgd", "step_size"), ("trades", "beta"), ("mmc", "norm"), *pairs):
         c = now(name)
-        wanted, _ = reference(name, model, x, labels, c | {constant: 0.9 * c[constant]})
+        wanted, _ = reference(name, model, x, labels, c | {constant: (constant != "start") * 0.9 * c[constant]})
         assert step(name, model, x, labels)["loss"] != pytest.approx(wanted, rel=1e-6), name
 
 
@@ -324,6 +360,7 @@ def test_the_gradient_is_the_losss_with_the_images_held(name, seed):
     with pytest.MonkeyPatch.context() as patch:
         for function in ("ascend", "union_ascent", "wasserstein_ascend"):
             patch.setattr(adversarial, function, hold(adversarial, function)[1])
+        patch.setattr(manifold, "worse_corners", hold(manifold, "worse_corners")[1])
         rate = _rate(name, model, x, labels, seed)
     assert rate[0] == pytest.approx(rate[1], rel=2e-5, abs=1e-7)
 
@@ -590,6 +627,27 @@ def test_a_step_on_a_device_is_the_cpus(cupy, name):
     for key, value in expected.items():
         assert float(found[key]) == pytest.approx(float(value), rel=1e-6), key
     np.testing.assert_allclose(to_numpy(there.gradients), here.gradients, rtol=1e-4, atol=1e-8)
+
+
+def test_worse_corners_of_bfloat16_pictures_are_those_of_the_rounded_network():
+    model, draw = models.small_cnn(seed=3), np.random.default_rng(0)
+    wide, labels = draw.random((8, 32, 32, 3), np.float32), draw.integers(0, 10, 8)
+    ops = ops_for(wide)
+    x, rho = (ops.cast(a, bfloat16()) for a in (wide, corners_of(wide, EPS, rng.words(0, rng.CORNERS, 0, 384))))
+    found = manifold.worse_corners(model, x, labels, rho)
+    assert found.dtype == bfloat16()
+    found, rho, rounded = (ops.cast(a, np.float32) for a in (found, rho, x))
+    np.testing.assert_array_equal(abs(found), abs(rho))
+    expected = manifold.worse_corners(model, rounded, labels, rho)
+    assert (found == expected).mean() > 0.97 and (expected == rho).mean() < 0.6  # bf16's slopes, and not the draw
+
+
+def test_worst_corner_alone_is_trained_in_bf16_beside_the_papers():
+    config = Config({}, "worst-corner", "toy", 1, precision="bf16")
+    assert config.checked() is config
+    for method, precision in (("worst-corner", "tf32"), ("pgd", "bf16")):
+        with pytest.raises(ValueError, match="is trained in"):
+            Config({}, method, "toy", 1, precision=precision).checked()
 
 
 @given(epochs=st.integers(1, 300), done=st.floats(0, 1))

@@ -15,7 +15,8 @@ from nanomr.attacks.common import project_l1
 from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
-from nanomr.methods import METHODS
+from nanomr.methods import METHODS, manifold_step
+from nanomr.methods.manifold import worse_corners
 from nanomr.ops import reference as ops
 from nanomr.verify.bounds import crown as verifier
 from nanomr.verify.chain import Chain
@@ -175,6 +176,23 @@ def pair_batch():
     dw, db = ops.conv2d_weight_gradient(ops.expand_pair(u, v), dy, weight.shape, 1, (1,) * 4)
     _, _, pair_dw, pair_db = vjp(dy)
     yield "complex", max(_relative(pair_dw, dw), _relative(pair_db, db))
+
+
+def worst_corner():
+    net = models.mlp((8, 6, 3), input_shape=(2, 2, 2)).astype(np.float64)
+    x, labels = _normal(4, 2, 2, 2), np.arange(4) % 3
+    net.weights[...] = weights = _normal(*net.weights.shape, seed=1)
+    rho = worse_corners(net, x, labels, 0.1 * np.sign(_normal(*x.shape, seed=2)))
+
+    def step(weights):
+        net.weights[...], net.gradients[...] = weights, 0
+        return np.array([manifold_step(net, x, labels, rho, 0.5, 20.0, share=0.7)["loss"]])
+
+    def vjp(dy):
+        step(weights)
+        return (dy[0] * net.gradients.copy(),)
+
+    yield "central", _vjp(step, vjp, weights, method="central")
 
 
 # --- convolution.md: every pass of a convolution as one sum with three tables of offsets ------------------------------
@@ -450,7 +468,7 @@ PAGES = {
     f"{page.__name__}.md": page
     for page in (
         linear, convolution, relu, batchnorm, pooling, cross_entropy, trades, mmc, dlr, msd, sinkhorn, intrinsic,
-        hamming, laplacian, pair_batch, crown, beta_crown, hull, input_split, interval, crown_ibp, dual,
+        hamming, laplacian, pair_batch, worst_corner, crown, beta_crown, hull, input_split, interval, crown_ibp, dual,
         predictor,
     )
 }  # fmt: skip

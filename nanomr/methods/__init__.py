@@ -42,6 +42,7 @@ class Method(NamedTuple):
     corners: bool | None = None  # the paper's, whose steps run on a GPU without the host: does it draw corners there?
     begin: Callable | None = None  # begin(model, generator): the weights that it begins with; None: as they were made
     finish: Callable | None = None  # finish(model) -> the network that is saved for use; None: the model itself
+    bf16: bool = False  # may its pictures be bfloat16's, though it is not the paper's?
     certifies: bool = False  # do its bounds prove something? Then the log counts what they prove
     ranks: bool = False  # may ranks divide a batch? Its loss is a mean over images, and no attack trains the network
 
@@ -74,6 +75,15 @@ METHODS: dict[str, Method] = {
     "manifold": Method(manifold.manifold, "the paper's: both regularisers, on corner pairs", corners=True, **_PAIR),
     "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
     "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
+    "worst-corner": Method(
+        manifold.worst_corner, "the paper's regularisers, on the pairs that a step of an attack chooses",
+        {
+            "share": Constant(1.0, "of the cross-entropy that is taken at the worse corner", high=1.0),
+            "start": Constant(0.5, "share of the drawn corner at which the step begins", high=1.0),
+            "gamma_i": Constant(0.1, "weight of the intrinsic regulariser"),
+            "gamma_h": Constant(100.0, "weight of the Hamming regulariser"),
+        }, reports=("intrinsic", "hamming", "adversarial"), recipe="cyclic", ranks=True, bf16=True,
+    ),
     "ibp": Method(
         certified.ibp, "interval bounds, batch norm folded (Gowal et al.; Shi et al.)", _KAPPA | _BALANCE | _Q,
         reports=("interval", "balance"), **_CERTIFIED,

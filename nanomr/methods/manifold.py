@@ -5,11 +5,18 @@
 The ambient term gamma_K |w|^2 is the optimiser's weight decay.
 """
 
+import numpy as np
+
 from .. import rng
+from ..attacks.common import input_gradient
+from ..attacks.objectives import cross_entropy_each
+from ..backend import array_module
 from ..borders import check_labels
 from ..layers import PairBatch
-from ..losses import Hamming, of_logits
+from ..losses import Hamming, cross_entropy, of_logits
 from ..manifold import corners_of
+from ..models import InBfloat16
+from ..ops import ops_for
 
 
 def standard_step(model, x, labels) -> dict:
@@ -24,20 +31,27 @@ def standard_step(model, x, labels) -> dict:
     return {"loss": value, "cross_entropy": value}
 
 
-def manifold_step(model, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, per_sample=False) -> dict:
+def manifold_step(model, x, labels, rho, gamma_i=0.0, gamma_h=0.0, alpha=8.0, per_sample=False, share=0.0) -> dict:
     """Cross-entropy on x, both regularisers on the corners x + rho and x - rho, in one 3N batch [x; x + rho; x - rho].
 
     x, rho (N, H, W, C); labels (N,). {"loss", "cross_entropy", "intrinsic", "hamming"}, the last two unweighted.
-    ``docs/derivations/pair_batch.md``.
+    ``docs/derivations/pair_batch.md``. With a ``share`` in (0, 1], so much of the cross-entropy is that on x + rho,
+    which is reported as "adversarial" (``docs/derivations/worst_corner.md``).
     """
     check_labels(labels, len(x))
     tap = Hamming(alpha, gamma_h, per_sample)
     logits, cache = model.forward(PairBatch(x, rho), train=True, tap=tap)
     tap.gather(model.share, len(x))
     ce, pair, gradient = of_logits(logits, labels, gamma_i)
+    parts = {"loss": ce, "cross_entropy": ce, "intrinsic": pair, "hamming": tap.value}
+    if share:
+        n = len(x)
+        moved, by_moved = cross_entropy(logits[n : 2 * n], labels)
+        gradient[:n] *= 1 - share
+        gradient[n : 2 * n] += share * by_moved
+        parts |= {"loss": (1 - share) * ce + share * moved, "adversarial": moved}
     model.backward(gradient, cache, input_grad=False)
-    loss = ce + gamma_i * pair + gamma_h * tap.value
-    return {"loss": loss, "cross_entropy": ce, "intrinsic": pair, "hamming": tap.value}
+    return parts | {"loss": parts["loss"] + gamma_i * pair + gamma_h * tap.value}
 
 
 def standard(model, x, labels, draw, now) -> dict:
@@ -47,9 +61,39 @@ def standard(model, x, labels, draw, now) -> dict:
 
 def manifold(model, x, labels, draw, now) -> dict:
     """:func:`manifold_step` at the corners of this step's draw, as ``METHODS`` has it."""
+    return at_corners(model, x, labels, _drawn(model, x, draw, now), now)
+
+
+def _drawn(model, x, draw, now):
+    """rho, shaped as x: this rank's rows of this step's draw."""
     before = model.share.rows.start * x[0].size  # signs of the batch's images that other ranks have
     words = draw(rng.CORNERS).bit_generator.random_raw(-(-(before + x.size) // 64))
-    return at_corners(model, x, labels, corners_of(x, now["eps"], words, before), now)
+    return corners_of(x, now["eps"], words, before)
+
+
+def worst_corner(model, x, labels, draw, now) -> dict:
+    """:func:`manifold_step` at the corners that a step up the cross-entropy chooses, x + rho being the worse one.
+
+    ``share`` of the cross-entropy is taken there. ``docs/derivations/worst_corner.md``.
+    """
+    rho = worse_corners(model, x, labels, _drawn(model, x, draw, now), now["start"])
+    return manifold_step(
+        model, x, labels, rho, now["gamma_i"], now["gamma_h"], now["alpha"], share=now["share"]
+    )  # fmt: skip
+
+
+def worse_corners(model, x, labels, rho, start=0.5):
+    """|rho| sign(g), g the gradient of the cross-entropy by the image at x + ``start`` rho: (N, H, W, C).
+
+    Where g is 0 the corner stays as it was drawn. Batch norms are in evaluation mode.
+    """
+    labels, ops = check_labels(labels, len(x)), ops_for(x)
+    seen, wide = (model, x) if x.dtype.kind == "f" else (InBfloat16(model), ops.cast(x, np.float32))
+    drawn = rho if rho.dtype == wide.dtype else ops.cast(rho, np.float32)
+    gradient = input_gradient(seen, wide + start * drawn, lambda z: cross_entropy_each(z, labels)[1])
+    xp = array_module(x)
+    chosen = xp.where(gradient == 0, drawn, xp.copysign(drawn, gradient))
+    return chosen if chosen.dtype == rho.dtype else ops.cast(chosen, rho.dtype)
 
 
 def at_corners(model, x, labels, rho, now) -> dict:

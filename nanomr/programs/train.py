@@ -211,8 +211,9 @@ def configure(args, device: str, dataset) -> Config:
     except ValueError as error:
         raise UserError(f"--constant, with --method {args.method}: {error}") from None
     paired = method.corners is not None
-    if not paired and args.precision not in (None, "fp32"):
-        raise UserError(f"--method {args.method} is trained in fp32: leave out --precision {args.precision}")
+    if not paired and args.precision not in (None, "fp32", "bf16" if method.bf16 else "fp32"):
+        able = "fp32 or bf16" if method.bf16 else "fp32"
+        raise UserError(f"--method {args.method} is trained in {able}: leave out --precision {args.precision}")
     digest, weights = "", args.init and args.init / "last.safetensors"
     if args.revive and not (weights and device == "cpu"):
         raise UserError("--revive is for the weights that --init names, on a CPU: give --init, and --device cpu")
