@@ -465,6 +465,7 @@ class Trainer:
             ),
             **metrics.stability(finished, few, config.eps, config.seed),
             **config.schedule(epoch),
+            **{name: self.fixed[name] for name in GAMMAS.values() if name in self.fixed},
             "seconds": round(self.seconds, 2),
             "images_per_s": steps * config.batch_size / self.seconds,
             "kernel": self.kernel,

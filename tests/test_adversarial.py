@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import programs
@@ -716,6 +717,9 @@ def test_the_program_runs_each_with_its_constants(name, tmp_path, monkeypatch, c
     key, _, value = constant.partition("=")
     assert config["method"] == name and config["recipe"] == METHODS[name].recipe
     assert config["constants"] == METHODS[name].filled({}) | {key: float(value)}
+    (record,) = checkpoint.read_jsonl(Path("run/log.jsonl"))
+    weights = {name: value for name, value in config["constants"].items() if name.startswith("gamma")}
+    assert {name: record.get(name) for name in weights} == weights  # curves.png draws the terms by their weights
     programs.assert_one_error_line(call("--method", name, "--constant", "nonsense=1", *flags), "nonsense", key)
 
 
