@@ -52,7 +52,14 @@ def draws(seed=0):
 
 def now(name, eps=EPS, **constants):
     few = {"steps": 4} if "steps" in METHODS[name].constants else {}
-    return METHODS[name].filled(few | constants) | {"eps": eps, "eps_end": eps, "lr": 0.1, "ramp": 1.0, "alpha": 8.0}
+    return METHODS[name].filled(few | constants) | {
+        "eps": eps,
+        "eps_end": eps,
+        "lr": 0.1,
+        "ramp": 1.0,
+        "alpha": 8.0,
+        "hamming_norm": "batch",
+    }
 
 
 def step(name, model, x, labels, seed=0, **constants):
@@ -643,6 +650,15 @@ def test_worse_corners_of_bfloat16_pictures_are_those_of_the_rounded_network():
     assert (found == expected).mean() > 0.97 and (expected == rho).mean() < 0.6  # bf16's slopes, and not the draw
 
 
+def test_worst_corner_takes_the_hamming_norm_that_is_asked_for():
+    model, (x, labels) = network(), batch()
+    both = [
+        METHODS["worst-corner"].step(model, x, labels, draws(), now("worst-corner") | {"hamming_norm": norm})
+        for norm in ("batch", "sample")
+    ]
+    assert both[1]["hamming"] > 1.2 * both[0]["hamming"] > 0
+
+
 def test_worst_corner_alone_is_trained_in_bf16_beside_the_papers():
     config = Config({}, "worst-corner", "toy", 1, precision="bf16")
     assert config.checked() is config
@@ -721,6 +737,15 @@ def test_the_program_runs_each_with_its_constants(name, tmp_path, monkeypatch, c
     weights = {name: value for name, value in config["constants"].items() if name.startswith("gamma")}
     assert {name: record.get(name) for name in weights} == weights  # curves.png draws the terms by their weights
     programs.assert_one_error_line(call("--method", name, "--constant", "nonsense=1", *flags), "nonsense", key)
+
+
+@pytest.mark.parametrize("name", ["gamma-i", "gamma-h"])
+def test_the_papers_weights_are_not_ignored_by_worst_corner(name, tmp_path, monkeypatch, capsys):
+    programs.isolate(monkeypatch, tmp_path, train=80, test=20)
+    call = programs.caller(train_program, monkeypatch, capsys)
+    refused = call("--method", "worst-corner", f"--{name}", "3", *"--model mlp --device cpu --out run".split())
+    programs.assert_one_error_line(refused, f"--{name}", f"--constant {name.replace('-', '_')}=X")
+    assert not Path("run").exists()
 
 
 def test_a_run_of_fgsm_warns_of_catastrophic_overfitting(tmp_path, monkeypatch, capsys):

@@ -77,9 +77,7 @@ def worst_corner(model, x, labels, draw, now) -> dict:
     ``share`` of the cross-entropy is taken there. ``docs/derivations/worst_corner.md``.
     """
     rho = worse_corners(model, x, labels, _drawn(model, x, draw, now), now["start"])
-    return manifold_step(
-        model, x, labels, rho, now["gamma_i"], now["gamma_h"], now["alpha"], share=now["share"]
-    )  # fmt: skip
+    return at_corners(model, x, labels, rho, now, now["share"])
 
 
 def worse_corners(model, x, labels, rho, start=0.5):
@@ -96,7 +94,7 @@ def worse_corners(model, x, labels, rho, start=0.5):
     return chosen if chosen.dtype == rho.dtype else ops.cast(chosen, rho.dtype)
 
 
-def at_corners(model, x, labels, rho, now) -> dict:
+def at_corners(model, x, labels, rho, now, share=0.0) -> dict:
     """:func:`manifold_step` with the constants of ``now``: the part of a step that follows its draws."""
     per_sample = now["hamming_norm"] == "sample"
-    return manifold_step(model, x, labels, rho, now["gamma_i"], now["gamma_h"], now["alpha"], per_sample)
+    return manifold_step(model, x, labels, rho, now["gamma_i"], now["gamma_h"], now["alpha"], per_sample, share)

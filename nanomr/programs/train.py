@@ -210,6 +210,10 @@ def configure(args, device: str, dataset) -> Config:
         constants = method.filled(dict(args.constant or []))
     except ValueError as error:
         raise UserError(f"--constant, with --method {args.method}: {error}") from None
+    if "gamma_i" in constants and (args.gamma_i, args.gamma_h) != (None, None):
+        name = "gamma_h" if args.gamma_i is None else "gamma_i"
+        flag = f"--{name.replace('_', '-')}"
+        raise UserError(f"{flag} is for the paper's methods: with --method {args.method} it is --constant {name}=X")
     paired = method.corners is not None
     if not paired and args.precision not in (None, "fp32", "bf16" if method.bf16 else "fp32"):
         able = "fp32 or bf16" if method.bf16 else "fp32"
