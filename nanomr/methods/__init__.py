@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
     "intrinsic": Method(manifold.manifold, "the intrinsic regulariser alone: logits agree", corners=True, **_PAIR),
     "hamming": Method(manifold.manifold, "the Hamming regulariser alone: ReLUs agree", corners=True, **_PAIR),
     "worst-corner": Method(
-        manifold.worst_corner, "the paper's regularisers, on the pairs that a step of an attack chooses",
+        manifold.worst_corner, "the paper's terms, on pairs that a step of an attack chooses",
         {
             "share": Constant(1.0, "of the cross-entropy that is taken at the worse corner", high=1.0),
             "start": Constant(0.5, "share of the drawn corner at which the step begins", high=1.0),
