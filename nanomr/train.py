@@ -100,8 +100,8 @@ class Config:
             method.filled(self.constants)
         except ValueError as error:
             raise ValueError(f"constants of {self.method}: {error}") from None
-        if method.corners is None and self.precision not in ("fp32", "bf16" if method.bf16 else "fp32"):
-            able = "fp32 or bf16" if method.bf16 else "fp32"
+        if self.precision not in method.precisions:
+            able = " or ".join(method.precisions)
             raise ValueError(f"precision is {self.precision!r}, and {self.method} is trained in {able}")
         return self
 

@@ -658,6 +658,15 @@ def test_worse_corners_stay_as_they_are_drawn_where_there_is_no_slope():
     assert 0 < (rho > 0).mean() < 1
 
 
+def test_corners_that_do_not_fit_the_images_are_refused():
+    model, (x, labels) = network(), batch()
+    for rho in (np.full(SHAPE, EPS), np.full((len(x) - 1, *SHAPE), EPS), np.full(x.shape, EPS, np.float32)):
+        with pytest.raises(ValueError, match="rho"):
+            manifold.worse_corners(model, x, labels, rho)
+    with pytest.raises(ValueError):
+        manifold.worse_corners(model, x, labels[:-1], np.full(x.shape, EPS))
+
+
 def test_worst_corner_takes_the_hamming_norm_that_is_asked_for():
     model, (x, labels) = network(), batch()
     both = [

@@ -46,6 +46,11 @@ class Method(NamedTuple):
     certifies: bool = False  # do its bounds prove something? Then the log counts what they prove
     ranks: bool = False  # may ranks divide a batch? Its loss is a mean over images, and no attack trains the network
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What its steps may multiply in."""
+        return ("fp32", "tf32", "bf16") if self.corners is not None else ("fp32", *["bf16"] * self.bf16)
+
     def filled(self, given: dict) -> dict:
         """Every constant's value: the ``given`` ones, the others' defaults. Raises ValueError, listing those that there
         are, for one that the method does not have or that is out of its range."""

@@ -83,15 +83,16 @@ def worst_corner(model, x, labels, draw, now) -> dict:
 def worse_corners(model, x, labels, rho, start=0.5):
     """|rho| sign(g), g the gradient of the cross-entropy by the image at x + ``start`` rho: (N, H, W, C).
 
-    Where g is 0 the corner stays as it was drawn. Batch norms are in evaluation mode.
+    Where g is 0 the corner stays as it was drawn. Batch norms are in evaluation mode. ValueError for a rho, or labels,
+    that do not fit x.
     """
-    labels, ops = check_labels(labels, len(x)), ops_for(x)
-    seen, wide = (model, x) if x.dtype.kind == "f" else (InBfloat16(model), ops.cast(x, np.float32))
-    drawn = rho if rho.dtype == wide.dtype else ops.cast(rho, np.float32)
-    gradient = input_gradient(seen, wide + start * drawn, lambda z: cross_entropy_each(z, labels)[1])
-    xp = array_module(x)
-    chosen = xp.where(gradient == 0, drawn, xp.copysign(drawn, gradient))
-    return chosen if chosen.dtype == rho.dtype else ops.cast(chosen, rho.dtype)
+    PairBatch(x, rho).checked()
+    labels, xp, ops, dtype = check_labels(labels, len(x)), array_module(x), ops_for(x), x.dtype
+    if dtype.name == "bfloat16":
+        model, x, rho = InBfloat16(model), ops.cast(x, np.float32), ops.cast(rho, np.float32)
+    gradient = input_gradient(model, x + start * rho, lambda z: cross_entropy_each(z, labels)[1])
+    chosen = xp.where(gradient == 0, rho, xp.copysign(rho, gradient))
+    return ops.cast(chosen, dtype) if dtype.name == "bfloat16" else chosen
 
 
 def at_corners(model, x, labels, rho, now, share=0.0) -> dict:

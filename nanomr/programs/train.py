@@ -215,8 +215,8 @@ def configure(args, device: str, dataset) -> Config:
         flag = f"--{name.replace('_', '-')}"
         raise UserError(f"{flag} is for the paper's methods: with --method {args.method} it is --constant {name}=X")
     paired = method.corners is not None
-    if not paired and args.precision not in (None, "fp32", "bf16" if method.bf16 else "fp32"):
-        able = "fp32 or bf16" if method.bf16 else "fp32"
+    if args.precision not in (None, *method.precisions):
+        able = " or ".join(method.precisions)
         raise UserError(f"--method {args.method} is trained in {able}: leave out --precision {args.precision}")
     digest, weights = "", args.init and args.init / "last.safetensors"
     if args.revive and not (weights and device == "cpu"):
