@@ -168,9 +168,10 @@ def conv2d(x, w, b, stride, padding, plus=None):
     w = w if product == "float32" else _even(w, 2)
     images = _together(shape[1] * shape[2])
     a, o, taps, place = _forward_tables((images, *x.shape[1:3], c), (*w.shape[:2], c, shape[3]), stride, padding)
-    weights, lanes = panels_of(w.reshape(-1, shape[3]), product)
+    tiled = _fills_tiles(product, x.shape[3], shape[3])
+    weights, lanes = panels_of(w.reshape(-1, shape[3]), product, amx.SUMS if tiled else None)
     y = empty(shape, x.dtype)
-    if _fills_tiles(product, x.shape[3], shape[3]):
+    if tiled:
         a, o, taps, place = _forward_tables((1, *x.shape[1:3], c), (*w.shape[:2], c, shape[3]), stride, padding)
         ends = np.array([0, len(a)]), taps, np.array([0, len(taps)])
         _by_tiles(rows, c, place, weights, bias_of(b, shape[3]), _plus(plus, y), _rows_of(y), a, o, *ends, shape[2])
@@ -201,9 +202,10 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     channels = spans[0] * spans[1] * c
     # (taps, elements of dy, numbers in an element, channels): the tables count elements
     w = w.transpose(0, 2, 5, 1, 3, 4).reshape(-1, 1 if product == "float32" else 2, channels)[index]
-    weights, lanes = panels_of(w.reshape(-1, channels), product)
+    tiled = spans == (1, 1) and _fills_tiles(product, dy.shape[3], channels)
+    weights, lanes = panels_of(w.reshape(-1, channels), product, amx.SUMS if tiled else None)
     dx = empty(x_shape, dy.dtype)
-    if spans == (1, 1) and _fills_tiles(product, dy.shape[3], channels):
+    if tiled:
         one = (1, *x_shape[1:]), shapes[1]
         a, o, pixels, b, taps, _, place, _ = _input_gradient_tables(*one, stride, padding, spans)
         ends = a, o, pixels, b, taps, -(-w_x // stride)

@@ -223,14 +223,15 @@ def _words(w):
     return np.ascontiguousarray(w.astype(BFLOAT16).reshape(len(w) // 2, 2, -1).swapaxes(1, 2)).view(np.int32)[..., 0]
 
 
-def panels_of(w, product):
-    """(w (R, C) cut into panels as wide as a vector, one after another, flat; its Lanes): a sweep over r then reads
-    memory in order. Columns are filled up with zeros to a multiple of 16. Words, unless ``product`` is "float32"."""
+def panels_of(w, product, width=None):
+    """(w (R, C) cut into panels as wide as a vector (or ``width``), one after another, flat; its Lanes): a sweep over r
+    then reads memory in order. Columns are filled up with zeros to a multiple of 16. Words, unless ``product`` is
+    "float32"."""
     w = w if product == "float32" else _words(w)
     r, c = w.shape
     columns = c + -c % WIDTH
     lanes = lanes_of(columns, product)
-    width = WIDTH * lanes.count
+    width = width or WIDTH * lanes.count
     panels = empty((columns // width, r, width)).view(w.dtype)
     full = c // width
     panels[:full] = w[:, : full * width].reshape(r, full, width).swapaxes(0, 1)
