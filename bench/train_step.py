@@ -34,6 +34,7 @@ RAMP = 0.5  # where interval training is on its way: its regulariser is there un
 PRECISIONS = ("fp32", "bf16")
 DISCARD = 2  # steps at the start of a burst: the other library's threads still spin
 KEEP = 1.3  # a variant of PyTorch's that was slower than this, beside its best of this precision, is timed no more
+NARROWEST = 8  # with AVX2, oneDNN 3.12's gradient of a 1 x 1 convolution of stride 2, channels last, stores 8 channels
 DEFAULTS = {"small": (20, 8), "preact_resnet18": (5, 1)}  # rounds, and timed steps of a variant in each
 
 
@@ -64,6 +65,8 @@ def arguments():
     args = parser.parse_args()
     if (args.method == "ibp" or args.costs) and (args.model != "small" or args.precision != "fp32"):
         parser.error("--method ibp and --costs are for --model small and --precision fp32")
+    if args.model != "small" and args.width < NARROWEST and args.side != "nanomr":
+        parser.error(f"--width below {NARROWEST} is for --side nanomr: PyTorch writes beyond its arrays there (AVX2)")
     rounds, burst = (5, 2) if args.costs else DEFAULTS[args.model]  # a step of msd takes seconds
     rounds, burst = (2, 1 if args.costs else 2) if args.quick else (rounds, burst)
     args.rounds, args.burst = args.rounds or rounds, args.burst or burst

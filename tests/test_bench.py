@@ -29,13 +29,20 @@ def run(*options) -> list[str]:
 @pytest.mark.parametrize("model", ["small", "preact_resnet18"])
 def test_the_last_line_is_json_with_every_figure(model, tmp_path):
     """torch.compile takes minutes; nothing else is left out."""
-    options = ["--no-compile", "--precision", "bf16", "--model", model, "--width", "2"]
+    options = ["--no-compile", "--precision", "bf16", "--model", model]
+    options += [] if model == "small" else ["--width", "8", "--images", "16"]
     lines = run("--json", str(tmp_path / "result.json"), *options)
     found = json.loads(lines[-1])
     assert json.loads((tmp_path / "result.json").read_text()) == found
     assert found["threads"] == 1 and found["torch_best"].split()[0] == "eager" and "fp32" in found["torch_best_fp32"]
     assert model == "small" or "memory_vs_plain_3n" not in found
     assert all(found[name] > 0 for name in FIGURES if model == "small" or not name.startswith("memory"))
+
+
+def test_a_width_at_which_pytorch_overwrites_memory_is_refused():
+    command = [sys.executable, TRAIN_STEP, "--model", "preact_resnet18", "--width", "4"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "--side nanomr" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.torch
