@@ -314,7 +314,8 @@ def centres(classes):
     for i in range(1, classes):
         for j in range(i):
             mu[i, j] = -(1 + mu[i] @ mu[j] * (classes - 1)) / (mu[j, j] * (classes - 1))
-        mu[i, i] = np.sqrt(max(0.0, 1 - mu[i] @ mu[i]))
+        if i < classes - 1:  # the last needs no axis of its own: its square is rounding's 1e-16, whose root is not
+            mu[i, i] = np.sqrt(1 - mu[i] @ mu[i])
     return mu
 
 
