@@ -16,6 +16,7 @@ The contract of every layer:
 """
 
 import copy
+import functools
 import inspect
 import math
 from typing import NamedTuple
@@ -121,7 +122,7 @@ class Layer:
 
     def __new__(cls, *args, **options):
         layer = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(layer, *args, **options)  # a copy is made without any
+        bound = _signature(cls).bind_partial(layer, *args, **options)  # a copy is made without any
         bound.apply_defaults()
         layer.arguments = {k: _plain(v) for k, v in list(bound.arguments.items())[1:] if not isinstance(v, dict)}
         return layer
@@ -169,6 +170,12 @@ class Layer:
                 total += gradient
             else:  # a layer outside a model: nothing has made room for its gradients yet
                 self.grads[name] = gradient
+
+
+@functools.cache
+def _signature(cls) -> inspect.Signature:
+    """Of its constructor: every step copies layers, and looking this up takes longer than copying one."""
+    return inspect.signature(cls.__init__)
 
 
 def _plain(value):

@@ -10,7 +10,7 @@ from numba import njit, prange
 
 from .elementwise import _max0, _relu_hamming_gradients, _tanh, per_sample
 from .flags import FLAGS
-from .memory import empty, numbers, ready
+from .memory import empty, numbers
 from .simd import narrow, widen
 
 BLOCKS = 32  # parts of the batch with sums of their own: fixed, so that the number of threads decides nothing
@@ -31,8 +31,12 @@ def _row(x):
 
 def _along(x, *channels):
     """Values by channel, float32, repeated along a row of x; None: zeros."""
-    c, repeats = x.shape[-1:], _row(x)[0] // x.shape[-1]
-    return [np.tile(np.zeros(c, np.float32) if v is None else np.broadcast_to(ready(v), c), repeats) for v in channels]
+    c = x.shape[-1]
+    rows = np.zeros((len(channels), _row(x)[0] // c, c), np.float32)
+    for row, values in zip(rows, channels, strict=True):
+        if values is not None:
+            row[...] = values
+    return rows.reshape(len(channels), -1)
 
 
 def _by_channel(x, parts):
