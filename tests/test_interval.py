@@ -22,7 +22,7 @@ from nanomr.layers import (
     Residual,
     Sequential,
 )
-from nanomr.methods import METHODS, certified
+from nanomr.methods import METHODS, certified, manifold
 from nanomr.ops import ops_for
 from nanomr.testing import prepare
 from nanomr.testing.strategies import fewer, seeds
@@ -146,7 +146,8 @@ def network(dtype=np.float64, seed=0):
 @pytest.mark.parametrize("ramp", [0.3, 1.0])
 @pytest.mark.parametrize("balance", [0.0, 5.0])
 @pytest.mark.parametrize(
-    ("method", "q"), [("ibp", 0), ("ibp", 0.7), ("mtl-ibp", 0), ("sabr", 0), ("diffai", 0), ("rs", 0)]
+    ("method", "q"),
+    [("ibp", 0), ("ibp", 0.7), ("ibp-manifold", 0), ("mtl-ibp", 0), ("sabr", 0), ("diffai", 0), ("rs", 0)],
 )
 def test_the_gradient_of_the_step(method, q, ramp, balance):
     model, g = network()
@@ -155,7 +156,9 @@ def test_the_gradient_of_the_step(method, q, ramp, balance):
         balance = 0.0
     given = {"balance": balance} if balance else {"rs": 0.2, "l1": 0.1} if method == "rs" else {}
     given |= {"q": q} if q else {}
-    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, **METHODS[method].filled(given)}
+    given |= {"gamma_i": 3.0, "rest": 0.25} if method == "ibp-manifold" else {}
+    now = {"alpha": 8.0, "hamming_norm": "batch"}
+    now |= {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, **METHODS[method].filled(given)}
     norms = [layer for _, layer in model.walk() if isinstance(layer, BatchNorm2d)]
     buffers = [{name: value.copy() for name, value in norm.buffers.items()} for norm in norms]
 
@@ -182,6 +185,38 @@ def test_the_gradient_of_the_step(method, q, ramp, balance):
     with pytest.raises(GradientError):
         wrong = found * (1 + 1e-3 * (np.arange(found.size) % 2))
         check_vjp(loss, lambda d: (d * wrong,), [w])
+
+
+@pytest.mark.parametrize(
+    ("ramp", "rest", "weight"), [(0.3, 0.0, 0.7), (0.5, 0.2, 0.6), (1.0, 0.2, 0.2), (1.0, 0.0, 0.0)]
+)
+@pytest.mark.parametrize("norm", ["batch", "sample"])
+def test_the_papers_terms_beside_intervals_are_their_formulas(norm, ramp, rest, weight):
+    """Of the ReLUs' inputs at x + rho and x - rho, one by one."""
+    model, g = network()
+    x, labels, draw = g.random((4, 8, 8, 3)), g.integers(0, 3, 4), lambda stream: rng.generator(0, stream)
+    now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp, "alpha": 8.0, "hamming_norm": norm}
+    plain = METHODS["ibp"].step(model, x, labels, draw, now | METHODS["ibp"].filled({"balance": 0.0}))
+    norms = [layer for _, layer in model.walk() if isinstance(layer, BatchNorm2d)]
+    for layer in norms:  # the step before has moved the running statistics by the batch's: the next one stays there
+        layer.momentum = 0.0
+    constants = METHODS["ibp-manifold"].filled({"gamma_i": 3.0, "gamma_h": 50.0, "rest": rest})
+    found = METHODS["ibp-manifold"].step(model, x, labels, draw, now | constants)
+    rho = manifold.drawn_corners(model, x, draw, now)
+    logits, seen = [], []
+    for moved in (x + rho, x - rho):
+        inputs = []
+        for layer in model.children.values():
+            inputs += [moved] if isinstance(layer, ReLU) else []
+            moved = layer.forward(moved)[0]
+        logits.append(moved)
+        seen.append(inputs)
+    agree = losses.intrinsic(*logits)[0]
+    hamming = np.mean([losses.hamming(a, b, 8.0, norm == "sample")[0] for a, b in zip(*seen, strict=True)])
+    if weight:
+        assert found["intrinsic"] == pytest.approx(agree, rel=1e-9) and agree > 0
+        assert found["hamming"] == pytest.approx(hamming, rel=1e-9) and hamming > 0
+    assert found["loss"] == pytest.approx(plain["loss"] + weight * (3 * agree + 50 * hamming), rel=1e-9)
 
 
 @fewer(0.3)

@@ -93,6 +93,15 @@ METHODS: dict[str, Method] = {
         certified.ibp, "interval bounds, batch norm folded (Gowal et al.; Shi et al.)", _KAPPA | _BALANCE | _Q,
         reports=("interval", "balance"), **_CERTIFIED,
     ),
+    "ibp-manifold": Method(
+        certified.ibp_manifold, "ibp with the paper's terms while eps grows",
+        {
+            "gamma_i": Constant(0.0, "weight of the intrinsic regulariser"),
+            "gamma_h": Constant(300.0, "weight of the Hamming regulariser"),
+            "rest": Constant(0.0, "share of both that is left at the end", high=1.0),
+        } | _KAPPA | {"balance": Constant(0.0, "weight of Shi et al.'s regulariser at the beginning")} | _Q,
+        reports=("interval", "balance", "intrinsic", "hamming"), **_CERTIFIED,
+    ),
     "mtl-ibp": Method(
         certified.mtl_ibp, "ibp with adversarial images beside the bounds (De Palma et al.)",
         {

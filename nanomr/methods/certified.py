@@ -7,11 +7,12 @@ import numpy as np
 from .. import rng
 from ..backend import array_module
 from ..borders import check_labels
-from ..layers import Box, Linear, Normalize, ReLU, Sequential
-from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
+from ..layers import Box, Linear, Normalize, PairBatch, ReLU, Sequential
+from ..losses import Hamming, cross_entropy, intrinsic, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
 from ..ops import ops_for
 from .adversarial import attacked, pgd
+from .manifold import drawn_corners
 
 
 def box_around(x, eps) -> Box:
@@ -77,6 +78,23 @@ def ibp(model, x, labels, draw, now) -> dict:
     margins' cross-entropy a generalised one, which lets hopeless images go (:func:`nanomr.losses.cross_entropy`)."""
     kappa = 1 - (1 - now["kappa"]) * now["ramp"]
     return _worst_case(model, x, labels, now, kappa, 1 - kappa, q=now.get("q", 0.0) * now["ramp"])
+
+
+def ibp_manifold(model, x, labels, draw, now) -> dict:
+    """:func:`ibp`, and the paper's regularisers on a drawn pair of corners in the place of Shi's: w (gamma_i intrinsic
+    + gamma_h Hamming), w going from 1 to ``now["rest"]`` with the ramp. The pair sees batch norms in evaluation mode.
+    Ours; ``docs/derivations/interval.md``."""
+    parts, n, weight = ibp(model, x, labels, draw, now), len(x), 1 - (1 - now["rest"]) * now["ramp"]
+    if weight == 0:
+        return parts | {"intrinsic": 0.0, "hamming": 0.0}
+    tap = Hamming(now["alpha"], weight * now["gamma_h"], now["hamming_norm"] == "sample")
+    logits, cache = model.forward(PairBatch(x, drawn_corners(model, x, draw, now)), tap=tap)
+    agree, by_plus, by_minus = intrinsic(logits[n : 2 * n], logits[2 * n :])
+    gamma_i = weight * now["gamma_i"]
+    gradient = array_module(x).concatenate([0 * by_plus, gamma_i * by_plus, gamma_i * by_minus])
+    model.backward(gradient, cache, input_grad=False)
+    loss = parts["loss"] + gamma_i * agree + tap.weight * tap.value
+    return parts | {"loss": loss, "intrinsic": agree, "hamming": tap.value}
 
 
 def mtl_ibp(model, x, labels, draw, now) -> dict:

@@ -61,10 +61,10 @@ def standard(model, x, labels, draw, now) -> dict:
 
 def manifold(model, x, labels, draw, now) -> dict:
     """:func:`manifold_step` at the corners of this step's draw, as ``METHODS`` has it."""
-    return at_corners(model, x, labels, _drawn(model, x, draw, now), now)
+    return at_corners(model, x, labels, drawn_corners(model, x, draw, now), now)
 
 
-def _drawn(model, x, draw, now):
+def drawn_corners(model, x, draw, now):
     """rho, shaped as x: this rank's rows of this step's draw."""
     before = model.share.rows.start * x[0].size  # signs of the batch's images that other ranks have
     words = draw(rng.CORNERS).bit_generator.random_raw(-(-(before + x.size) // 64))
@@ -76,7 +76,7 @@ def worst_corner(model, x, labels, draw, now) -> dict:
 
     ``share`` of the cross-entropy is taken there. ``docs/derivations/worst_corner.md``.
     """
-    rho = worse_corners(model, x, labels, _drawn(model, x, draw, now), now["start"])
+    rho = worse_corners(model, x, labels, drawn_corners(model, x, draw, now), now["start"])
     return at_corners(model, x, labels, rho, now, now["share"])
 
 
