@@ -40,7 +40,7 @@ def test_the_last_line_is_json_with_every_figure(model, tmp_path):
 
 
 def test_a_width_at_which_pytorch_overwrites_memory_is_refused():
-    command = [sys.executable, TRAIN_STEP, "--model", "preact_resnet18", "--width", "4"]
+    command = [sys.executable, TRAIN_STEP, "--quick", "--no-compile", "--model", "preact_resnet18", "--width", "4"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "--side nanomr" in result.stderr.splitlines()[-1]
 
