@@ -82,13 +82,13 @@ def ibp(model, x, labels, draw, now) -> dict:
 
 def ibp_manifold(model, x, labels, draw, now) -> dict:
     """:func:`ibp`, and the paper's regularisers on a drawn pair of corners in the place of Shi's: w (gamma_i intrinsic
-    + gamma_h Hamming), w going from 1 to ``now["rest"]`` with the ramp. The pair sees batch norms in evaluation mode.
-    Ours; ``docs/derivations/interval.md``."""
+    + gamma_h Hamming), w going from 1 to ``now["rest"]`` with the ramp. The pair has batch norms in training mode, with
+    its own 3N batch's statistics. Ours; ``docs/derivations/interval.md``."""
     parts, n, weight = ibp(model, x, labels, draw, now), len(x), 1 - (1 - now["rest"]) * now["ramp"]
     if weight == 0:
         return parts | {"intrinsic": 0.0, "hamming": 0.0}
     tap = Hamming(now["alpha"], weight * now["gamma_h"], now["hamming_norm"] == "sample")
-    logits, cache = model.forward(PairBatch(x, drawn_corners(model, x, draw, now)), tap=tap)
+    logits, cache = model.forward(PairBatch(x, drawn_corners(model, x, draw, now)), train=True, tap=tap)
     agree, by_plus, by_minus = intrinsic(logits[n : 2 * n], logits[2 * n :])
     gamma_i = weight * now["gamma_i"]
     gradient = array_module(x).concatenate([0 * by_plus, gamma_i * by_plus, gamma_i * by_minus])
