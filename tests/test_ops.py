@@ -160,6 +160,34 @@ def _box_backward_magnitude(dpoints, dradius, points, radius, gains):
     return at_c, np.abs(dpoints[-len(radius) :]) + np.abs(dradius) + sizes[5]
 
 
+def _lines(g, shape):
+    """Rows, and the lines of ReLUs of any kind: some rows are 0 there, where neither line counts."""
+    n, features = shape[0], shape[1:]
+    lower, upper, offset = g.random((3, n, *features), np.float32)
+    return _normal(g, (n, int(g.integers(1, 4)), *features), special=True), lower, upper, offset
+
+
+def _lines_up(g, shape):
+    a, *lines = _lines(g, shape)
+    return _normal(g, a.shape), a, *(_normal(g, a.shape[:2]) for _ in range(2)), *lines
+
+
+def _lines_down_magnitude(a, *lines):
+    rows, _, above = reference.lines_down(np.abs(a), *lines)
+    return rows - reference.lines_down(-np.abs(a), *lines)[0], above, above
+
+
+def _lines_up_magnitude(z, a, low, high, lower, upper, offset):
+    size = np.abs(low) + np.abs(high)
+    of = [reference.lines_up(np.abs(z), side * np.abs(a), size, size, lower, upper, offset) for side in (1, -1)]
+    return tuple(np.abs(one) + np.abs(other) for one, other in zip(*of, strict=True))
+
+
+def _scale_up(g, shape):
+    a, (scale, shift) = _lines(g, shape)[0], _normal(g, (2, shape[-1]))
+    return _normal(g, a.shape), a, _normal(g, a.shape[:2]), scale, shift
+
+
 def _weight(g, n):
     return g.standard_normal(n).astype(np.float32)
 
@@ -394,6 +422,9 @@ OPERATIONS = {
         lambda points, r: (np.abs(points) + _to(points, r), np.abs(points[-len(r) :]) + r),
     ),
     "relu_box_backward": Operation(arguments(feature_maps, _box_backward), _box_backward_magnitude),
+    "lines_down": Operation(arguments(feature_maps, _lines), _lines_down_magnitude),
+    "lines_up": Operation(arguments(feature_maps, _lines_up), _lines_up_magnitude),
+    "scale_up": Operation(arguments(feature_maps, _scale_up), absolute(reference.scale_up)),
     "norm": Operation(
         arguments(st.sampled_from((1, 7, 63, 64, 65, 1000)), lambda g, n: (_normal(g, n, special=True),)),
         ones_for(reference.norm),
@@ -576,6 +607,13 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("box_sums", ((3, 3), (2, 3))),
         ("relu_box_backward", ((4, 3), (2, 3), (2, 3), (2, 3))),
         ("relu_box_backward", ((4, 3), (4, 3), (4, 3), (2, 3))),
+        ("lines_down", ((2, 5, 4), (2, 4), (2, 4), (2, 3))),
+        ("lines_down", ((2, 5, 4), (3, 4), (3, 4), (3, 4))),
+        ("lines_up", ((2, 5, 4), (2, 6, 4), (2, 5), (2, 5), *[(2, 4)] * 3)),
+        ("lines_up", ((2, 5, 4), (2, 5, 4), (2, 5), (2, 4), *[(2, 4)] * 3)),
+        ("scale_up", ((2, 5, 3, 4), (2, 5, 2, 4), (2, 5), (4,), (4,))),
+        ("scale_up", ((2, 5, 3, 4), (2, 5, 3, 4), (5, 2), (4,), (4,))),
+        ("scale_up", ((2, 5, 3, 4), (2, 5, 3, 4), (2, 5), (3,), (3,))),
         ("batchnorm_backward", ((2, 3, 3, 4), (2, 3, 2, 4), *[(4,)] * 5)),
         ("batchnorm_relu_backward", ((2, 3, 3, 4), (3, 3, 3, 4), *[(4,)] * 4)),
         ("scale_channels", ((2, 3, 3, 4), (4,), (1, 3, 3, 4))),

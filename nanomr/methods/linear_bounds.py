@@ -150,19 +150,13 @@ class Lines:
         self.gradients = [xp.zeros_like(low) for _ in range(3)]
 
     def down(self, a, at):
-        xp, offset = array_module(a), self.offset[at]
-        positive, negative = xp.maximum(a, 0), xp.minimum(a, 0)
-        a = positive * self.lower[at][:, None] + negative * self.upper[at][:, None]
-        return a, _inner(negative, offset), _inner(positive, offset)
+        return ops_for(a).lines_down(a, self.lower[at], self.upper[at], self.offset[at])
 
     def up(self, z, a, low, high, at):
-        xp = array_module(a)
-        side = xp.where(a > 0, _like(high, a), xp.where(a < 0, _like(low, a), 0))
-        parts = xp.maximum(a, 0) * z, xp.minimum(a, 0) * z, a * side
-        for gradient, part in zip(self.gradients, parts, strict=True):
-            gradient[at] += part.sum(1)
-        slope = xp.where(a > 0, self.lower[at][:, None], self.upper[at][:, None])
-        return slope * z + side * self.offset[at][:, None]
+        z, *found = ops_for(a).lines_up(z, a, low, high, self.lower[at], self.upper[at], self.offset[at])
+        for gradient, part in zip(self.gradients, found, strict=True):
+            gradient[at] += part
+        return z
 
     def backward(self):
         """The gradients by (low, high); what the slopes learn is added to their layer's."""
@@ -187,10 +181,9 @@ class Scale:
         return a * self.scale, constant, constant
 
     def up(self, z, a, low, high, at):
-        total, channels = _like(low + high, a), tuple(range(a.ndim - 1))
-        self.d_scale = self.d_scale + (a * z).sum(channels)
-        self.d_shift = self.d_shift + (a * total).sum(channels)
-        return z * self.scale + total * self.shift
+        z, d_scale, d_shift = ops_for(a).scale_up(z, a, low + high, self.scale, self.shift)
+        self.d_scale, self.d_shift = self.d_scale + d_scale, self.d_shift + d_shift
+        return z
 
     def backward(self):
         """The gradient by the clean batch, whose mean and variance move it; the parameters' is added to the norm's."""

@@ -163,6 +163,32 @@ def relu_box_backward(dpoints, dradius, points, radius, gains=None):
     return np.concatenate([relu_backward(dpoints[:k], points[:k]), dc]), dr
 
 
+def lines_down(a, lower, upper, offset):
+    """Rows a (N, R, ...) behind a ReLU whose lines (N, ...) are ``lower`` z <= relu(z) <= ``upper`` z + ``offset``:
+    those in front of it (N, R, ...), and what bounds below and above collect of the offsets, (N, R) each.
+    ``docs/derivations/crown_ibp.md``."""
+    positive, negative = np.maximum(a, 0), np.minimum(a, 0)
+    below, above = ((part * offset[:, None]).reshape(*a.shape[:2], -1).sum(2) for part in (negative, positive))
+    return positive * lower[:, None] + negative * upper[:, None], below, above
+
+
+def lines_up(z, a, low, high, lower, upper, offset):
+    """(points (N, R, ...) behind that ReLU, the gradients (N, ...) by lower, upper and offset): of bounds below and
+    above, (N, R), whose gradients are ``low`` and ``high``. z: the points in front of it, which those have been
+    multiplied into; a: the rows behind it."""
+    low, high = (g.reshape(*g.shape, *(1,) * (a.ndim - 2)) for g in (low, high))
+    side = np.where(a > 0, high, np.where(a < 0, low, 0 * low))
+    points = np.where(a > 0, lower[:, None], upper[:, None]) * z + side * offset[:, None]
+    return points, (np.maximum(a, 0) * z).sum(1), (np.minimum(a, 0) * z).sum(1), (a * side).sum(1)
+
+
+def scale_up(z, a, total, scale, shift):
+    """The same for ``scale`` z + ``shift`` per channel, a batch norm: points behind it, the gradients (C,) by scale and
+    shift. ``total`` (N, R): the gradients by bounds below and above, added."""
+    total, channels = total.reshape(*total.shape, *(1,) * (a.ndim - 2)), tuple(range(a.ndim - 1))
+    return scale * z + shift * total, (a * z).sum(channels), (a * total).sum(channels)
+
+
 # --- input normalisation ----------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 
 ``convolution``: which kernel a convolution gets. ``gather_gemm``: the sum behind all layers, and the linear ones;
 ``amx``: the same by tiles; ``winograd``: with fewer multiplications. ``normalization``: batch norm and the ReLU behind
-it. ``elementwise``, ``boxes``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors, kept in
-registers. ``memory``: recycled arrays.
+it. ``elementwise``, ``boxes``, ``lines``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors,
+kept in registers. ``memory``: recycled arrays.
 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
@@ -32,6 +32,7 @@ from .elementwise import (  # noqa: F401
     relu_hamming_pair_backward,
 )
 from .gather_gemm import linear, linear_input_gradient, linear_weight_gradient  # noqa: F401
+from .lines import lines_down, lines_up, scale_up  # noqa: F401
 from .memory import release  # noqa: F401
 from .normalization import (  # noqa: F401
     batchnorm,

@@ -15,7 +15,16 @@ from contextlib import contextmanager
 import numpy as np
 
 from .. import bfloat16  # noqa: F401  (offered from here)
-from ..reference import adamw_update, conv2d_shape, linf_bounds, linf_step, plane_step  # noqa: F401  (as they are)
+from ..reference import (  # noqa: F401  (as they are)
+    adamw_update,
+    conv2d_shape,
+    lines_down,
+    lines_up,
+    linf_bounds,
+    linf_step,
+    plane_step,
+    scale_up,
+)
 from . import plain
 from .conv import (  # noqa: F401
     conv2d,

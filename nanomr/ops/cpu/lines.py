@@ -1,0 +1,91 @@
+"""ReLUs between two lines, and batch norms: what linear bounds do to their rows on the way down to the image, and to
+points on the way up. Rows (N, R, ...), R of each image; lines (N, ...)."""
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from .elementwise import _ZERO, _flat
+from .flags import FLAGS
+from .memory import empty, ready
+
+
+@njit(parallel=True, **FLAGS)
+def _lines_down(a, lower, upper, offset, rows, below, above):
+    for i in prange(len(a)):
+        for r in range(a.shape[1]):
+            low = high = _ZERO
+            for j in range(a.shape[2]):
+                positive = a[i, r, j] if a[i, r, j] > _ZERO else _ZERO
+                negative = a[i, r, j] - positive
+                rows[i, r, j] = positive * lower[i, j] + negative * upper[i, j]
+                low, high = low + negative * offset[i, j], high + positive * offset[i, j]
+            below[i, r], above[i, r] = low, high
+
+
+@njit(parallel=True, **FLAGS)
+def _lines_up(z, a, low, high, lower, upper, offset, points, d_lower, d_upper, d_offset):
+    for i in prange(len(a)):
+        for j in range(a.shape[2]):
+            d_lower[i, j] = d_upper[i, j] = d_offset[i, j] = _ZERO
+        for r in range(a.shape[1]):
+            for j in range(a.shape[2]):
+                v, point = a[i, r, j], z[i, r, j]
+                positive = v if v > _ZERO else _ZERO
+                side = high[i, r] if v > _ZERO else (low[i, r] if v < _ZERO else _ZERO)
+                d_lower[i, j] += positive * point
+                d_upper[i, j] += (v - positive) * point
+                d_offset[i, j] += v * side
+                points[i, r, j] = (lower[i, j] if v > _ZERO else upper[i, j]) * point + side * offset[i, j]
+
+
+@njit(parallel=True, **FLAGS)
+def _scale_up(z, a, total, scale, shift, points, d_scale, d_shift):
+    for i in prange(len(a)):
+        for j in range(a.shape[2]):
+            d_scale[i, j] = d_shift[i, j] = _ZERO
+        for r in range(a.shape[1]):
+            g = total[i, r]
+            for j in range(a.shape[2]):
+                d_scale[i, j] += a[i, r, j] * z[i, r, j]
+                d_shift[i, j] += a[i, r, j] * g
+                points[i, r, j] = scale[j] * z[i, r, j] + g * shift[j]
+
+
+def _rows(n, *arrays):
+    """Arrays (n, R, ...) as contiguous (n, R, features). ValueError where their shapes differ."""
+    if len({a.shape for a in arrays}) > 1 or len(arrays[0]) != n:
+        raise ValueError(f"rows {', '.join(str(a.shape) for a in arrays)} do not fit each other, or {n} images")
+    return [ready(a).reshape(*a.shape[:2], math.prod(a.shape[2:])) for a in arrays]
+
+
+def _lines(a, *lines):
+    """Lines (N, ...) as contiguous (N, features). ValueError unless they are those of rows ``a``."""
+    if any(line.shape != (len(a), *a.shape[2:]) for line in lines):
+        raise ValueError(f"lines {', '.join(str(line.shape) for line in lines)} do not fit rows {a.shape}")
+    return _flat(*lines)
+
+
+def lines_down(a, lower, upper, offset):
+    lines, rows = _lines(a, lower, upper, offset), empty(a.shape)
+    below, above = empty(a.shape[:2]), empty(a.shape[:2])
+    _lines_down(*_rows(len(a), a), *lines, *_rows(len(a), rows), below, above)
+    return rows, below, above
+
+
+def lines_up(z, a, low, high, lower, upper, offset):
+    lines, points, found = _lines(a, lower, upper, offset), empty(a.shape), [empty(lower.shape) for _ in range(3)]
+    if not low.shape == high.shape == a.shape[:2]:
+        raise ValueError(f"gradients {low.shape} and {high.shape} do not fit rows {a.shape}")
+    _lines_up(*_rows(len(a), z, a), ready(low), ready(high), *lines, *_rows(len(a), points), *_flat(*found))
+    return points, *found
+
+
+def scale_up(z, a, total, scale, shift):
+    if total.shape != a.shape[:2] or not scale.shape == shift.shape == a.shape[-1:]:
+        raise ValueError(f"{total.shape}, {scale.shape} and {shift.shape} do not fit rows {a.shape}")
+    points, found = empty(a.shape), [empty((len(a), *a.shape[2:])) for _ in range(2)]
+    channels = [ready(np.broadcast_to(each, a.shape[2:])).ravel() for each in (scale, shift)]
+    _scale_up(*_rows(len(a), z, a), ready(total), *channels, *_rows(len(a), points), *_flat(*found))
+    return points, *(d.sum(tuple(range(d.ndim - 1))) for d in found)
