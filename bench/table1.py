@@ -7,7 +7,8 @@
 
 ``rows.json`` is a list of {"method": "pgd", "constants": {"steps": 10}, "epochs": 100, "seed": 0, "eps": "8/255"}; all
 but the method have these defaults. "flags" are further ones of train_cifar.py ({"lr": 0.05}); "verify": only the first
-so many images. Kill it where you like: the same command goes on, and leaves out the rows that the file has.
+so many images; "name": what the table calls the row, if its settings are too many to be read. Kill it where you like:
+the same command goes on, and leaves out the rows that the file has.
 
 The last training images (5,000 of CIFAR-10's) are held out of every run. Test images never choose: without
 ``--held-out`` a row is judged on them, so that is for rows whose constants are chosen.
@@ -16,6 +17,7 @@ The last training images (5,000 of CIFAR-10's) are held out of every run. Test i
 import argparse
 import hashlib
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -57,10 +59,12 @@ def read_rows(path: Path) -> list[dict]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is not a list of rows such as " + '{"method": "pgd", "epochs": 100}')
     for number, row in enumerate(rows, 1):
-        unknown = sorted(row.keys() - DEFAULTS.keys() - {"method"})
+        unknown = sorted(row.keys() - DEFAULTS.keys() - {"method", "name"})
         if unknown or "method" not in row:
             what = f"has the key {unknown[0]!r}, which is none" if unknown else "names no method"
-            raise UserError(f"{path}, row {number}, {what}: the keys are method, {', '.join(DEFAULTS)}")
+            raise UserError(f"{path}, row {number}, {what}: the keys are method, name, {', '.join(DEFAULTS)}")
+        if not re.fullmatch("[^|\n]+", str(row.get("name", "none"))):
+            raise UserError(f"{path}, row {number}: a name is one line, without |")
     return [DEFAULTS | row for row in rows]
 
 
@@ -187,7 +191,8 @@ def shown(lines: list[dict]) -> dict[str, list[dict]]:
             row = line["row"]
             options = [f"{k} {v}" for k, v in (row["constants"] | row["flags"]).items()]
             options += [f"{row['epochs']} epochs"] + [f"eps {row['eps']}"] * (row["eps"] != DEFAULTS["eps"])
-            groups.setdefault(f"{row['method']}, {', '.join(options)}", []).append(line)
+            name = row.get("name") or f"{row['method']}, {', '.join(options)}"
+            groups.setdefault(name, []).append(line)
     return groups
 
 

@@ -269,6 +269,7 @@ def test_a_run_that_collapses_is_a_line_and_others_follow(run, monkeypatch):
         ([{"method": "standard", "eps": "8"}], ["row 1", "8/255"]),
         ([{"method": "standard", "flags": {"lrate": 1}}], ["row 1", "--lrate"]),
         ([{"method": "standard", "constants": {"beta": 1}}], ["row 1", "beta"]),
+        ([{"method": "standard", "name": "ours | theirs"}], ["row 1", "a name is one line"]),
     ],
 )
 def test_odd_rows_are_refused_before_anything_is_trained(run, rows, words, monkeypatch):
@@ -303,6 +304,8 @@ def test_the_table_has_a_row_for_each_setting_and_the_seeds_range():
         "| ibp, 100 epochs",
         "| pgd, 100 epochs",
     ]
+    named = [line | {"row": line["row"] | {"name": "ours"}} for line in found]
+    assert [row.split(" | ")[:2] for row in table1.table(named).splitlines()[2:]] == [["| ours", "4"]]
     assert "| 2 | 41.00 (40.00-42.00) |" in rows[1]
     assert "| 1.00 | 30.00 |" in rows[2]
 
