@@ -81,6 +81,10 @@ class Box(NamedTuple):
     def relu(self) -> "Box":
         return Box(*ops_for(self.points).relu_box(*self))
 
+    def relu_and_sums(self):
+        """(:meth:`relu`, ``box_sums``)."""
+        return self.relu(), ops_for(self.points).box_sums(*self)
+
     def relu_backward(self, dy: "Box", gains=None) -> "Box":
         return Box(*ops_for(self.points).relu_box_backward(*dy, *self, gains))
 
@@ -109,6 +113,37 @@ class BehindReLU(NamedTuple):
     weight: object = None
 
 
+class NormalizedBox(NamedTuple):
+    """A batch norm's :class:`Box`, not computed yet, as :class:`Normalized`; going back, its ReLU is a
+    :class:`BoxBehindReLU`."""
+
+    box: Box
+    gamma: object
+    beta: object
+    mean: object
+    inv_std: object
+
+    def full(self) -> Box:
+        """Radii are scaled by |gamma| inv_std."""
+        (points, radius), gamma, _, _, inv_std = self
+        ops = ops_for(gamma)
+        return Box(ops.batchnorm(points, *self[1:]), ops.scale_channels(radius, abs(gamma) * inv_std))
+
+    def relu_and_sums(self):
+        points, radius, sums = ops_for(self.gamma).batchnorm_relu_box(*self.box, *self[1:])
+        return Box(points, radius), sums
+
+    def relu_backward(self, dy: Box, gains=None) -> "BoxBehindReLU":
+        return BoxBehindReLU(dy, gains)
+
+
+class BoxBehindReLU(NamedTuple):
+    """The gradient behind a ReLU, a :class:`Box`, and the gains that are added in front of it (None without)."""
+
+    dy: Box
+    gains: tuple | None
+
+
 class Layer:
     """Base: a layer without parameters. ``params``, ``grads`` and ``buffers`` map names to arrays.
 
@@ -122,10 +157,15 @@ class Layer:
 
     def __new__(cls, *args, **options):
         layer = super().__new__(cls)
-        bound = _signature(cls).bind_partial(layer, *args, **options)  # a copy is made without any
+        bound = _signature(cls).bind_partial(layer, *args, **options)  # a deep copy is made without any
         bound.apply_defaults()
         layer.arguments = {k: _plain(v) for k, v in list(bound.arguments.items())[1:] if not isinstance(v, dict)}
         return layer
+
+    def __copy__(self):
+        other = object.__new__(type(self))  # not by way of __new__: every step copies layers
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __init__(self):
         self.params: dict = {}
@@ -174,7 +214,7 @@ class Layer:
 
 @functools.cache
 def _signature(cls) -> inspect.Signature:
-    """Of its constructor: every step copies layers, and looking this up takes longer than copying one."""
+    """Of its constructor: looking this up takes longer than making a layer."""
     return inspect.signature(cls.__init__)
 
 
@@ -255,8 +295,9 @@ class Affine(Layer):
             absolute.grads = {}
             absolute.accumulate_from(x.radius, dy.radius, bias=False)
             self.accumulate_from(x.points, dy.points)
-            sign = array_module(x.radius).sign(self.params["weight"])
-            self.accumulate(weight=sign * absolute.grads["weight"])
+            gradient = absolute.grads["weight"]
+            gradient *= array_module(x.radius).sign(self.params["weight"])
+            self.accumulate(weight=gradient)
         if input_grad:
             return Box(self.transpose(dy.points, x.points), absolute.transpose(dy.radius, x.radius))
         return None
@@ -463,9 +504,10 @@ class ReLU(Layer):
     takes_pairs = True
 
     def forward(self, z, train=False, tap=None):
-        if isinstance(z, Normalized):
+        if isinstance(z, Normalized | NormalizedBox):
             if tap is None:
-                return ops_for(z.x).batchnorm_relu(*z), (z, None, None)
+                box = isinstance(z, NormalizedBox)
+                return z.relu_and_sums()[0] if box else ops_for(z.x).batchnorm_relu(*z), (z, None, None)
             z = z if getattr(tap, "takes_normalized", False) else z.full()
         else:
             check(self, "z", z.checked()[0] if isinstance(z, PairBatch | Box) else z, (...,))
@@ -483,7 +525,7 @@ class ReLU(Layer):
         if not input_grad:
             return None
         z, tap, record = cache
-        if isinstance(z, Box):
+        if isinstance(z, Box | NormalizedBox):
             return z.relu_backward(dy) if tap is None else tap.backward(dy, z, record)
         like, n = (z, 1) if not isinstance(z, tuple) else (z.x, 1 + 2 * isinstance(z, PairBatch))
         check(self, "dy", dy, (n * len(like), *like.shape[1:]), like.dtype)
@@ -546,33 +588,35 @@ class BatchNorm2d(Layer):
         return mean, 1 / (var + self.eps) ** 0.5
 
     def _box_forward(self, box, train):
-        """The clean batch's statistics for all: radii are scaled by |gamma| inv_std."""
+        """The clean batch's statistics for all."""
         clean = box.points[: len(box.points) // 2]
         if train and len(clean) != len(box.radius):
             raise ValueError(f"in training {self} takes a Box with the clean batch: points [x; centres]")
         self._check(box.points)
-        (mean, inv_std), gamma = self._statistics(clean, train), self.params["weight"]
-        y = ops_for(gamma).batchnorm(box.points, gamma, self.params["bias"], mean, inv_std)
-        return Box(y, ops_for(gamma).scale_channels(box.radius, abs(gamma) * inv_std)), (box, mean, inv_std, train)
+        mean, inv_std = self._statistics(clean, train)
+        y = NormalizedBox(box, self.params["weight"], self.params["bias"], mean, inv_std)
+        return y if self.before_relu else y.full(), (box, mean, inv_std, train)
 
     def _box_backward(self, dy, cache, param_grads, input_grad):
         box, mean, inv_std, train = cache
         n, ops, gamma = len(box.radius), ops_for(box.points), self.params["weight"]
-        dgamma, dbeta = ops.batchnorm_parameter_gradient(dy.points, box.points, mean, inv_std)
-        of_radius, _ = ops.batchnorm_parameter_gradient(dy.radius, box.radius, 0 * mean, inv_std)
-        dgamma = dgamma + array_module(gamma).sign(gamma) * of_radius
+        if isinstance(dy, BoxBehindReLU):
+            args = *dy.dy, *box, gamma, self.params["bias"], mean, inv_std, dy.gains, train
+            *dx, dgamma, dbeta = ops.batchnorm_relu_box_backward(*args)
+        else:
+            dgamma, dbeta = ops.batchnorm_parameter_gradient(dy.points, box.points, mean, inv_std)
+            of_radius, _ = ops.batchnorm_parameter_gradient(dy.radius, box.radius, 0 * mean, inv_std)
+            dgamma = dgamma + array_module(gamma).sign(gamma) * of_radius
+            dx = [ops.scale_channels(d, g * inv_std) for d, g in zip(dy, (gamma, abs(gamma)), strict=True)]
+            if train:  # mean and variance move with the clean batch, and with them everything
+                args = box.points[:n], gamma, mean, inv_std, dgamma, dbeta
+                dx[0][:n] = ops.batchnorm_backward(dy.points[:n], *args)
         if param_grads:
             self.accumulate(weight=dgamma, bias=dbeta)
-        if not input_grad:
-            return None
-        dx = ops.scale_channels(dy.points, gamma * inv_std)
-        if train:  # mean and variance move with the clean batch, and with them everything
-            args = box.points[:n], gamma, mean, inv_std, dgamma, dbeta
-            dx[:n] = ops.batchnorm_backward(dy.points[:n], *args)
-        return Box(dx, ops.scale_channels(dy.radius, abs(gamma) * inv_std))
+        return Box(*dx) if input_grad else None
 
     def backward(self, dy, cache, param_grads=True, input_grad=True, plus=None):
-        if isinstance(dy, Box):
+        if isinstance(dy, Box | BoxBehindReLU):
             return self._box_backward(dy, cache, param_grads, input_grad)
         x, mean, inv_std, train = cache
         ops, gamma = ops_for(x), self.params["weight"]

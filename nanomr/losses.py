@@ -106,27 +106,12 @@ def rivals_gain(radius, weight, labels):
     once: the last layer "elided" (``derivations/interval.md``). Cross-entropy does not see what all logits share.
     """
     check("rivals_gain", "radius", radius, ("N", "F"))
-    labels = check_labels(labels, len(radius), weight.shape[1])
-    xp = array_module(radius)
-    gain = xp.empty((len(radius), weight.shape[1]), radius.dtype)
-    for k in range(weight.shape[1]):
-        rows = labels == k
-        gain[rows] = xp.einsum("nf,fk->nk", radius[rows], abs(weight - weight[:, k : k + 1]))  # not by BLAS, see below
-    return gain
+    return ops_for(radius).rivals_gain(radius, weight, check_labels(labels, len(radius), weight.shape[1]))
 
 
 def rivals_gain_backward(d_gain, radius, weight, labels):
-    """(d_radius, d_weight) of :func:`rivals_gain`. OpenBLAS may say "invalid value" of float32 products that have none;
-    einsum does not call it, and these products are small."""
-    xp = array_module(radius)
-    d_radius, d_weight = xp.empty_like(radius), xp.zeros_like(weight)
-    for k in range(weight.shape[1]):
-        rows, difference = labels == k, weight - weight[:, k : k + 1]
-        d_radius[rows] = xp.einsum("nk,fk->nf", d_gain[rows], abs(difference))
-        each = xp.sign(difference) * xp.einsum("nf,nk->fk", radius[rows], d_gain[rows])
-        d_weight += each
-        d_weight[:, k] -= each.sum(1)
-    return d_radius, d_weight
+    """(d_radius, d_weight) of :func:`rivals_gain`."""
+    return ops_for(radius).rivals_gain_backward(d_gain, radius, weight, labels)
 
 
 def hamming(z_plus, z_minus, alpha=8.0, per_sample=False):

@@ -331,14 +331,14 @@ def small_cnn(
     children = {
         **_input(mean, std, hidden, classes),
         "conv1": Conv2d(c, 16, kernel, 2, padding, bias=not batchnorm),
-        **({"bn1": BatchNorm2d(16)} if batchnorm else {}),
+        **({"bn1": BatchNorm2d(16, before_relu=True)} if batchnorm else {}),
         "relu1": ReLU(),
         "conv2": Conv2d(16, 32, kernel, 2, padding, bias=not batchnorm),
-        **({"bn2": BatchNorm2d(32)} if batchnorm else {}),
+        **({"bn2": BatchNorm2d(32, before_relu=True)} if batchnorm else {}),
         "relu2": ReLU(),
         "flatten": Flatten(),
         "fc1": Linear(math.prod(image), hidden, bias=not batchnorm, image=image),
-        **({"bn3": BatchNorm2d(hidden)} if batchnorm else {}),
+        **({"bn3": BatchNorm2d(hidden, before_relu=True)} if batchnorm else {}),
         "relu3": ReLU(),
         "fc2": Linear(hidden, classes),
     }

@@ -50,6 +50,8 @@ PICTURES = {
     "box_around": (0,),
     "relu_box": (0, 1),
     "relu_box_backward": (0, 1, 2, 3),
+    "batchnorm_relu_box": (0, 1),
+    "batchnorm_relu_box_backward": (0, 1, 2, 3),
     "expand_pair": (0, 1),
     "contract_pair": (0,),
     "normalize": (0,),

@@ -68,6 +68,7 @@ def test_backends_offer_every_function_with_the_same_signature(name):
 class Operation:
     draw: st.SearchStrategy  # of the arguments, in float32
     magnitude: Callable  # (float64 arguments) -> the size of the terms of each output
+    wide: int | None = None  # which output is float64; all others are float32
 
 
 def _normal(generator, shape, special=False):
@@ -158,6 +159,53 @@ def _box_backward_magnitude(dpoints, dradius, points, radius, gains):
     sizes = np.abs(gains if gains else np.zeros(6))
     at_c = np.abs(dpoints) + _to(points, np.abs(dradius)) + sizes[:5].sum() + sizes[:4].max() * np.abs(points)
     return at_c, np.abs(dpoints[-len(radius) :]) + np.abs(dradius) + sizes[5]
+
+
+def _channels(g, c):
+    """gamma, beta, mean and inv_std of a batch norm in sixteenths, which make of boxes in eighths such as float32 and
+    float64 have alike; among the gammas are negative ones and zeros."""
+    sixteenths = np.round(16 * _normal(g, (3, c))) / 16
+    return *sixteenths, g.choice(np.float32([0.25, 0.5, 2.0]), c)
+
+
+def _norm_box(g, shape):
+    return *_box(g, shape), *_channels(g, shape[-1])
+
+
+def _norm_box_magnitude(points, r, gamma, beta, mean, inv_std):
+    high = _centred(points, mean) * np.abs(gamma) * inv_std + np.abs(beta) + _to(points, r * np.abs(gamma) * inv_std)
+    z = high[-len(r) :]
+    return high, z, np.array([z.size, z.sum(), (z * z).sum()] * 2 + [z.sum()] * 2)
+
+
+def _norm_box_backward(g, shape):
+    *gradients, points, radius, gains = _box_backward(g, shape)
+    return *gradients, points, radius, *_channels(g, shape[-1]), gains, bool(g.random() < 0.5)
+
+
+def _norm_box_backward_magnitude(dpoints, dradius, points, r, gamma, beta, mean, inv_std, gains, train):
+    high, *_ = _norm_box_magnitude(points, r, gamma, beta, mean, inv_std)
+    dz, dr = _box_backward_magnitude(dpoints, dradius, high, high[-len(r) :], gains)
+    dgamma, dbeta = _parameter_gradient_magnitude(dz, points, mean, inv_std)
+    dgamma = dgamma + (dr * r).reshape(-1, len(gamma)).sum(0) * inv_std
+    clean, scale, m = len(points) - len(r), np.abs(gamma) * inv_std, r.size // len(gamma)
+    dx = dz * scale
+    if train:
+        dx[:clean] += (_centred(points[:clean], mean) * inv_std * dgamma + dbeta) / m * scale
+    return dx, dr * scale, dgamma, dbeta
+
+
+def _rivals(g, shape):
+    """Radii, a last layer in eighths, some of whose classes have the same weight, and labels."""
+    n, features, classes = shape
+    weight = np.round(2 * _normal(g, (features, classes))) / 8
+    return np.abs(_normal(g, (n, features))), weight, g.integers(0, classes, n)
+
+
+def _rivals_backward_magnitude(d_gain, radius, weight, labels):
+    size, total = np.abs(weight).max(1), np.abs(d_gain).sum(1, keepdims=True)
+    by_weight = radius.T @ (np.abs(d_gain) + total)
+    return total * 2 * size, by_weight
 
 
 def _lines(g, shape):
@@ -425,6 +473,14 @@ OPERATIONS = {
     "lines_down": Operation(arguments(feature_maps, _lines), _lines_down_magnitude),
     "lines_up": Operation(arguments(feature_maps, _lines_up), _lines_up_magnitude),
     "scale_up": Operation(arguments(feature_maps, _scale_up), absolute(reference.scale_up)),
+    "batchnorm_relu_box": Operation(arguments(feature_maps, _norm_box), _norm_box_magnitude, wide=2),
+    "batchnorm_relu_box_backward": Operation(arguments(feature_maps, _norm_box_backward), _norm_box_backward_magnitude),
+    "rivals_gain": Operation(
+        arguments(matrices, _rivals), lambda r, w, y: np.abs(r) @ (np.abs(w) + np.abs(w).max(1, keepdims=True))
+    ),
+    "rivals_gain_backward": Operation(
+        arguments(matrices, lambda g, s: (_normal(g, (s[0], s[2])), *_rivals(g, s))), _rivals_backward_magnitude
+    ),
     "norm": Operation(
         arguments(st.sampled_from((1, 7, 63, 64, 65, 1000)), lambda g, n: (_normal(g, n, special=True),)),
         ones_for(reference.norm),
@@ -450,7 +506,8 @@ def as_tuple(result):
 
 def compare(found, expected, bound, name):
     for k, (f, e, b) in enumerate(zip(as_tuple(found), as_tuple(expected), as_tuple(bound), strict=True)):
-        assert f.dtype == np.float32 and f.shape == e.shape, f"{name}[{k}] is {f.dtype} {f.shape}, not {e.shape}"
+        dtype = np.float64 if k == OPERATIONS[name].wide else np.float32
+        assert f.dtype == dtype and f.shape == e.shape, f"{name}[{k}] is {f.dtype} {f.shape}, not {dtype} {e.shape}"
         excess = np.abs(to_numpy(f) - e) - TOLERANCE * b
         worst = np.unravel_index(excess.argmax(), excess.shape)
         assert excess[worst] <= 1e-30, f"{name}[{k}] at {worst}: {to_numpy(f)[worst]}, not {e[worst]} (size {b[worst]})"
@@ -607,6 +664,13 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("box_sums", ((3, 3), (2, 3))),
         ("relu_box_backward", ((4, 3), (2, 3), (2, 3), (2, 3))),
         ("relu_box_backward", ((4, 3), (4, 3), (4, 3), (2, 3))),
+        ("batchnorm_relu_box", ((3, 3), (2, 3), *[(3,)] * 4)),
+        ("batchnorm_relu_box", ((4, 3), (2, 4), *[(3,)] * 4)),
+        ("batchnorm_relu_box_backward", ((4, 3), (2, 3), (2, 3), (2, 3), *[(3,)] * 4)),
+        ("batchnorm_relu_box_backward", ((4, 3), (4, 3), (4, 3), (2, 3), *[(3,)] * 4)),
+        ("rivals_gain", ((2, 3), (4, 5), (2,))),
+        ("rivals_gain", ((2, 3), (3, 1), (2,))),  # labels are ones: of a second class
+        ("rivals_gain_backward", ((2, 4), (2, 3), (3, 5), (2,))),
         ("lines_down", ((2, 5, 4), (2, 4), (2, 4), (2, 3))),
         ("lines_down", ((2, 5, 4), (3, 4), (3, 4), (3, 4))),
         ("lines_up", ((2, 5, 4), (2, 6, 4), (2, 5), (2, 5), *[(2, 4)] * 3)),
@@ -816,11 +880,12 @@ def test_the_comparison_notices_small_errors(operation, data):
     args = data.draw(OPERATIONS[operation].draw)
     exact = [a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for a in args]
     expected, bound = getattr(reference, operation)(*exact), OPERATIONS[operation].magnitude(*exact)
-    wrong = [np.array(e, np.float32) for e in as_tuple(expected)]
+    wide = OPERATIONS[operation].wide
+    wrong = [np.array(e, np.float64 if k == wide else np.float32) for k, e in enumerate(as_tuple(expected))]
     compare(tuple(wrong), as_tuple(expected), as_tuple(bound), operation)
     k = data.draw(st.integers(0, len(wrong) - 1))
     size = as_tuple(bound)[k]
     at = np.unravel_index(size.argmax(), size.shape)
-    wrong[k][at] += np.float32(1e-4 * size[at] + 1e-20)
+    wrong[k][at] += 1e-4 * size[at] + 1e-20
     with pytest.raises(AssertionError, match=operation):
         compare(tuple(wrong), as_tuple(expected), as_tuple(bound), operation)

@@ -34,12 +34,15 @@ class Balance:
     mostly on or mostly off. Per ReLU layer relu(tau - T0/T) / tau, and the same of the ratios (below 1) of the sums and
     the variances of the centres that are on and off; the mean over the layers."""
 
+    takes_normalized = True
+
     def __init__(self, first, layers, weight, tau=0.5):
         self.first, self.layers, self.weight, self.tau, self.value = first, layers, weight, tau, 0.0
 
     def forward(self, z):
-        on, on1, on2, off, off1, off2, every, size = map(float, ops_for(z.points).box_sums(*z))
-        total, tau, k, grown = z.radius.size, self.tau, 1 / (self.tau * self.layers), 0.0
+        y, sums = z.relu_and_sums()
+        on, on1, on2, off, off1, off2, every, size = map(float, sums)
+        total, tau, k, grown = y.radius.size, self.tau, 1 / (self.tau * self.layers), 0.0
         mean, size = every / total, size / total
         if size > 0 and tau - self.first / size > 0:
             self.value += k * (tau - self.first / size)
@@ -49,7 +52,7 @@ class Balance:
         vp, vq = self._hinge(on2 - 2 * mean * on1 + mean**2 * on, off2 - 2 * mean * off1 + mean**2 * off, k)
         shared = -2 * (vp * (on1 - mean * on) + vq * (off1 - mean * off)) / total
         gains = gp / total - 2 * vp * mean, 2 * vp, -gq / total - 2 * vq * mean, 2 * vq, shared, grown
-        return z.relu(), tuple(self.weight * gain for gain in gains)
+        return y, tuple(self.weight * gain for gain in gains)
 
     def _hinge(self, p, q, k):
         """Adds k relu(tau - min(p / q, q / p)); its derivatives by p and q."""

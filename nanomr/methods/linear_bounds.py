@@ -12,7 +12,7 @@ import numpy as np
 
 from ..backend import array_module
 from ..borders import check_labels
-from ..layers import Affine, BatchNorm2d, Box, Layer, Normalize, ReLU, Sequential
+from ..layers import Affine, BatchNorm2d, Box, Layer, Normalize, NormalizedBox, ReLU, Sequential
 from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
 from ..models import build, fold
 from ..ops import ops_for
@@ -219,7 +219,7 @@ class Map:
 def _inner(a, b):
     """(N, R): the sums of the products of a (N, R, ...) with b (N, ...); either N may be 1."""
     flat = a.reshape(*a.shape[:2], -1), b.reshape(len(b), -1)
-    return array_module(a).einsum("nri,ni->nr", *flat)  # not by BLAS: see losses.rivals_gain_backward
+    return array_module(a).einsum("nri,ni->nr", *flat)  # not by BLAS: see reference.rivals_gain
 
 
 def _like(g, a):
@@ -271,7 +271,7 @@ class Relaxed:
             else:
                 like = z.points[:1]
                 z, cache = layer.forward(z, train=True)
-                norm = isinstance(layer, BatchNorm2d)
+                norm, z = isinstance(layer, BatchNorm2d), z.full() if isinstance(z, NormalizedBox) else z
                 self.steps.append(Step(layer, Scale(layer, cache) if norm else Map(layer, like), cache))
         self.features = z
         self.steps.append(Step(last, Map(last, z.points[:1])))

@@ -291,6 +291,49 @@ def batchnorm_relu_backward(
     return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
 
 
+def rivals_gain(radius, weight, labels):
+    """sum_f |W_fk - W_fy| r_f: (N, K), of radius (N, F), weight (F, K) and the labels y. By loops over the classes, and
+    einsum: OpenBLAS may say "invalid value" of float32 products that have none, and these are small."""
+    gain = np.empty_like(radius, shape=(len(radius), weight.shape[1]))
+    for k in range(weight.shape[1]):
+        rows = labels == k
+        gain[rows] = np.einsum("nf,fk->nk", radius[rows], abs(weight - weight[:, k : k + 1]))
+    return gain
+
+
+def rivals_gain_backward(d_gain, radius, weight, labels):
+    """(d_radius, d_weight) of :func:`rivals_gain`."""
+    d_radius, d_weight = np.empty_like(radius), np.zeros_like(weight)
+    for k in range(weight.shape[1]):
+        rows, difference = labels == k, weight - weight[:, k : k + 1]
+        d_radius[rows] = np.einsum("nk,fk->nf", d_gain[rows], abs(difference))
+        each = np.sign(difference) * np.einsum("nf,nk->fk", radius[rows], d_gain[rows])
+        d_weight += each
+        d_weight[:, k] -= each.sum(1)
+    return d_radius, d_weight
+
+
+def batchnorm_relu_box(points, radius, gamma, beta, mean, inv_std):
+    """:func:`relu_box` of the batch norm of a box, whose radii are scaled by |gamma| inv_std: (points, radii), and
+    :func:`box_sums` of what is between."""
+    z = batchnorm(points, gamma, beta, mean, inv_std), scale_channels(radius, abs(gamma) * inv_std)
+    return *relu_box(*z), box_sums(*z)
+
+
+def batchnorm_relu_box_backward(dpoints, dradius, points, radius, gamma, beta, mean, inv_std, gains=None, train=True):
+    """(the gradients by points and radius, dgamma, dbeta) of batchnorm_relu_box; ``gains`` as in
+    :func:`relu_box_backward`. With ``train``, mean and variance are those of the images x beside the centres, [x; c],
+    and move with them: ``docs/derivations/interval.md``."""
+    z = batchnorm(points, gamma, beta, mean, inv_std), scale_channels(radius, abs(gamma) * inv_std)
+    dz, dr = relu_box_backward(dpoints, dradius, *z, gains)
+    dgamma, dbeta = batchnorm_parameter_gradient(dz, points, mean, inv_std)
+    dgamma = dgamma + np.sign(gamma) * _channel_sums(dr * radius) * inv_std
+    dx, clean = scale_channels(dz, gamma * inv_std), slice(len(points) - len(radius))
+    if train and clean.stop:
+        dx[clean] = batchnorm_backward(dz[clean], points[clean], gamma, mean, inv_std, dgamma, dbeta)
+    return dx, scale_channels(dr, abs(gamma) * inv_std), dgamma, dbeta
+
+
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 

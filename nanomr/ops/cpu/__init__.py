@@ -9,7 +9,16 @@ bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and g
 """
 
 from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
-from .boxes import box_around, box_sums, relu_box, relu_box_backward  # noqa: F401
+from .boxes import (  # noqa: F401
+    batchnorm_relu_box,
+    batchnorm_relu_box_backward,
+    box_around,
+    box_sums,
+    relu_box,
+    relu_box_backward,
+    rivals_gain,
+    rivals_gain_backward,
+)
 from .convolution import (  # noqa: F401
     conv2d,
     conv2d_input_gradient,

@@ -191,8 +191,9 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     (kh, kw, c, _), (_, h, w_x, _) = w.shape, x_shape
     rows, c_out, product = _source(dy)
     w = w if product == "float32" else _even(w, 3)
-    # Neighbours together, as long as they fit into a vector: few channels would leave most of it empty.
-    spans = next(s for s in ((stride,) * 2, (1, stride), (1, 1)) if s[0] * s[1] * c <= WIDTH * MAX_LANES or s == (1, 1))
+    # Neighbours together, where that makes fewer vectors: few channels would leave most of one empty.
+    vectors = lambda s: -(-s[0] * s[1] * c // WIDTH)  # noqa: E731
+    spans = next((s for s in ((stride,) * 2, (1, stride)) if vectors(s) <= min(MAX_LANES, s[0] * s[1] - 1)), (1, 1))
     images = _together(h * w_x // stride**2) if spans == (1, 1) else 1
     shapes = (images, *x_shape[1:]), (kh, kw, c, c_out)
     a, o, pixels, b, taps, index, place, wide = _input_gradient_tables(*shapes, stride, padding, spans)

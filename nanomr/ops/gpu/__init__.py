@@ -61,7 +61,16 @@ from .normalization import (  # noqa: F401
     relu_hamming_pair_backward,
     scale_channels,
 )
-from .plain import box_around, box_sums, relu_box, relu_box_backward  # noqa: F401
+from .plain import (  # noqa: F401
+    batchnorm_relu_box,
+    batchnorm_relu_box_backward,
+    box_around,
+    box_sums,
+    relu_box,
+    relu_box_backward,
+    rivals_gain,
+    rivals_gain_backward,
+)
 from .training import (  # noqa: F401
     begin_step,
     corners,
