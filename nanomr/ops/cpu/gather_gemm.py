@@ -49,12 +49,18 @@ def sum_parts(size):
 @njit(**FLAGS)
 def place_image(image, padded, start, place):
     """Copy an image (H, W C) into the middle of a padded one that begins at ``start``: place = (top, left, row, size)
-    in elements, of which a row has ``row``."""
+    in elements, of which a row has ``row``.
+
+    Here and below, rows are slices: of an index that is a sum the compiler must think that it may be negative and
+    count from the end, and so it scatters number by number what it could copy by vectors.
+    """
     top, left, row, _ = place
+    width = image.shape[1]
     for h in range(image.shape[0]):
         at = start + (top + h) * row + left
-        for j in range(image.shape[1]):
-            padded[at + j] = image[h, j]
+        into = padded[at : at + width]
+        for j in range(width):
+            into[j] = image[h, j]
 
 
 @njit(**FLAGS)
@@ -62,25 +68,29 @@ def _place_pair(x, n, padded, start, place):
     """Images n and n + 1 of x (N, H, W C), 16-bit numbers, side by side: word (h, j) is the two of them. Behind the
     last image there is a black one."""
     top, left, row, _ = place
+    width = x.shape[2]
     for h in range(x.shape[1]):
         at = start + (top + h) * row + left
+        into = padded[at : at + width]
         if n + 1 < len(x):
-            for j in range(x.shape[2]):
-                padded[at + j] = np.int32(x[n, h, j]) | (np.int32(x[n + 1, h, j]) << np.int32(16))
+            for j in range(width):
+                into[j] = np.int32(x[n, h, j]) | (np.int32(x[n + 1, h, j]) << np.int32(16))
         else:
-            for j in range(x.shape[2]):
-                padded[at + j] = np.int32(x[n, h, j])
+            for j in range(width):
+                into[j] = np.int32(x[n, h, j])
 
 
 @njit(**FLAGS)
 def _window(sums, plus, n, out, place):
     """Image n of ``out`` (N, H, W C) from the middle of a padded one, inverse of :func:`place_image`; and ``plus``."""
     top, left, row, _ = place
+    width = out.shape[2]
     for h in range(out.shape[1]):
         at = (top + h) * row + left
-        for j in range(out.shape[2]):
+        source = sums[at : at + width]
+        for j in range(width):
             more = simd.widen(plus[n, h, j]) if len(plus) else np.float32(0)
-            out[n, h, j] = simd.narrow(sums[at + j] + more, out)
+            out[n, h, j] = simd.narrow(source[j] + more, out)
 
 
 @njit(**FLAGS)
@@ -314,12 +324,13 @@ def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
         for first in range(strips * t // chunks * _STRIP, strips * (t + 1) // chunks * _STRIP, _STRIP):
             count = min(_STRIP, m - first)
             for r in range(k):
-                if count == _STRIP:  # a number that the compiler knows: vectors, twice as fast
+                into, source = strip[r * _STRIP : (r + 1) * _STRIP], x[r, first : first + count]
+                if count == _STRIP:  # a number that the compiler knows
                     for i in range(_STRIP):
-                        strip[r * _STRIP + i] = x[r, first + i]
+                        into[i] = source[i]
                 else:
                     for i in range(count):
-                        strip[r * _STRIP + i] = x[r, first + i]
+                        into[i] = source[i]
             sweep(strip, a, 0, count, b, 0, k, w, bias, no_plus, out, first * channels, o, channels, 1, 0, lanes)
 
 

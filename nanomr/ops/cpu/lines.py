@@ -30,14 +30,15 @@ def _lines_up(z, a, low, high, lower, upper, offset, points, d_lower, d_upper, d
         for j in range(a.shape[2]):
             d_lower[i, j] = d_upper[i, j] = d_offset[i, j] = _ZERO
         for r in range(a.shape[1]):
+            by_low, by_high = low[i, r], high[i, r]
             for j in range(a.shape[2]):
-                v, point = a[i, r, j], z[i, r, j]
+                v, point, below, above = a[i, r, j], z[i, r, j], lower[i, j], upper[i, j]  # loads before any choice
                 positive = v if v > _ZERO else _ZERO
-                side = high[i, r] if v > _ZERO else (low[i, r] if v < _ZERO else _ZERO)
+                side = by_high if v > _ZERO else (by_low if v < _ZERO else _ZERO)
                 d_lower[i, j] += positive * point
                 d_upper[i, j] += (v - positive) * point
                 d_offset[i, j] += v * side
-                points[i, r, j] = (lower[i, j] if v > _ZERO else upper[i, j]) * point + side * offset[i, j]
+                points[i, r, j] = (below if v > _ZERO else above) * point + side * offset[i, j]
 
 
 @njit(parallel=True, **FLAGS)

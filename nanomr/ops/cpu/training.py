@@ -39,9 +39,9 @@ def adamw_update(w, g, mean, square, t, lr, beta1, beta2, weight_decay, eps=1e-8
 @njit(parallel=True, **FLAGS)
 def _sum_squares(x, partial):
     for t in prange(len(partial)):
-        total = _ZERO
-        for i in range(len(x) * t // len(partial), len(x) * (t + 1) // len(partial)):
-            total += x[i] * x[i]
+        total, part = _ZERO, x[len(x) * t // len(partial) : len(x) * (t + 1) // len(partial)]
+        for i in range(len(part)):
+            total += part[i] * part[i]
         partial[t] = total
 
 
