@@ -295,9 +295,8 @@ class Affine(Layer):
             absolute.grads = {}
             absolute.accumulate_from(x.radius, dy.radius, bias=False)
             self.accumulate_from(x.points, dy.points)
-            gradient = absolute.grads["weight"]
-            gradient *= array_module(x.radius).sign(self.params["weight"])
-            self.accumulate(weight=gradient)
+            weight = self.params["weight"]
+            self.accumulate(weight=ops_for(weight).times_sign(absolute.grads["weight"], weight))
         if input_grad:
             return Box(self.transpose(dy.points, x.points), absolute.transpose(dy.radius, x.radius))
         return None

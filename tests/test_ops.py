@@ -475,6 +475,9 @@ OPERATIONS = {
     "scale_up": Operation(arguments(feature_maps, _scale_up), absolute(reference.scale_up)),
     "batchnorm_relu_box": Operation(arguments(feature_maps, _norm_box), _norm_box_magnitude, wide=2),
     "batchnorm_relu_box_backward": Operation(arguments(feature_maps, _norm_box_backward), _norm_box_backward_magnitude),
+    "times_sign": Operation(
+        arguments(feature_maps, lambda g, s: (_normal(g, s), _normal(g, s, True))), ones_for(reference.times_sign)
+    ),
     "rivals_gain": Operation(
         arguments(matrices, _rivals), lambda r, w, y: np.abs(r) @ (np.abs(w) + np.abs(w).max(1, keepdims=True))
     ),
@@ -668,6 +671,7 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("batchnorm_relu_box", ((4, 3), (2, 4), *[(3,)] * 4)),
         ("batchnorm_relu_box_backward", ((4, 3), (2, 3), (2, 3), (2, 3), *[(3,)] * 4)),
         ("batchnorm_relu_box_backward", ((4, 3), (4, 3), (4, 3), (2, 3), *[(3,)] * 4)),
+        ("times_sign", ((2, 3), (3, 2))),
         ("rivals_gain", ((2, 3), (4, 5), (2,))),
         ("rivals_gain", ((2, 3), (3, 1), (2,))),  # labels are ones: of a second class
         ("rivals_gain_backward", ((2, 4), (2, 3), (3, 5), (2,))),

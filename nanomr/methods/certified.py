@@ -69,8 +69,8 @@ def balance(model, box, now):
     """:class:`Balance` for a step from this box, as the ramp has it; None when there is none."""
     if now["ramp"] == 1 or now["eps"] <= 2e-4 * now["eps_end"] or now["balance"] == 0:  # smaller radii underflow
         return None
-    entry, radius = next(iter(model.children.values())), box.radius
-    radius = entry.absolute().apply(radius, bias=False) if isinstance(entry, Normalize) else radius
+    entry, radius = next(iter(model.children.values())), box.radius.mean(0, keepdims=True)
+    radius = entry.absolute().apply(radius, bias=False) if isinstance(entry, Normalize) else radius  # linear, as means
     relus = sum(isinstance(layer, ReLU) for _, layer in model.walk())
     return Balance(float(radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
 

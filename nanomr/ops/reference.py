@@ -291,6 +291,11 @@ def batchnorm_relu_backward(
     return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
 
 
+def times_sign(x, y):
+    """x sign(y), of one shape: the gradient by y, from that by its absolute values."""
+    return x * np.sign(y)
+
+
 def rivals_gain(radius, weight, labels):
     """sum_f |W_fk - W_fy| r_f: (N, K), of radius (N, F), weight (F, K) and the labels y. By loops over the classes, and
     einsum: OpenBLAS may say "invalid value" of float32 products that have none, and these are small."""

@@ -18,6 +18,7 @@ from .boxes import (  # noqa: F401
     relu_box_backward,
     rivals_gain,
     rivals_gain_backward,
+    times_sign,
 )
 from .convolution import (  # noqa: F401
     conv2d,

@@ -163,6 +163,14 @@ def _batchnorm_relu_box_backward(dpoints, dradius, points, radius, mean, scale, 
 
 
 @njit(parallel=True, **FLAGS)
+def _times_sign(x, y, out):
+    for i in prange(len(x)):
+        for j in range(x.shape[1]):
+            at = y[i, j]
+            out[i, j] = x[i, j] if at > _ZERO else (-x[i, j] if at < _ZERO else x[i, j] * at)  # NaN stays NaN
+
+
+@njit(parallel=True, **FLAGS)
 def _rivals_gain(radius, rows, labels, gain):
     for n in prange(len(radius)):
         own = labels[n]
@@ -259,6 +267,14 @@ def batchnorm_relu_box_backward(dpoints, dradius, points, radius, gamma, beta, m
     moved = _along(radius, *slopes)
     _batchnorm_relu_box_backward(*box, mean, scale_, beta, *moved, gains, *_rows(dp), *_rows(dr))
     return dp, dr, dgamma, dbeta
+
+
+def times_sign(x, y):
+    if x.shape != y.shape:
+        raise ValueError(f"{x.shape} and {y.shape} do not fit")
+    out = empty(x.shape)
+    _times_sign(*_flat(ready(x), ready(y), out))
+    return out
 
 
 def _elided(radius, weight, labels, *gradient):

@@ -70,6 +70,7 @@ from .plain import (  # noqa: F401
     relu_box_backward,
     rivals_gain,
     rivals_gain_backward,
+    times_sign,
 )
 from .training import (  # noqa: F401
     begin_step,

@@ -41,6 +41,7 @@ relu_box_backward = _widened(reference.relu_box_backward)
 box_sums = _widened(reference.box_sums)
 rivals_gain = _widened(reference.rivals_gain, pictures=False)  # behind the last layer: float32
 rivals_gain_backward = _widened(reference.rivals_gain_backward, pictures=False)
+times_sign = _widened(reference.times_sign)
 batchnorm_relu_box = _widened(reference.batchnorm_relu_box)
 batchnorm_relu_box_backward = _widened(reference.batchnorm_relu_box_backward)
 relu_hamming = _widened(reference.relu_hamming)
