@@ -104,6 +104,9 @@ class Normalized(NamedTuple):
     def full(self):
         return ops_for(self.x).batchnorm(*self)
 
+    def relu(self):
+        return ops_for(self.x).batchnorm_relu(*self)
+
 
 class BehindReLU(NamedTuple):
     """The gradient behind a ReLU, and what the Hamming regulariser adds in front of it (None without)."""
@@ -128,6 +131,9 @@ class NormalizedBox(NamedTuple):
         (points, radius), gamma, _, _, inv_std = self
         ops = ops_for(gamma)
         return Box(ops.batchnorm(points, *self[1:]), ops.scale_channels(radius, abs(gamma) * inv_std))
+
+    def relu(self) -> Box:
+        return self.relu_and_sums()[0]
 
     def relu_and_sums(self):
         points, radius, sums = ops_for(self.gamma).batchnorm_relu_box(*self.box, *self[1:])
@@ -505,8 +511,7 @@ class ReLU(Layer):
     def forward(self, z, train=False, tap=None):
         if isinstance(z, Normalized | NormalizedBox):
             if tap is None:
-                box = isinstance(z, NormalizedBox)
-                return z.relu_and_sums()[0] if box else ops_for(z.x).batchnorm_relu(*z), (z, None, None)
+                return z.relu(), (z, None, None)
             z = z if getattr(tap, "takes_normalized", False) else z.full()
         else:
             check(self, "z", z.checked()[0] if isinstance(z, PairBatch | Box) else z, (...,))
