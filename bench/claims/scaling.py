@@ -27,7 +27,7 @@ RESULTS = Path("bench/results/claims")
 
 # --- accuracy after equal epochs --------------------------------------------------------------------------------------
 
-SMALL = dict(gamma_i=10.0, gamma_h=600.0, clip=1.0)  # train_cifar.py's for the small network, at N = 128
+SMALL = dict(gamma_i=10.0, gamma_h=600.0, clip=1.0)  # train_cifar.py's for the small network then, at N = 128
 BASE = 128
 FIRST = {  # peak learning rates to begin with, between those that grow with N's root and with N
     "manifold": {

@@ -28,7 +28,7 @@ from . import common
 
 # PreActResNet18's are the paper's. The paper's for the small network collapse: docs/reproduction.md has the sweep.
 DEFAULTS = {
-    "small": dict(gamma_i=10.0, gamma_h=600.0, lr=0.03, clip=1.0),
+    "small": dict(gamma_i=10.0, gamma_h=300.0, lr=0.03, clip=1.0),
     "small on shapes10": dict(gamma_i=4.0, gamma_h=300.0, lr=0.05, clip=1.0),
     "preact_resnet18": dict(gamma_i=0.8, gamma_h=2400.0, lr=0.1, clip=0.0),
     "mlp": dict(gamma_i=0.4, gamma_h=600.0, lr=0.05, clip=1.0),
