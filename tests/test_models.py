@@ -679,6 +679,7 @@ def test_files_of_older_versions_load(builder, short, tmp_path):
         ("small_cnn-cifar10-certified", "small_cnn", {}, 272_570),
         ("small_cnn-cifar10-diffai", "small_cnn", {}, 272_570),
         ("small_cnn-cifar10-pgd", "small_cnn", {}, 272_570),
+        ("small_cnn-cifar10-standard", "small_cnn", {}, 272_570),
         ("preact_resnet18-cifar10", "preact_resnet18", {"width": 32}, 2_796_714),
         ("preact_resnet18-cifar10-worst-corner", "preact_resnet18", {"width": 32}, 2_796_714),
     ],
