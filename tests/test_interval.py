@@ -188,6 +188,22 @@ def test_the_gradient_of_the_step(method, q, ramp, balance):
         check_vjp(loss, lambda d: (d * wrong,), [w])
 
 
+@pytest.mark.parametrize("ramp", [0.3, 1.0])
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "dual"])
+def test_a_step_in_float32_is_that_of_the_reference(method, ramp):
+    """By the CPU's kernels: the loss, and all gradients to the digits that they have."""
+    found = []
+    for dtype in (np.float32, np.float64):
+        model, g = network(dtype)
+        x, labels = g.random((4, 8, 8, 3), np.float32).astype(dtype), g.integers(0, 3, 4)
+        now = {"eps": 0.1 * ramp, "eps_end": 0.1, "ramp": ramp} | METHODS[method].filled({})
+        loss = METHODS[method].step(model, x, labels, lambda stream: rng.generator(0, stream), now)["loss"]
+        found.append((loss, model.gradients))
+    (loss, gradients), (exact, wanted) = found
+    assert gradients.dtype == np.float32 and loss == pytest.approx(exact, rel=1e-5)
+    np.testing.assert_allclose(gradients, wanted, rtol=0, atol=1e-4 * abs(wanted).max())
+
+
 @pytest.mark.parametrize(
     ("ramp", "rest", "weight"), [(0.3, 0.0, 0.7), (0.5, 0.2, 0.6), (1.0, 0.2, 0.2), (1.0, 0.0, 0.0)]
 )

@@ -17,8 +17,8 @@ def _lines_down(a, lower, upper, offset, rows, below, above):
         for r in range(a.shape[1]):
             low = high = _ZERO
             for j in range(a.shape[2]):
-                positive = a[i, r, j] if a[i, r, j] > _ZERO else _ZERO
-                negative = a[i, r, j] - positive
+                v = a[i, r, j]
+                positive, negative = (v, _ZERO) if v > _ZERO else (_ZERO, v)  # NaN is in one of them, infinity stays
                 rows[i, r, j] = positive * lower[i, j] + negative * upper[i, j]
                 low, high = low + negative * offset[i, j], high + positive * offset[i, j]
             below[i, r], above[i, r] = low, high
@@ -33,10 +33,10 @@ def _lines_up(z, a, low, high, lower, upper, offset, points, d_lower, d_upper, d
             by_low, by_high = low[i, r], high[i, r]
             for j in range(a.shape[2]):
                 v, point, below, above = a[i, r, j], z[i, r, j], lower[i, j], upper[i, j]  # loads before any choice
-                positive = v if v > _ZERO else _ZERO
+                positive, negative = (v, _ZERO) if v > _ZERO else (_ZERO, v)
                 side = by_high if v > _ZERO else (by_low if v < _ZERO else _ZERO)
                 d_lower[i, j] += positive * point
-                d_upper[i, j] += (v - positive) * point
+                d_upper[i, j] += negative * point
                 d_offset[i, j] += v * side
                 points[i, r, j] = (below if v > _ZERO else above) * point + side * offset[i, j]
 
@@ -54,10 +54,10 @@ def _scale_up(z, a, total, scale, shift, points, d_scale, d_shift):
                 points[i, r, j] = scale[j] * z[i, r, j] + g * shift[j]
 
 
-def _rows(n, *arrays):
-    """Arrays (n, R, ...) as contiguous (n, R, features). ValueError where their shapes differ."""
-    if len({a.shape for a in arrays}) > 1 or len(arrays[0]) != n:
-        raise ValueError(f"rows {', '.join(str(a.shape) for a in arrays)} do not fit each other, or {n} images")
+def _rows(*arrays):
+    """Arrays (N, R, ...) as contiguous (N, R, features). ValueError where their shapes differ."""
+    if len({a.shape for a in arrays}) > 1:
+        raise ValueError(f"rows {', '.join(str(a.shape) for a in arrays)} do not fit each other")
     return [ready(a).reshape(*a.shape[:2], math.prod(a.shape[2:])) for a in arrays]
 
 
@@ -71,7 +71,7 @@ def _lines(a, *lines):
 def lines_down(a, lower, upper, offset):
     lines, rows = _lines(a, lower, upper, offset), empty(a.shape)
     below, above = empty(a.shape[:2]), empty(a.shape[:2])
-    _lines_down(*_rows(len(a), a), *lines, *_rows(len(a), rows), below, above)
+    _lines_down(*_rows(a), *lines, *_rows(rows), below, above)
     return rows, below, above
 
 
@@ -79,7 +79,7 @@ def lines_up(z, a, low, high, lower, upper, offset):
     lines, points, found = _lines(a, lower, upper, offset), empty(a.shape), [empty(lower.shape) for _ in range(3)]
     if not low.shape == high.shape == a.shape[:2]:
         raise ValueError(f"gradients {low.shape} and {high.shape} do not fit rows {a.shape}")
-    _lines_up(*_rows(len(a), z, a), ready(low), ready(high), *lines, *_rows(len(a), points), *_flat(*found))
+    _lines_up(*_rows(z, a), ready(low), ready(high), *lines, *_rows(points), *_flat(*found))
     return points, *found
 
 
@@ -88,5 +88,5 @@ def scale_up(z, a, total, scale, shift):
         raise ValueError(f"{total.shape}, {scale.shape} and {shift.shape} do not fit rows {a.shape}")
     points, found = empty(a.shape), [empty((len(a), *a.shape[2:])) for _ in range(2)]
     channels = [ready(np.broadcast_to(each, a.shape[2:])).ravel() for each in (scale, shift)]
-    _scale_up(*_rows(len(a), z, a), ready(total), *channels, *_rows(len(a), points), *_flat(*found))
+    _scale_up(*_rows(z, a), ready(total), *channels, *_rows(points), *_flat(*found))
     return points, *(d.sum(tuple(range(d.ndim - 1))) for d in found)
