@@ -667,11 +667,10 @@ class Sequential(Layer):
     def backward(self, dy, cache, param_grads=True, input_grad=True):
         caches, expanded_at = cache
         layers = list(self.children.values())
-        needed = [
-            input_grad or (param_grads and any(below.has_params for below in layers[:i])) for i in range(len(layers))
-        ]
+        learn = [param_grads and layer.has_params for layer in layers]
+        needed = [input_grad or any(learn[:i]) for i in range(len(layers))]
         for i in reversed(range(len(layers))):
-            if not (needed[i] or (param_grads and layers[i].has_params)):
+            if not (needed[i] or learn[i]):
                 return None
             dy = layers[i].backward(dy, caches[i], param_grads=param_grads, input_grad=needed[i])
             if i == expanded_at and dy is not None:

@@ -1,9 +1,9 @@
 """The CPU: Numba kernels for float32 and bfloat16. The same functions as ``reference``, which is their oracle.
 
 ``convolution``: which kernel a convolution gets. ``gather_gemm``: the sum behind all layers, and the linear ones;
-``amx``: the same by tiles; ``winograd``: with fewer multiplications. ``normalization``: batch norm and the ReLU behind
-it. ``elementwise``, ``boxes``, ``lines``, ``attacks``, ``training``: what touches each number once. ``simd``: vectors,
-kept in registers. ``memory``: recycled arrays.
+``amx``: the same by tiles; ``winograd``, ``winograd_strided``: with fewer multiplications. ``normalization``: batch
+norm and the ReLU behind it. ``elementwise``, ``boxes``, ``lines``, ``attacks``, ``training``: what touches each number
+once. ``simd``: vectors, kept in registers. ``memory``: recycled arrays.
 
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """

@@ -1,6 +1,7 @@
 """Convolutions on the CPU: which kernel a layer gets, and the tables of offsets that ``gather_gemm`` follows.
 
 float32, 3 x 3, stride 1, at least 32 channels      ``winograd``
+float32, 4 x 4, stride 2, at least 16 channels      ``winograd_strided``, backwards only
 bfloat16, channels that fill tiles, where they are  ``amx``
 all others                                          ``gather_gemm``
 """
@@ -10,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..reference import conv2d_shape
-from . import amx, simd, winograd
+from . import amx, simd, winograd, winograd_strided
 from .gather_gemm import (
     agree,
     bias_of,
@@ -20,6 +21,7 @@ from .gather_gemm import (
     gather_gemm_reduce_pairs,
     lanes_of,
     panels_of,
+    runs_of,
     sum_parts,
     threads,
 )
@@ -159,6 +161,10 @@ def _by_winograd(x, w_shape, stride, padding):
     return x.dtype == np.float32 and winograd.fits(w_shape, stride, padding)
 
 
+def _by_strided_winograd(x, w_shape, stride):
+    return x.dtype == np.float32 and winograd_strided.fits(w_shape, stride)
+
+
 def conv2d(x, w, b, stride, padding, plus=None):
     shape = conv2d_shape(x.shape, w.shape, stride, padding)
     agree("plus", shape if plus is None else plus.shape, shape)
@@ -188,6 +194,8 @@ def conv2d_input_gradient(dy, w, stride, padding, x_shape, plus=None):
     if _by_winograd(dy, w.shape, stride, padding):
         mirrored = w[::-1, ::-1].swapaxes(2, 3)  # what padding there was, and what there was not
         return winograd.conv2d(dy, mirrored, None, tuple(2 - p for p in padding), plus, x_shape)
+    if _by_strided_winograd(dy, w.shape, stride):
+        return winograd_strided.input_gradient(dy, w, padding, x_shape, plus)
     (kh, kw, c, _), (_, h, w_x, _) = w.shape, x_shape
     rows, c_out, product = _source(dy)
     w = w if product == "float32" else _even(w, 3)
@@ -221,14 +229,15 @@ def conv2d_weight_gradient(x, dy, w_shape, stride, padding):
     agree("dy", dy.shape, conv2d_shape(x.shape, w_shape, stride, padding))
     if _by_winograd(x, w_shape, stride, padding):
         return winograd.conv2d_weight_gradient(x, dy, padding)
+    if _by_strided_winograd(x, w_shape, stride):
+        return winograd_strided.weight_gradient(x, dy, padding)
     c_out = w_shape[3]
     columns = c_out + -c_out % WIDTH
     images = _together(dy.shape[1] * dy.shape[2])
     pixels, _, taps, place = _forward_tables((images, *x.shape[1:]), w_shape, stride, padding)
-    rows = np.zeros(-(-len(taps) // ROWS) * ROWS, np.int64)  # the rows added are computed and thrown away
-    rows[: len(taps)] = taps
-    parts = sum_parts(len(rows) * columns)
-    dw, db = np.zeros((parts, len(rows), columns), np.float32), np.zeros((parts, columns), np.float32)
+    rows = runs_of(taps)
+    parts = sum_parts(rows.size * columns)
+    dw, db = np.zeros((parts, rows.size, columns), np.float32), np.zeros((parts, columns), np.float32)
     steps = np.arange(ROWS) * columns  # from one row of dw to the next
     if x.dtype == np.float32:
         flat = dy.reshape(-1, c_out)

@@ -81,7 +81,7 @@ def _place_pair(x, n, padded, start, place):
 
 
 @njit(**FLAGS)
-def _window(sums, plus, n, out, place):
+def window(sums, plus, n, out, place):
     """Image n of ``out`` (N, H, W C) from the middle of a padded one, inverse of :func:`place_image`; and ``plus``."""
     top, left, row, _ = place
     width = out.shape[2]
@@ -154,20 +154,20 @@ def gather_gemm(x, place, w, bias, plus, out, wide, images, a, o, pixels, b, tap
                 else:
                     sweep(padded, a, *i, *r, flat_plus, flat_out, n * size, *columns)
             if wide[3]:
-                _window(margins, plus, n, out, wide)
+                window(margins, plus, n, out, wide)
 
 
 @njit(**FLAGS)
-def reduce(padded, taps, k_taps, dy, first, columns, pixels, dw, at, db, at_db, stored, lanes):
+def reduce(padded, taps, dy, first, columns, pixels, dw, at, db, at_db, stored, lanes):
     """dw[at + k columns + c] += sum over pixels r of padded[taps_k + pixels_r] dy[first + r columns + c], and
-    db[at_db + c] += the sum of dy."""
+    db[at_db + c] += the sum of dy. ``taps`` as :func:`runs_of` gives them."""
     width = simd.width(lanes)
     for c in range(0, columns, width):
         total = simd.load_sums(db, at_db + c, lanes)
         for r in range(len(pixels)):
             total = simd.add(total, simd.load(dy, first + r * columns + c, lanes))
         simd.store(db, at_db + c, total, 0, width)
-        for k in range(0, k_taps, ROWS):
+        for k in range(0, taps.size, ROWS):
             corner, rows = at + k * columns + c, simd.tile_rows(padded, taps, k)
             sums = simd.tile_load(stored, corner, lanes)
             for r in range(len(pixels)):
@@ -185,7 +185,7 @@ def gather_gemm_reduce(x, place, images, dy, taps, pixels, steps, dw, db, lanes)
     finishes first. ``pixels`` are those of ``images`` images, one after another.
     """
     n_images, n_pixels, columns = dy.shape
-    chunks, k_taps = dw.shape[0], dw.shape[1]
+    chunks, k_taps = dw.shape[:2]
     flat_dy, flat_dw, flat_db = dy.reshape(-1), dw.reshape(-1), db.reshape(-1)
     stored = simd.tile_rows(flat_dw, steps, 0)
     for t in prange(chunks):
@@ -196,7 +196,7 @@ def gather_gemm_reduce(x, place, images, dy, taps, pixels, steps, dw, db, lanes)
                 place_image(x[n + i], padded, i * place[3], place)
             at, now = n * n_pixels * columns, pixels[: count * n_pixels]
             where = t * k_taps * columns, flat_db, t * columns
-            reduce(padded, taps, k_taps, flat_dy, at, columns, now, flat_dw, *where, stored, lanes)
+            reduce(padded, taps, flat_dy, at, columns, now, flat_dw, *where, stored, lanes)
 
 
 @njit(parallel=True, **FLAGS)
@@ -216,7 +216,16 @@ def gather_gemm_reduce_pairs(x, place, pairs, dy, columns, taps, pixels, steps, 
                 _place_pair(x, 2 * (n + i), padded, i * place[3], place)
                 _place_pair(dy, 2 * (n + i), words, i * dy_place[3], dy_place)
             now, where = pixels[: count * n_pixels], (t * k_taps * columns, flat_db, t * columns)
-            reduce(padded, taps, k_taps, words, 0, columns, now, flat_dw, *where, stored, lanes)
+            reduce(padded, taps, words, 0, columns, now, flat_dw, *where, stored, lanes)
+
+
+def runs_of(taps):
+    """Taps, int64, filled up to a multiple of ROWS: the rows added are computed and thrown away. As a table of two
+    dimensions if each ROWS of them follow each other: it tells :func:`simd.tile_rows` so."""
+    table = np.zeros(-(-len(taps) // ROWS) * ROWS, np.int64)
+    table[: len(taps)] = taps
+    runs = table.reshape(-1, ROWS)
+    return runs if (runs == runs[:, :1] + np.arange(ROWS)).all() else table
 
 
 # --- what both kinds of layers need ----------------------------------------------------------------------------------

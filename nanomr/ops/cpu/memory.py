@@ -62,7 +62,7 @@ def empty(shape, dtype=np.float32) -> np.ndarray:
 def _fresh(size):
     """(memory for ``size`` floats, its first cache line: a vector load across two lines costs double)."""
     buffer = np.empty(size + _LINE, np.float32)
-    return buffer, -(buffer.ctypes.data // 4) % _LINE
+    return buffer, -(buffer.__array_interface__["data"][0] // 4) % _LINE
 
 
 def release():

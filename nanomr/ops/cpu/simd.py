@@ -9,6 +9,7 @@ All indices are offsets, in elements, into the array's memory (C-contiguous); no
 """
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -24,7 +25,7 @@ def has(feature: str) -> bool:
 
 AVX512 = has("avx512f")
 WIDTH = 16  # numbers in the narrow vector
-ROWS = 7 if AVX512 else 4  # accumulators: what leaves registers for the operands, by trial
+ROWS = 8 if AVX512 else 4  # accumulators: what leaves registers for the operands, by trial
 MAX_LANES = 2 if AVX512 else 1
 
 # How words are multiplied: by one instruction (AVX-512 BF16), or by two float32 products (any machine).
@@ -94,9 +95,12 @@ class _Model(models.PrimitiveModel):
 register_model(_LanesType)(models.OpaqueModel)
 
 
+_type_of_lanes = cache(lambda lanes: _LanesType(*lanes))
+
+
 @typeof_impl.register(Lanes)
 def _typeof(value, _):
-    return _LanesType(value.count, value.product)
+    return _type_of_lanes(value)
 
 
 @unbox(_LanesType)
@@ -370,15 +374,23 @@ _ELEMENTS = {types.float32: _FLOAT, types.int32: _I32, types.uint16: _I16}
 
 @intrinsic
 def tile_rows(typingctx, array, table, start):
-    """The addresses of array[table[k]], start <= k < start + ROWS, in registers; ``table`` is int64."""
+    """The addresses of array[table[k]], start <= k < start + ROWS, in registers; ``table`` is int64.
+
+    A table of shape (K / ROWS, ROWS) says that numbers of a row of it follow each other: then one address is enough,
+    for which there is always a register.
+    """
+    runs = table.ndim == 2
 
     def codegen(context, builder, signature, args):
         array_value, table_value, start_value = args
         result = ir.Constant(signature.return_type.llvm, ir.Undefined)
         for row in range(ROWS):
-            index = builder.add(start_value, ir.Constant(_I64, row))
-            index = builder.load(address(context, builder, signature.args[1], table_value, index))
-            place = address(context, builder, signature.args[0], array_value, index)
+            if row == 0 or not runs:
+                index = builder.add(start_value, ir.Constant(_I64, row))
+                index = builder.load(address(context, builder, signature.args[1], table_value, index))
+                place = first = address(context, builder, signature.args[0], array_value, index)
+            else:
+                place = builder.gep(first, [ir.Constant(_I64, row)])
             result = builder.insert_value(result, place, row)
         return result
 

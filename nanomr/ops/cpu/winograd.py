@@ -20,7 +20,7 @@ from numba import njit, prange
 
 from . import simd
 from .flags import FLAGS
-from .gather_gemm import bias_of, lanes_of, place_image, reduce, sum_parts, sweep, threads
+from .gather_gemm import bias_of, lanes_of, place_image, reduce, runs_of, sum_parts, sweep, threads
 from .memory import empty, ready
 from .simd import ROWS, WIDTH
 
@@ -215,7 +215,7 @@ def _row_to_weights(du, k, rows, c_in, c_out, parts, dw, lanes):
 
 
 @njit(inline="always")
-def _where(t, grid):
+def where_tile(t, grid):
     """Tile t of some images: (its image, its row, its column)."""
     return t // (grid[0] * grid[1]), t % (grid[0] * grid[1]) // grid[1], t % grid[1]
 
@@ -224,7 +224,7 @@ def _where(t, grid):
 def _input_block(x, first, count, grid, place, channels, v, step, lanes):
     """V of the tiles first to first + count of the padded images x: v[e step + t channels + c]."""
     for t in range(count):
-        image, i, j = _where(first + t, grid)
+        image, i, j = where_tile(first + t, grid)
         at = image * place[3] + 2 * i * place[2] + 2 * j * channels
         _tile_of_input(x, at, place[2], channels, v, t * channels, step, lanes)
 
@@ -234,7 +234,7 @@ def _gradient_block(dy, first, count, grid, shape, m, step, lanes):
     """dM of those of dy, images of ``shape`` (H, W, C)."""
     height, width, channels = shape
     for t in range(count):
-        image, i, j = _where(first + t, grid)
+        image, i, j = where_tile(first + t, grid)
         at, inside = ((image * height + 2 * i) * width + 2 * j) * channels, (2 * i + 1 < height, 2 * j + 1 < width)
         _tile_of_gradient(dy, at, width * channels, inside, channels, m, t * channels, step, lanes)
 
@@ -244,7 +244,7 @@ def _output_block(m, step, first, count, grid, shape, bias, plus, out, lanes):
     """The outputs of those, from M."""
     height, width, channels = shape
     for t in range(count):
-        image, i, j = _where(first + t, grid)
+        image, i, j = where_tile(first + t, grid)
         at, inside = ((image * height + 2 * i) * width + 2 * j) * channels, (2 * i + 1 < height, 2 * j + 1 < width)
         _tile_to_output(m, t * channels, step, bias, plus, out, at, width * channels, inside, channels, lanes)
 
@@ -301,7 +301,7 @@ def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, s
     """Images begin <= n < end of :func:`_reduce_parts`, one part of it: du (16, K, C'), db (16, C')."""
     shape, tiles = dy.shape[1:], grid[0] * grid[1]
     flat_dy, flat_du, flat_db = dy.reshape(-1), du.reshape(-1), db.reshape(-1)
-    stored, k_taps, size = simd.tile_rows(flat_du, steps, 0), len(taps), shape[0] * shape[1] * shape[2]
+    stored, k_taps, size = simd.tile_rows(flat_du, steps, 0), taps.size, shape[0] * shape[1] * shape[2]
     padded = np.zeros(images * place[3], np.float32)
     flat_du[:] = 0
     for n in range(begin, end, images):
@@ -314,17 +314,19 @@ def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, s
             _input_block(padded, first, count, grid, place, pixels[1], v.reshape(-1), v.shape[1], one)
             _gradient_block(these, first, count, grid, shape, m.reshape(-1), m.shape[1], one)
             for e in range(ENTRIES):
-                rows, where = (v[e], taps, k_taps, m[e], 0, shape[2]), (e * k_taps * shape[2], flat_db, e * shape[2])
+                rows, where = (v[e], taps, m[e], 0, shape[2]), (e * k_taps * shape[2], flat_db, e * shape[2])
                 reduce(*rows, pixels[:count], flat_du, *where, stored, lanes)
 
 
 @njit(parallel=True, **FLAGS)
 def _reduce_parts(x, place, grid, dy, images, v, m, taps, pixels, steps, du, db, lanes, one):
     """du (parts, 16, K, C') = for each part of the images the sum of V * dM; db (parts, 16, C') that of dM."""
-    n, parts = len(x), len(du)
-    for t in prange(parts):
-        begin, end, room = n * t // parts, n * (t + 1) // parts, (v[t], m[t])
-        _reduce_images(x, begin, end, place, grid, dy, images, *room, taps, pixels, steps, du[t], db[t], lanes, one)
+    n, parts, chunks = len(x), len(du), len(v)
+    for chunk in prange(chunks):
+        room = v[chunk], m[chunk]
+        for t in range(parts * chunk // chunks, parts * (chunk + 1) // chunks):
+            begin, end = n * t // parts, n * (t + 1) // parts
+            _reduce_images(x, begin, end, place, grid, dy, images, *room, taps, pixels, steps, du[t], db[t], lanes, one)
 
 
 @lru_cache(256)
@@ -365,13 +367,12 @@ def conv2d(x, w, b, padding, plus, shape):
 def conv2d_weight_gradient(x, dy, padding):
     """(dw, db) of such a convolution."""
     c_in, c_out, one = x.shape[3], dy.shape[3], simd.Lanes(1)
-    taps = np.zeros(-(-c_in // ROWS) * ROWS, np.int64)  # the rows added are computed and thrown away
-    taps[:c_in] = np.arange(c_in)
-    parts = sum_parts(9 * len(taps) * c_out)
-    du, db = empty((parts, ENTRIES, len(taps), c_out)), np.zeros((parts, ENTRIES, c_out), np.float32)
+    taps = runs_of(np.arange(c_in))
+    parts = sum_parts(9 * taps.size * c_out)
+    du, db = empty((parts, ENTRIES, taps.size, c_out)), np.zeros((parts, ENTRIES, c_out), np.float32)
     grid, place, images = _geometry(x.shape, padding)
     tables = taps, np.arange(BLOCK) * c_in, np.arange(ROWS) * c_out
-    v, m = _tiles(parts, c_in), _tiles(parts, c_out)
+    v, m = _tiles(threads(), c_in), _tiles(threads(), c_out)
     _reduce_parts(_rows(x), place, grid, ready(dy), images, v, m, *tables, du, db, lanes_of(c_out), one)
     dw = empty((3, 3, c_in, c_out))
     _transform_back(du, dw, one)
