@@ -236,6 +236,20 @@ def _scale_up(g, shape):
     return _normal(g, a.shape), a, _normal(g, a.shape[:2]), scale, shift
 
 
+def _in_a_box(g, shape):
+    a, centre, radius, _ = _lines(g, shape)
+    return a, centre, radius
+
+
+def _corner(g, shape):
+    a, *box = _in_a_box(g, shape)
+    return a, *(_normal(g, a.shape[:2]) for _ in range(2)), *box
+
+
+def _corner_magnitude(a, low, high, centre, radius):
+    return reference.lines_corner(np.ones_like(a), 0 * low, np.abs(low) + np.abs(high), np.abs(centre), np.abs(radius))
+
+
 def _weight(g, n):
     return g.standard_normal(n).astype(np.float32)
 
@@ -472,6 +486,10 @@ OPERATIONS = {
     "relu_box_backward": Operation(arguments(feature_maps, _box_backward), _box_backward_magnitude),
     "lines_down": Operation(arguments(feature_maps, _lines), _lines_down_magnitude),
     "lines_up": Operation(arguments(feature_maps, _lines_up), _lines_up_magnitude),
+    "lines_reach": Operation(
+        arguments(feature_maps, _in_a_box), lambda *args: (reference.lines_reach(*map(np.abs, args))[1],) * 2
+    ),
+    "lines_corner": Operation(arguments(feature_maps, _corner), _corner_magnitude),
     "scale_up": Operation(arguments(feature_maps, _scale_up), absolute(reference.scale_up)),
     "batchnorm_relu_box": Operation(arguments(feature_maps, _norm_box), _norm_box_magnitude, wide=2),
     "batchnorm_relu_box_backward": Operation(arguments(feature_maps, _norm_box_backward), _norm_box_backward_magnitude),
@@ -679,6 +697,9 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("lines_down", ((2, 5, 4), (3, 4), (3, 4), (3, 4))),
         ("lines_up", ((2, 5, 4), (2, 6, 4), (2, 5), (2, 5), *[(2, 4)] * 3)),
         ("lines_up", ((2, 5, 4), (2, 5, 4), (2, 5), (2, 4), *[(2, 4)] * 3)),
+        ("lines_reach", ((2, 5, 4), (2, 4), (2, 3))),
+        ("lines_corner", ((2, 5, 4), (2, 5), (2, 5), (1, 4), (1, 4))),
+        ("lines_corner", ((2, 5, 4), (2, 4), (2, 5), (2, 4), (2, 4))),
         ("scale_up", ((2, 5, 3, 4), (2, 5, 2, 4), (2, 5), (4,), (4,))),
         ("scale_up", ((2, 5, 3, 4), (2, 5, 3, 4), (5, 2), (4,), (4,))),
         ("scale_up", ((2, 5, 3, 4), (2, 5, 3, 4), (2, 5), (3,), (3,))),

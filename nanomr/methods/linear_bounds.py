@@ -210,9 +210,12 @@ class Map:
         rows = z.reshape(-1, *z.shape[2:])
         if self.layer.params:
             self.layer.accumulate_from(rows, a.reshape(-1, *a.shape[2:]), bias=False)
-        if "bias" in self.layer.params:
-            self.layer.accumulate(bias=(a * _like(low + high, a)).sum(tuple(range(a.ndim - 1))))
         z = self.layer.apply(rows, bias=False).reshape(*z.shape[:2], *a.shape[2:])
+        if "bias" in self.layer.params:
+            bias = self.layer.params["bias"]
+            z, _, d_bias = ops_for(a).scale_up(z, a, low + high, array_module(a).ones_like(bias), bias)
+            self.layer.accumulate(bias=d_bias)
+            return z
         return z if self.at_zero is None else z + _times(low + high, self.at_zero)
 
 
@@ -220,11 +223,6 @@ def _inner(a, b):
     """(N, R): the sums of the products of a (N, R, ...) with b (N, ...); either N may be 1."""
     flat = a.reshape(*a.shape[:2], -1), b.reshape(len(b), -1)
     return array_module(a).einsum("nri,ni->nr", *flat)  # not by BLAS: see reference.rivals_gain
-
-
-def _like(g, a):
-    """g (N, R), with axes to meet a (N, R, ...)."""
-    return g.reshape(*g.shape, *(1,) * (a.ndim - 2))
 
 
 def _times(g, b):
@@ -309,8 +307,8 @@ class Relaxed:
             record.append(a)
             a, *constants = step.known.down(a, at)
             low, high = low + constants[0], high + constants[1]
-        middle, width = _inner(a, self.centre[at]), _inner(abs(a), self.radius[at])
-        return low + middle - width, high + middle + width, (a, record[::-1])
+        least, largest = ops_for(a).lines_reach(a, self.centre[at], self.radius[at])
+        return low + least, high + largest, (a, record[::-1])
 
     def bounds_backward(self, record, d_low, d_high):
         """Add what the gradients by :meth:`bounds`, (N, R) each, make of all others.
@@ -320,8 +318,8 @@ class Relaxed:
         of low and of high added.
         """
         for at, (a, coefficients) in record:
-            low, high, xp = d_low[at], d_high[at], array_module(a)
-            z = _times(low + high, self.centre[at]) + _times(high - low, self.radius[at]) * xp.sign(a)
+            low, high = d_low[at], d_high[at]
+            z = ops_for(a).lines_corner(a, low, high, self.centre[at], self.radius[at])
             for step, a in zip(self.steps, coefficients, strict=False):  # those that there were
                 z = step.known.up(z, a, low, high, at)
 

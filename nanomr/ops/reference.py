@@ -189,6 +189,21 @@ def scale_up(z, a, total, scale, shift):
     return scale * z + shift * total, (a * z).sum(channels), (a * total).sum(channels)
 
 
+def lines_reach(a, centre, radius):
+    """(least, largest), (N, R): what rows a (N, R, ...) take in a box around ``centre`` (N, ...)."""
+    flat = a.reshape(*a.shape[:2], -1)
+    middle = np.einsum("nri,ni->nr", flat, centre.reshape(len(centre), -1))  # not by BLAS: see rivals_gain
+    width = np.einsum("nri,ni->nr", abs(flat), radius.reshape(len(radius), -1))
+    return middle - width, middle + width
+
+
+def lines_corner(a, low, high, centre, radius):
+    """Where in the box those are taken, (N, R, ...), weighted by their gradients ``low`` and ``high`` (N, R) and added:
+    what goes up by :func:`lines_up`."""
+    low, high = (g.reshape(*g.shape, *(1,) * (a.ndim - 2)) for g in (low, high))
+    return (low + high) * centre[:, None] + (high - low) * radius[:, None] * np.sign(a)
+
+
 # --- input normalisation ----------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,27 @@ def _scale_up(z, a, total, scale, shift, points, d_scale, d_shift):
                 points[i, r, j] = scale[j] * z[i, r, j] + g * shift[j]
 
 
+@njit(parallel=True, **FLAGS)
+def _lines_reach(a, centre, radius, least, largest):
+    for i in prange(len(a)):
+        for r in range(a.shape[1]):
+            middle = width = _ZERO
+            for j in range(a.shape[2]):
+                v = a[i, r, j]
+                middle, width = middle + v * centre[i, j], width + abs(v) * radius[i, j]
+            least[i, r], largest[i, r] = middle - width, middle + width
+
+
+@njit(parallel=True, **FLAGS)
+def _lines_corner(a, low, high, centre, radius, points):
+    for i in prange(len(a)):
+        for r in range(a.shape[1]):
+            total, apart = low[i, r] + high[i, r], high[i, r] - low[i, r]
+            for j in range(a.shape[2]):
+                v, size = a[i, r, j], apart * radius[i, j]  # NaN stays NaN
+                points[i, r, j] = total * centre[i, j] + (size if v > _ZERO else (-size if v < _ZERO else size * v))
+
+
 def _rows(*arrays):
     """Arrays (N, R, ...) as contiguous (N, R, features). ValueError where their shapes differ."""
     if len({a.shape for a in arrays}) > 1:
@@ -75,12 +96,29 @@ def lines_down(a, lower, upper, offset):
     return rows, below, above
 
 
-def lines_up(z, a, low, high, lower, upper, offset):
-    lines, points, found = _lines(a, lower, upper, offset), empty(a.shape), [empty(lower.shape) for _ in range(3)]
+def _weights_fit(a, low, high):
     if not low.shape == high.shape == a.shape[:2]:
         raise ValueError(f"gradients {low.shape} and {high.shape} do not fit rows {a.shape}")
+
+
+def lines_up(z, a, low, high, lower, upper, offset):
+    _weights_fit(a, low, high)
+    lines, points, found = _lines(a, lower, upper, offset), empty(a.shape), [empty(lower.shape) for _ in range(3)]
     _lines_up(*_rows(z, a), ready(low), ready(high), *lines, *_rows(points), *_flat(*found))
     return points, *found
+
+
+def lines_reach(a, centre, radius):
+    box, ends = _lines(a, centre, radius), [empty(a.shape[:2]) for _ in range(2)]
+    _lines_reach(*_rows(a), *box, *ends)
+    return tuple(ends)
+
+
+def lines_corner(a, low, high, centre, radius):
+    _weights_fit(a, low, high)
+    box, points = _lines(a, centre, radius), empty(a.shape)
+    _lines_corner(*_rows(a), ready(low), ready(high), *box, *_rows(points))
+    return points
 
 
 def scale_up(z, a, total, scale, shift):

@@ -18,7 +18,9 @@ from .. import bfloat16  # noqa: F401  (offered from here)
 from ..reference import (  # noqa: F401  (as they are)
     adamw_update,
     conv2d_shape,
+    lines_corner,
     lines_down,
+    lines_reach,
     lines_up,
     linf_bounds,
     linf_step,
