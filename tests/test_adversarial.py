@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanomr import checkpoint, metrics, models, rng, shapes10
-from nanomr.attacks.common import L1, L2, Linf, project_l1
+from nanomr.attacks.common import L1, L2, Linf
 from nanomr.attacks.objectives import cross_entropy_each
 from nanomr.attacks.pgd import ascend
 from nanomr.attacks.wasserstein import ascend as wasserstein_ascend
@@ -23,6 +23,7 @@ from nanomr.manifold import corners_of
 from nanomr.methods import METHODS, adversarial, manifold
 from nanomr.models import Model
 from nanomr.ops import bfloat16, ops_for
+from nanomr.ops.balls import project_l1
 from nanomr.optim import SGD
 from nanomr.programs import train as train_program
 from nanomr.testing.strategies import fewer, seeds

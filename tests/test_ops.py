@@ -322,6 +322,17 @@ def _linf_step(g, shape):
     return x, _normal(g, shape, special=True), g.random(shape[0], np.float32), x0, float(g.choice([0, 0.03, 2]))
 
 
+def _l2_step(g, shape):
+    x, gradient, size, x0, eps = _linf_step(g, shape)
+    return x, gradient, size, x0, 10 * eps
+
+
+def _l1_step(g, shape):
+    """Of gradients that are equal any may be chosen: here none is, but for 0, which never is."""
+    x, _, *rest = _l2_step(g, shape)
+    return x, _normal(g, shape) * g.choice(np.float32([0, 1, 1]), shape), *rest, int(g.integers(1, 25))
+
+
 def _plane_step(g, shape):
     """Planes near, far and out of reach; some coordinates at the box, some weights zero."""
     points = np.clip(g.uniform(-0.3, 1.3, shape), 0, 1).astype(np.float32)
@@ -509,6 +520,8 @@ OPERATIONS = {
     "linf_step": Operation(
         arguments(feature_maps, _linf_step), lambda x, gradient, size, x0, eps: np.abs(x) + _dims(size, x) + x0 + eps
     ),
+    "l2_step": Operation(arguments(feature_maps, _l2_step), lambda x, gradient, size, x0, eps: np.ones_like(x)),
+    "l1_step": Operation(arguments(feature_maps, _l1_step), lambda x, *rest: np.ones_like(x)),
     "plane_step": Operation(arguments(feature_maps, _plane_step), _plane_step_magnitude),
     "crop_flip": Operation(arguments(images(n=(1, 4), size=(1, 9)), _crops), ones_for(reference.crop_flip)),
 }

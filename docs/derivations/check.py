@@ -11,13 +11,13 @@ import numpy as np
 
 from nanomr import layers, losses, manifold, models
 from nanomr.attacks import objectives
-from nanomr.attacks.common import project_l1
 from nanomr.attacks.wasserstein import _log_transport, lambert_of_exp, project
 from nanomr.gradcheck import check_vjp, gradcheck
 from nanomr.layers import PairBatch
 from nanomr.methods import METHODS, manifold_step
 from nanomr.methods.manifold import worse_corners
 from nanomr.ops import reference as ops
+from nanomr.ops.balls import project_l1
 from nanomr.verify.bounds import crown as verifier
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact import collapsed, split

@@ -11,6 +11,7 @@ from .. import rng
 from ..backend import array_module, to_numpy
 from ..errors import NoClass
 from ..ops import ops_for
+from ..ops.balls import rounding_slack
 
 PGD, APGD_CE, APGD_T, FAB, FAB_T, SQUARE, WASSERSTEIN, APGD_DLR = range(8)  # the salts of draws(), one for each attack
 
@@ -84,27 +85,14 @@ class L2:
 
     def project(self, x0, x):
         """First onto the ball, then onto the box (which may lead further inside the ball), as the references do."""
-        xp = array_module(x)
-        change = x - x0
-        # A little short of eps, since factor, product and sum are rounded: to one digit in the last place each
-        eps = self.eps * (1 - 4 * float(np.finfo(x.dtype).eps) - _slack(x))
-        scale = eps / xp.maximum(l2(change), max(eps, 1e-300))
-        change = change * per_image(scale.astype(x.dtype), x)
-        moved = x0 + change
-        # The sum was rounded, perhaps outwards, and thousands of pixels add up: round every pixel towards x0.
-        moved = xp.where(abs(moved - x0) > abs(change), xp.nextafter(moved, x0), moved)
-        return xp.clip(moved, 0, 1)
+        return self.step(x0, x, x, array_module(x).zeros(len(x), x.dtype))
 
     def step(self, x0, x, gradient, size):
         """``x`` moved by ``size`` (N,) along the steepest ascent, the gradient at unit length, and projected.
 
         A gradient of zero moves nothing; one that is so small that its square underflows still has a direction.
         """
-        xp = array_module(x)
-        largest = abs(gradient).reshape(len(x), -1).max(1)
-        unit = gradient / per_image(xp.where(largest > 0, largest, x.dtype.type(1)), x)
-        norm = xp.maximum(l2(unit), 1e-12).astype(x.dtype)
-        return self.project(x0, x + unit * per_image(size / norm, x))
+        return ops_for(x).l2_step(x, gradient, size, x0, self.eps)
 
     def random_start(self, x0, generators, edge: bool = True):
         """``x0`` plus noise of length eps in a uniformly random direction, cut off at the box."""
@@ -119,7 +107,7 @@ class L2:
     def inside(self, x0, x):
         """Which images are in ball and box? (N,) bool. Not those whose distance is eps up to float64's rounding."""
         in_box = ((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1)
-        return in_box & (self.distance(x0, x) <= self.eps * (1 - _slack(x)))
+        return in_box & (self.distance(x0, x) <= self.eps * (1 - rounding_slack(x)))
 
 
 class L1:
@@ -135,29 +123,14 @@ class L1:
 
     def project(self, x0, x):
         """First onto the ball, then onto the box (which may lead further inside the ball)."""
-        xp = array_module(x)
-        eps = self.eps * (1 - 4 * float(np.finfo(x.dtype).eps) - _slack(x))  # as in L2
-        change = project_l1(x.astype(np.float64) - x0.astype(np.float64), eps)
-        norm = abs(change).reshape(len(x), -1).sum(1)  # which the long sums of the projection leave a little beside eps
-        exact = change * per_image(eps / xp.maximum(norm, max(eps, 1e-300)), x)
-        change = exact.astype(x.dtype)
-        change = xp.where(abs(change) > abs(exact), xp.nextafter(change, xp.zeros_like(change)), change)
-        moved = x0 + change
-        moved = xp.where(abs(moved - x0) > abs(change), xp.nextafter(moved, x0), moved)
-        return xp.clip(moved, 0, 1)
+        return self.step(x0, x, x, array_module(x).zeros(len(x), x.dtype))
 
     def step(self, x0, x, gradient, size):
         """``x`` moved by ``size`` (N,) along the steepest ascent whose coordinates move equally far, and projected.
 
         Those with the largest gradient move, of the ones that have so much room in the box.
         """
-        xp, each, k = array_module(x), size / self.coordinates, min(self.coordinates, x[0].size)
-        room = xp.where(gradient > 0, 1 - x, x)
-        worth = xp.where(room > per_image(each, x), abs(gradient), 0).reshape(len(x), -1)
-        chosen = xp.argpartition(worth, -k, axis=1)[:, -k:]
-        rows, sign = xp.arange(len(x))[:, None], xp.zeros_like(worth)
-        sign[rows, chosen] = xp.sign(gradient.reshape(worth.shape)[rows, chosen]) * (worth[rows, chosen] > 0)
-        return self.project(x0, x + sign.reshape(x.shape) * per_image(each, x))
+        return ops_for(x).l1_step(x, gradient, size, x0, self.eps, self.coordinates)
 
     def distance(self, x0, x):
         """|x - x0|_1 of each image, (N,) float64."""
@@ -166,25 +139,7 @@ class L1:
     def inside(self, x0, x):
         """Which images are in ball and box? (N,) bool. Not those whose distance is eps up to float64's rounding."""
         in_box = ((x >= 0) & (x <= 1)).reshape(len(x), -1).all(1)
-        return in_box & (self.distance(x0, x) <= self.eps * (1 - _slack(x)))
-
-
-def project_l1(change, eps: float):
-    """The nearest points to ``change`` (N, ...) with an l1 norm of at most eps: sign(c) max(|c| - tau, 0).
-
-    tau >= 0 is where the norm is eps: of the descending sizes s_1, s_2, ..., the r that stay above it have
-    s_1 + ... + s_r - r tau = eps (Duchi et al. 2008). ``docs/derivations/msd.md``.
-    """
-    xp, size = array_module(change), abs(change)
-    falling = -xp.sort(-size.reshape(len(change), -1), axis=1)
-    tau = (falling.cumsum(1) - eps) / xp.arange(1, falling.shape[1] + 1)  # if exactly so many stayed
-    tau = xp.maximum(tau.max(1), 0)  # of which the right one is the largest
-    return xp.sign(change) * xp.maximum(size - per_image(tau, change), 0)
-
-
-def _slack(x):
-    """A bound on the relative error of :func:`l2`: differences, squares, a sum and a root, each rounded in float64."""
-    return (x[:1].size + 8) * 2.0**-53
+        return in_box & (self.distance(x0, x) <= self.eps * (1 - rounding_slack(x)))
 
 
 def threat(norm: str, eps: float) -> Linf | L2:

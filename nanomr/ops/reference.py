@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from . import balls
+
 
 def _sum(result, plus):
     return result if plus is None else result + plus
@@ -394,6 +396,47 @@ def linf_step(x, gradient, size, x0, eps):
     """x + size sign(gradient), then the nearest point in :func:`linf_bounds`. All (N, ...), size (N,)."""
     moved = x + size.reshape(-1, *[1] * (x.ndim - 1)) * np.sign(gradient)
     return np.clip(moved, *linf_bounds(x0, eps))
+
+
+def _within(x0, change):
+    """x0 + ``change`` in [0, 1], in no pixel further from x0 than that: each sum was rounded, perhaps outwards, and
+    thousands of pixels add up."""
+    moved = x0 + change
+    return np.clip(np.where(abs(moved - x0) > abs(change), np.nextafter(moved, x0), moved), 0, 1)
+
+
+def l2_step(x, gradient, size, x0, eps):
+    """x + size gradient / |gradient|_2, then the nearest point at most eps from ``x0``, then the nearest in the box
+    [0, 1] (which may lead further inside the ball). All (N, ...), size (N,)."""
+    one = (-1, *[1] * (x.ndim - 1))
+    largest = abs(gradient).reshape(len(x), -1).max(1)
+    unit = gradient / np.where(largest > 0, largest, x.dtype.type(1)).reshape(one)  # tiny ones have a direction
+    change = x + unit * (size / np.maximum(_l2(unit), 1e-12).astype(x.dtype)).reshape(one) - x0
+    eps = balls.radius_within(eps, x)
+    change = change * (eps / np.maximum(_l2(change), max(eps, 1e-300))).astype(x.dtype).reshape(one)
+    return _within(x0, change)
+
+
+def _l2(x):
+    flat = x.reshape(len(x), -1).astype(np.float64)  # 3072 float32 squares would lose digits
+    return np.sqrt((flat * flat).sum(1))
+
+
+def l1_step(x, gradient, size, x0, eps, coordinates):
+    """x + size / coordinates sign(gradient) in so many coordinates, those with the largest gradient of the ones that
+    have room for it in the box, then the nearest point with an l1 distance of at most eps from ``x0``, then the nearest
+    in the box. All (N, ...), size (N,). ``docs/derivations/msd.md``."""
+    one = (-1, *[1] * (x.ndim - 1))
+    each = (size / coordinates).reshape(one)
+    worth = np.where(np.where(gradient > 0, 1 - x, x) > each, abs(gradient), 0).reshape(len(x), -1)
+    worth = np.where(worth == worth, worth, np.inf)  # NaN shows
+    rank = np.argsort(np.argsort(-worth, axis=1), axis=1)
+    chosen = ((rank < coordinates) & (worth > 0)).reshape(x.shape)
+    moved, eps = x + np.where(chosen, np.sign(gradient), 0) * each, balls.radius_within(eps, x)
+    change = balls.project_l1(moved.astype(np.float64) - x0.astype(np.float64), eps)
+    norm = abs(change).reshape(len(x), -1).sum(1)  # which the long sums of the projection leave a little beside eps
+    change = change * (eps / np.maximum(norm, max(eps, 1e-300))).reshape(one)
+    return _within(x0, change.astype(x.dtype))
 
 
 def plane_step(points, w, b, by_weight):

@@ -8,7 +8,7 @@ once. ``simd``: vectors, kept in registers. ``memory``: recycled arrays.
 bfloat16 is the dtype of pictures alone: weights, statistics, sums, logits and gradients of parameters are float32.
 """
 
-from .attacks import linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
+from .attacks import l1_step, l2_step, linf_bounds, linf_step, plane_step  # noqa: F401  (offered from here)
 from .boxes import (  # noqa: F401
     batchnorm_relu_box,
     batchnorm_relu_box_backward,

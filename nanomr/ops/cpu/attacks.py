@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from ..balls import radius_within
 from ..reference import linf_bounds  # noqa: F401  (as it is)
 from .elementwise import _flat
 from .flags import FLAGS
@@ -42,6 +43,107 @@ def linf_step(x, gradient, size, x0, eps):
     y = empty(x.shape)
     flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
     _linf_step(flat_x, flat_gradient, ready(size), flat_x0, min(float(eps), 4.0), flat_y)
+    return y
+
+
+@njit(**FLAGS)
+def _length(values):
+    """The l2 norm, in float64."""
+    total = 0.0
+    for v in values:
+        total += np.float64(v) * np.float64(v)
+    return math.sqrt(total)
+
+
+@njit(**EXACT)
+def _within(x0, change):
+    """One pixel of ``reference._within``; x0 in [0, 1]."""
+    moved = np.float32(x0 + change)
+    if abs(moved - x0) > abs(change):  # back by one in the last place; below 0 it may be anything below 0
+        moved = np.int32(moved.view(np.int32) + (np.int32(1) if moved < x0 else np.int32(-1))).view(np.float32)
+    moved = _ZERO if moved < _ZERO else moved
+    return _ONE if moved > _ONE else moved
+
+
+@njit(parallel=True, **EXACT)
+def _l2_step(x, gradient, size, x0, eps, y):
+    for i in prange(len(x)):
+        moved, largest = y[i], _ZERO
+        for j in range(x.shape[1]):
+            largest = max(largest, abs(gradient[i, j]))
+        for j in range(x.shape[1]):
+            moved[j] = gradient[i, j] / (largest if largest > _ZERO else _ONE)
+        length = _length(moved)
+        pace = size[i] / np.float32(1e-12 if length < 1e-12 else length)
+        for j in range(x.shape[1]):
+            moved[j] = x[i, j] + moved[j] * pace - x0[i, j]
+        length = _length(moved)
+        scale = np.float32(eps / (max(eps, 1e-300) if length < max(eps, 1e-300) else length))
+        for j in range(x.shape[1]):
+            moved[j] = _within(x0[i, j], moved[j] * scale)
+
+
+def l2_step(x, gradient, size, x0, eps):
+    y = empty(x.shape)
+    flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
+    _l2_step(flat_x, flat_gradient, ready(size), flat_x0, radius_within(float(eps), x), flat_y)
+    return y
+
+
+@njit(**FLAGS)
+def _above(change, tau):
+    """(The sum of |change| - tau where that is positive, how many there are.)"""
+    total, count = 0.0, 0
+    for c in change:
+        rest = abs(c) - tau
+        total, count = total + (rest if rest > 0.0 else 0.0), count + (1 if rest > 0.0 else 0)
+    return total, count
+
+
+@njit(**EXACT)
+def _move_most(x, gradient, each, coordinates, moved):
+    """x in ``moved``, and ``each`` further up the gradient in those coordinates that gain most and have room."""
+    worth, at, least = np.zeros(coordinates, np.float32), np.full(coordinates, -1), 0
+    for j in range(len(x)):
+        g = gradient[j]
+        moved[j] = x[j]
+        gain = abs(g) if ((_ONE - x[j]) if g > _ZERO else x[j]) > each else _ZERO
+        if not gain <= worth[least]:  # NaN is worth more than all
+            worth[least], at[least] = gain, j
+            for k in range(coordinates):
+                least = k if worth[k] < worth[least] else least
+    for k in range(coordinates):
+        if at[k] >= 0:
+            g = gradient[at[k]]
+            moved[at[k]] += each * (_ONE if g > _ZERO else (-_ONE if g < _ZERO else g))
+
+
+@njit(parallel=True, **EXACT)
+def _l1_step(x, gradient, size, x0, eps, coordinates, y):
+    for i in prange(len(x)):
+        moved, change = y[i], np.empty(x.shape[1])
+        _move_most(x[i], gradient[i], size[i] / np.float32(coordinates), coordinates, moved)
+        for j in range(x.shape[1]):
+            change[j] = np.float64(moved[j]) - np.float64(x0[i, j])
+        tau = 0.0
+        total, count = _above(change, tau)
+        norm, before = total, -1
+        while total > eps and count != before:  # tau grows, and fewer stay, until none more leaves (Michelot 1986)
+            tau, before = tau + (total - eps) / count, count
+            total, count = _above(change, tau)
+        norm = total
+        scale = eps / (max(eps, 1e-300) if norm < max(eps, 1e-300) else norm)
+        for j in range(x.shape[1]):
+            c = change[j]
+            rest = abs(c) - tau
+            rest = 0.0 if rest < 0.0 else rest  # NaN stays NaN
+            moved[j] = _within(x0[i, j], np.float32((rest if c > 0.0 else -rest) * scale))
+
+
+def l1_step(x, gradient, size, x0, eps, coordinates):
+    y = empty(x.shape)
+    flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
+    _l1_step(flat_x, flat_gradient, ready(size), flat_x0, radius_within(float(eps), x), coordinates, flat_y)
     return y
 
 

@@ -18,6 +18,8 @@ from .. import bfloat16  # noqa: F401  (offered from here)
 from ..reference import (  # noqa: F401  (as they are)
     adamw_update,
     conv2d_shape,
+    l1_step,
+    l2_step,
     lines_corner,
     lines_down,
     lines_reach,
