@@ -6,8 +6,8 @@ Values are means over the batch. On a GPU they are 0-d arrays: reading one (``fl
 import numpy as np
 
 from .backend import array_module
+from .batches import BehindReLU, Normalized, PairBatch
 from .borders import check, check_labels, check_triple
-from .layers import BehindReLU, Normalized, PairBatch
 from .ops import ops_for
 
 

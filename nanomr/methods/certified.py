@@ -6,8 +6,9 @@ import numpy as np
 
 from .. import rng
 from ..backend import array_module
+from ..batches import Box, PairBatch
 from ..borders import check_labels
-from ..layers import Box, Linear, Normalize, PairBatch, ReLU, Sequential
+from ..layers import Linear, Normalize, ReLU, Sequential
 from ..losses import Hamming, cross_entropy, intrinsic, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
 from ..ops import ops_for

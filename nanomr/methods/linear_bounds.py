@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backend import array_module
+from ..batches import Box, NormalizedBox
 from ..borders import check_labels
-from ..layers import Affine, BatchNorm2d, Box, Layer, Normalize, NormalizedBox, ReLU, Sequential
+from ..layers import Affine, BatchNorm2d, Layer, Normalize, ReLU, Sequential
 from ..losses import cross_entropy, rivals_gain, rivals_gain_backward
 from ..models import build, fold
 from ..ops import ops_for

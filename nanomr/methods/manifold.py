@@ -11,8 +11,8 @@ from .. import rng
 from ..attacks.common import input_gradient
 from ..attacks.objectives import cross_entropy_each
 from ..backend import array_module
+from ..batches import PairBatch
 from ..borders import check_labels
-from ..layers import PairBatch
 from ..losses import Hamming, cross_entropy, of_logits
 from ..manifold import corners_of
 from ..models import InBfloat16
