@@ -39,10 +39,16 @@ def test_the_last_line_is_json_with_every_figure(model, tmp_path):
     assert all(found[name] > 0 for name in FIGURES if model == "small" or not name.startswith("memory"))
 
 
-def test_a_width_at_which_pytorch_overwrites_memory_is_refused():
-    command = [sys.executable, TRAIN_STEP, "--quick", "--no-compile", "--model", "preact_resnet18", "--width", "4"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "--side nanomr" in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--quick", "--model", "preact_resnet18", "--width", "4"], "--side nanomr"),  # PyTorch overwrites memory
+        (["--rounds", "1"], "2 or more"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(options, advice):
+    result = subprocess.run([sys.executable, TRAIN_STEP, "--no-compile", *options], capture_output=True, text=True)
+    assert result.returncode == 2 and advice in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.torch
