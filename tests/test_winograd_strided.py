@@ -158,7 +158,7 @@ def test_an_image_does_not_depend_on_the_batch_or_the_threads(chunks, rng, monke
 def test_it_stays_within_its_arrays(rng, monkeypatch):
     """Kernels count in raw addresses."""
     zones = Zones()
-    for name in ("convolution", "winograd_strided", "gather_gemm"):
+    for name in ("convolution", "winograd", "winograd_strided", "gather_gemm"):
         monkeypatch.setattr(importlib.import_module(f"nanomr.ops.cpu.{name}"), "empty", zones.empty)
     for shape, padding in (
         ((2, 9, 11, 16, 32), ALL_ROUND),

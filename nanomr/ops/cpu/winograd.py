@@ -117,21 +117,26 @@ def _tile_of_input(x, at, row, channels, v, to, step, lanes):
         _store(v, k + 12 * step, step, _b(_pick(columns, 3)))
 
 
+@njit(inline="always")
+def two_by_two(dy, at, row, inside, channels, lanes):
+    """The 2 x 2 vectors that begin at dy[at]; the second row and column are 0 unless they are ``inside``."""
+    below, right = inside
+    y00 = simd.load_sums(dy, at, lanes)
+    y01 = y10 = y11 = simd.zeros(lanes)
+    if right:
+        y01 = simd.load_sums(dy, at + channels, lanes)
+    if below:
+        y10 = simd.load_sums(dy, at + row, lanes)
+        if right:
+            y11 = simd.load_sums(dy, at + row + channels, lanes)
+    return y00, y01, y10, y11
+
+
 @njit(**FLAGS)
 def _tile_of_gradient(dy, at, row, inside, channels, m, to, step, lanes):
-    """m[to + e step + c] = entry e of A dy A^T, of the 2 x 2 that begin at dy[at]; the second row and column are 0
-    unless they are ``inside``."""
-    below, right = inside
+    """m[to + e step + c] = entry e of A dy A^T, of the :func:`two_by_two` at dy[at]."""
     for c in range(0, channels, WIDTH):
-        k = at + c
-        y00 = simd.load_sums(dy, k, lanes)
-        y01 = y10 = y11 = simd.zeros(lanes)
-        if right:
-            y01 = simd.load_sums(dy, k + channels, lanes)
-        if below:
-            y10 = simd.load_sums(dy, k + row, lanes)
-            if right:
-                y11 = simd.load_sums(dy, k + row + channels, lanes)
+        y00, y01, y10, y11 = two_by_two(dy, at + c, row, inside, channels, lanes)
         left, other = _a_transposed((y00, y10)), _a_transposed((y01, y11))
         k = to + c
         _store(m, k, step, _a_transposed((left[0], other[0])))
@@ -341,14 +346,16 @@ def _geometry(x_shape, padding):
     return grid, (top, left * c, row, (2 * grid[0] + 2) * row), images
 
 
-def _tiles(count, channels):
-    """Room for a block of tiles, for each of ``count``: (count, 16, tiles x channels and a line more, so that the
+def room_for_tiles(count, entries, block, channels):
+    """Room for a block of tiles, for each of ``count``: (count, entries, tiles x channels and a line more, so that the
     entries of a tile do not all fall on the same few lines of the cache)."""
-    return empty((count, ENTRIES, BLOCK * channels + WIDTH))
+    return empty((count, entries, block * channels + WIDTH))
 
 
-def _rows(x):
-    return ready(x).reshape(*x.shape[:2], -1)
+def rows_of(x):
+    """Images (N, H, W, C) as (N, H, W C)."""
+    n, h, w, c = x.shape
+    return ready(x).reshape(n, h, w * c)
 
 
 def conv2d(x, w, b, padding, plus, shape):
@@ -357,10 +364,10 @@ def conv2d(x, w, b, padding, plus, shape):
     y, u = empty(shape), empty((ENTRIES, c_in * c_out))
     _transform_weights(ready(w), u, WIDTH * lanes.count, one)
     grid, place, images = _geometry(x.shape, padding)
-    v, m = _tiles(threads(), c_in), _tiles(threads(), c_out)
+    v, m = (room_for_tiles(threads(), ENTRIES, BLOCK, c) for c in (c_in, c_out))
     tables = np.arange(BLOCK) * c_in, np.arange(BLOCK) * c_out, np.arange(c_in)
     plus = y[:0] if plus is None else ready(plus)
-    _convolve(_rows(x), place, grid, u, bias_of(b, c_out), plus, y, images, v, m, *tables, lanes, one)
+    _convolve(rows_of(x), place, grid, u, bias_of(b, c_out), plus, y, images, v, m, *tables, lanes, one)
     return y
 
 
@@ -372,8 +379,8 @@ def conv2d_weight_gradient(x, dy, padding):
     du, db = empty((parts, ENTRIES, taps.size, c_out)), np.zeros((parts, ENTRIES, c_out), np.float32)
     grid, place, images = _geometry(x.shape, padding)
     tables = taps, np.arange(BLOCK) * c_in, np.arange(ROWS) * c_out
-    v, m = _tiles(threads(), c_in), _tiles(threads(), c_out)
-    _reduce_parts(_rows(x), place, grid, ready(dy), images, v, m, *tables, du, db, lanes_of(c_out), one)
+    v, m = (room_for_tiles(threads(), ENTRIES, BLOCK, c) for c in (c_in, c_out))
+    _reduce_parts(rows_of(x), place, grid, ready(dy), images, v, m, *tables, du, db, lanes_of(c_out), one)
     dw = empty((3, 3, c_in, c_out))
     _transform_back(du, dw, one)
     return dw, db[:, 5].sum(0)  # entry 5 of dM is the sum of its 2 x 2

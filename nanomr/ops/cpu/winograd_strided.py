@@ -24,7 +24,7 @@ from .flags import FLAGS
 from .gather_gemm import lanes_of, place_image, reduce, runs_of, sum_parts, sweep, threads, window
 from .memory import empty, ready
 from .simd import ROWS, WIDTH
-from .winograd import where_tile
+from .winograd import room_for_tiles, rows_of, two_by_two, where_tile
 
 ENTRIES = 9  # of a tile
 LEAST = 16, 32  # channels, read and stored, below which the transforms cost what they save
@@ -122,19 +122,9 @@ def _tile_to_input(m, start, step, x, at, row, channels, lanes):
 
 @njit(**FLAGS)
 def _tile_of_gradient(dy, at, row, inside, channels, m, to, step, lanes):
-    """m[to + e step + c] = entry e of G dy G^T, of the 2 x 2 that begin at dy[at]; the second row and column are 0
-    unless they are ``inside``."""
-    below, right = inside
+    """m[to + e step + c] = entry e of G dy G^T, of the :func:`two_by_two` at dy[at]."""
     for c in range(0, channels, WIDTH):
-        k = at + c
-        y00 = simd.load_sums(dy, k, lanes)
-        y01 = y10 = y11 = simd.zeros(lanes)
-        if right:
-            y01 = simd.load_sums(dy, k + channels, lanes)
-        if below:
-            y10 = simd.load_sums(dy, k + row, lanes)
-            if right:
-                y11 = simd.load_sums(dy, k + row + channels, lanes)
+        y00, y01, y10, y11 = two_by_two(dy, at + c, row, inside, channels, lanes)
         left, other = _g((y00, y10)), _g((y01, y11))
         k = to + c
         _store(m, k, step, _g((left[0], other[0])))
@@ -202,7 +192,7 @@ def _input_gradient(dy, u, place, grid, plus, dx, images, v, m, a, o, b, lanes, 
 @njit(**FLAGS)
 def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, steps, du, db, lanes, one):
     """Images begin <= n < end of :func:`_reduce_parts`, one part of it: du (9, K, C'), db (9, C')."""
-    shape, tiles, channels = dy.shape[1:], grid[0] * grid[1], pixels[1] // 4
+    shape, tiles, channels = dy.shape[1:], grid[0] * grid[1], pixels[1] // 4  # pixels are 4 C numbers apart
     flat_dy, flat_du, flat_db, flat_v = dy.reshape(-1), du.reshape(-1), db.reshape(-1), v.reshape(-1)
     stored, k_taps, size = simd.tile_rows(flat_du, steps, 0), taps.size, shape[0] * shape[1] * shape[2]
     padded = np.zeros(images * place[3], np.float32)
@@ -243,17 +233,6 @@ def _geometry(x_shape, y_shape, padding):
     return grid, (top, left * c, width * c, height * width * c), -(-BLOCK // (grid[0] * grid[1]))
 
 
-def _tiles(count, channels):
-    """Room for a block of tiles, for each of ``count``: (count, 9, tiles x channels and a line more, so that the
-    entries of a tile do not all fall on the same few lines of the cache)."""
-    return empty((count, ENTRIES, BLOCK * channels + WIDTH))
-
-
-def _rows(x):
-    n, h, w, c = x.shape
-    return ready(x).reshape(n, h, w * c)
-
-
 def _taller(w, axis):
     """G along an axis of two."""
     first, second = np.take(w, 0, axis), np.take(w, 1, axis)
@@ -270,9 +249,9 @@ def input_gradient(dy, w, padding, x_shape, plus):
     grid, place, images = _geometry(x_shape, dy.shape, padding)
     dx, chunks = empty(x_shape), threads()
     tables = np.arange(BLOCK) * c_out, np.arange(BLOCK) * 4 * c, np.arange(c_out)
-    room = _tiles(chunks, c_out), _tiles(chunks, 4 * c)
-    plus = _rows(dx[:0] if plus is None else plus)
-    _input_gradient(ready(dy), u, place, grid, plus, _rows(dx), images, *room, *tables, lanes, one)
+    room = [room_for_tiles(chunks, ENTRIES, BLOCK, channels) for channels in (c_out, 4 * c)]
+    plus = rows_of(dx[:0] if plus is None else plus)
+    _input_gradient(ready(dy), u, place, grid, plus, rows_of(dx), images, *room, *tables, lanes, one)
     return dx
 
 
@@ -284,8 +263,8 @@ def weight_gradient(x, dy, padding):
     du, db = empty((parts, ENTRIES, taps.size, c_out)), np.zeros((parts, ENTRIES, c_out), np.float32)
     grid, place, images = _geometry(x.shape, dy.shape, padding)
     tables = taps, np.arange(BLOCK) * 4 * c, np.arange(ROWS) * c_out
-    room = _tiles(threads(), 4 * c), _tiles(threads(), c_out)
-    _reduce_parts(_rows(x), place, grid, ready(dy), images, *room, *tables, du, db, lanes_of(c_out), one)
+    room = [room_for_tiles(threads(), ENTRIES, BLOCK, channels) for channels in (4 * c, c_out)]
+    _reduce_parts(rows_of(x), place, grid, ready(dy), images, *room, *tables, du, db, lanes_of(c_out), one)
     u = du.sum(0)[:, : 4 * c].reshape(3, 3, 2, 2, c, c_out)
     u = np.stack([u[0] + u[1], u[1] + u[2]])
     u = np.stack([u[:, 0] + u[:, 1], u[:, 1] + u[:, 2]], 2)  # (a, p, b, q): the taps are 2 a + p, 2 b + q
