@@ -39,10 +39,17 @@ def _linf_step(x, gradient, size, x0, eps, y):
             y[i, j] = high if moved > high else moved
 
 
+def _of_each_image(x, gradient, size, x0):
+    """((x, gradient, size, x0) for the kernels, room for the result). ValueError unless each image has one of each."""
+    if not x.shape == gradient.shape == x0.shape or size.shape != x.shape[:1]:
+        raise ValueError(f"{x.shape}, {gradient.shape}, {size.shape} and {x0.shape} do not fit each other")
+    flat_x, flat_gradient, flat_x0 = _flat(x, gradient, x0)
+    return (flat_x, flat_gradient, ready(size), flat_x0), empty(x.shape)
+
+
 def linf_step(x, gradient, size, x0, eps):
-    y = empty(x.shape)
-    flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
-    _linf_step(flat_x, flat_gradient, ready(size), flat_x0, min(float(eps), 4.0), flat_y)
+    images, y = _of_each_image(x, gradient, size, x0)
+    _linf_step(*images, min(float(eps), 4.0), *_flat(y))
     return y
 
 
@@ -84,9 +91,8 @@ def _l2_step(x, gradient, size, x0, eps, y):
 
 
 def l2_step(x, gradient, size, x0, eps):
-    y = empty(x.shape)
-    flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
-    _l2_step(flat_x, flat_gradient, ready(size), flat_x0, radius_within(float(eps), x), flat_y)
+    images, y = _of_each_image(x, gradient, size, x0)
+    _l2_step(*images, radius_within(float(eps), x), *_flat(y))
     return y
 
 
@@ -141,9 +147,8 @@ def _l1_step(x, gradient, size, x0, eps, coordinates, y):
 
 
 def l1_step(x, gradient, size, x0, eps, coordinates):
-    y = empty(x.shape)
-    flat_x, flat_gradient, flat_x0, flat_y = _flat(x, gradient, x0, y)
-    _l1_step(flat_x, flat_gradient, ready(size), flat_x0, radius_within(float(eps), x), coordinates, flat_y)
+    images, y = _of_each_image(x, gradient, size, x0)
+    _l1_step(*images, radius_within(float(eps), x), coordinates, *_flat(y))
     return y
 
 
