@@ -23,6 +23,7 @@ from nanomr.manifold import corners_of
 from nanomr.methods import METHODS, adversarial, manifold
 from nanomr.models import Model
 from nanomr.ops import bfloat16, ops_for
+from nanomr.ops import reference as plain_ops
 from nanomr.ops.balls import project_l1
 from nanomr.optim import SGD
 from nanomr.programs import train as train_program
@@ -533,6 +534,20 @@ def test_l1_steps_stay_in_ball_and_box(dtype, seed, eps, size, k):
     assert ball.inside(x0, x).all()
     moved = ball.step(x0, x, draw.standard_normal(x0.shape).astype(dtype), np.full(len(x), size, dtype))
     assert ball.inside(x0, moved).all() and moved.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("eps", [2.0**-149, 2.0**-149 * 3, 1e-44, 1e-42, 1e-40, 1e-38])
+def test_tiny_balls_hold_too(dtype, eps):
+    """Below 2^-126 float32 has fewer digits, and what is rounded to the nearest may leave a ball. Around black images,
+    where tiny changes show."""
+    x = (eps * np.random.default_rng(0).random((40, 3, 3, 1)) * 3).astype(dtype)
+    x0, still = np.zeros_like(x), np.zeros(len(x), dtype)
+    for ops in (ops_for(x), plain_ops):  # the latter's formulas are a GPU's, in float32
+        moved = ops.l1_step(x, x, still, x0, eps, 20), ops.l2_step(x, x, still, x0, eps)
+        for ball, found in zip((L1(eps), L2(eps)), moved, strict=True):
+            assert ball.inside(x0, found).all()
+            assert (found > 0).any() or (dtype == np.float32 and eps < 1e-42)
 
 
 @given(seed=seeds, k=st.integers(1, 6))

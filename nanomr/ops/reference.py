@@ -398,9 +398,11 @@ def linf_step(x, gradient, size, x0, eps):
     return np.clip(moved, *linf_bounds(x0, eps))
 
 
-def _within(x0, change):
-    """x0 + ``change`` in [0, 1], in no pixel further from x0 than that: each sum was rounded, perhaps outwards, and
-    thousands of pixels add up."""
+def _within(x0, exact):
+    """x0 + ``exact``, float64, in [0, 1] and in no pixel further from x0 than that: the change and the sum are rounded,
+    perhaps outwards, thousands of pixels add up, and what is tiny has few digits."""
+    change = exact.astype(x0.dtype)
+    change = np.where(abs(change) > abs(exact), np.nextafter(change, np.zeros_like(change)), change)
     moved = x0 + change
     return np.clip(np.where(abs(moved - x0) > abs(change), np.nextafter(moved, x0), moved), 0, 1)
 
@@ -413,8 +415,7 @@ def l2_step(x, gradient, size, x0, eps):
     unit = gradient / np.where(largest > 0, largest, x.dtype.type(1)).reshape(one)  # tiny ones have a direction
     change = x + unit * (size / np.maximum(_l2(unit), 1e-12).astype(x.dtype)).reshape(one) - x0
     eps = balls.radius_within(eps, x)
-    change = change * (eps / np.maximum(_l2(change), max(eps, 1e-300))).astype(x.dtype).reshape(one)
-    return _within(x0, change)
+    return _within(x0, change * (eps / np.maximum(_l2(change), max(eps, 1e-300))).reshape(one))
 
 
 def _l2(x):
@@ -435,8 +436,7 @@ def l1_step(x, gradient, size, x0, eps, coordinates):
     moved, eps = x + np.where(chosen, np.sign(gradient), 0) * each, balls.radius_within(eps, x)
     change = balls.project_l1(moved.astype(np.float64) - x0.astype(np.float64), eps)
     norm = abs(change).reshape(len(x), -1).sum(1)  # which the long sums of the projection leave a little beside eps
-    change = change * (eps / np.maximum(norm, max(eps, 1e-300))).reshape(one)
-    return _within(x0, change.astype(x.dtype))
+    return _within(x0, change * (eps / np.maximum(norm, max(eps, 1e-300))).reshape(one))
 
 
 def plane_step(points, w, b, by_weight):

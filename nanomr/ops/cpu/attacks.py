@@ -63,8 +63,11 @@ def _length(values):
 
 
 @njit(**EXACT)
-def _within(x0, change):
+def _within(x0, exact):
     """One pixel of ``reference._within``; x0 in [0, 1]."""
+    change = np.float32(exact)
+    if abs(np.float64(change)) > abs(exact):
+        change = np.int32(change.view(np.int32) - np.int32(1)).view(np.float32)  # of either sign
     moved = np.float32(x0 + change)
     if abs(moved - x0) > abs(change):  # back by one in the last place; below 0 it may be anything below 0
         moved = np.int32(moved.view(np.int32) + (np.int32(1) if moved < x0 else np.int32(-1))).view(np.float32)
@@ -85,9 +88,9 @@ def _l2_step(x, gradient, size, x0, eps, y):
         for j in range(x.shape[1]):
             moved[j] = x[i, j] + moved[j] * pace - x0[i, j]
         length = _length(moved)
-        scale = np.float32(eps / (max(eps, 1e-300) if length < max(eps, 1e-300) else length))
+        scale = eps / (max(eps, 1e-300) if length < max(eps, 1e-300) else length)
         for j in range(x.shape[1]):
-            moved[j] = _within(x0[i, j], moved[j] * scale)
+            moved[j] = _within(x0[i, j], np.float64(moved[j]) * scale)
 
 
 def l2_step(x, gradient, size, x0, eps):
@@ -143,7 +146,7 @@ def _l1_step(x, gradient, size, x0, eps, coordinates, y):
             c = change[j]
             rest = abs(c) - tau
             rest = 0.0 if rest < 0.0 else rest  # NaN stays NaN
-            moved[j] = _within(x0[i, j], np.float32((rest if c > 0.0 else -rest) * scale))
+            moved[j] = _within(x0[i, j], (rest if c > 0.0 else -rest) * scale)
 
 
 def l1_step(x, gradient, size, x0, eps, coordinates):
