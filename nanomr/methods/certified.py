@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import rng
 from ..backend import array_module
-from ..batches import Box, PairBatch
+from ..batches import Box, NormalizedBox, PairBatch
 from ..borders import check_labels
 from ..layers import Linear, Normalize, ReLU, Sequential
 from ..losses import Hamming, cross_entropy, intrinsic, rivals_gain, rivals_gain_backward
@@ -228,6 +228,7 @@ def revive(model, images, eps, generator: np.random.Generator, noise=0.1) -> int
     for i, layer in enumerate(layers[:-1]):
         at, z = layer.forward(at)[0], at
         if isinstance(layer, ReLU):
+            z = z.full() if isinstance(z, NormalizedBox) else z
             axes = tuple(range(z.radius.ndim - 1))
             seen[i] = (z.points[n:] + z.radius > 0).any(axes), at.radius.mean(axes)
     number = 0
