@@ -134,14 +134,12 @@ def _l1_step(x, gradient, size, x0, eps, coordinates, y):
         _move_most(x[i], gradient[i], size[i] / np.float32(coordinates), coordinates, moved)
         for j in range(x.shape[1]):
             change[j] = np.float64(moved[j]) - np.float64(x0[i, j])
-        tau = 0.0
+        tau, before = 0.0, -1
         total, count = _above(change, tau)
-        norm, before = total, -1
         while total > eps and count != before:  # tau grows, and fewer stay, until none more leaves (Michelot 1986)
             tau, before = tau + (total - eps) / count, count
             total, count = _above(change, tau)
-        norm = total
-        scale = eps / (max(eps, 1e-300) if norm < max(eps, 1e-300) else norm)
+        scale = eps / (max(eps, 1e-300) if total < max(eps, 1e-300) else total)
         for j in range(x.shape[1]):
             c = change[j]
             rest = abs(c) - tau
