@@ -7,6 +7,9 @@
 The data decides which one runs: see :func:`ops_for`.
 """
 
+import functools
+import importlib
+
 import numpy as np
 
 from . import reference
@@ -19,14 +22,14 @@ def bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+@functools.cache
+def _kernels(name: str):
+    """The module ``cpu`` or ``gpu``, imported when it is first used."""
+    return importlib.import_module(f".{name}", __name__)
+
+
 def ops_for(x):
     """The module for ``x``: ``gpu`` for CuPy arrays, ``cpu`` for NumPy's float32 and bfloat16, else ``reference``."""
     if not isinstance(x, np.ndarray):
-        from . import gpu
-
-        return gpu
-    if x.dtype == np.float32 or x.dtype.name == "bfloat16":
-        from . import cpu
-
-        return cpu
-    return reference
+        return _kernels("gpu")
+    return _kernels("cpu") if x.dtype == np.float32 or x.dtype.name == "bfloat16" else reference

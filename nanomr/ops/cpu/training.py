@@ -13,9 +13,11 @@ _ZERO = np.float32(0)
 @njit(parallel=True, **FLAGS)
 def _sgd_update(w, g, velocity, lr, momentum, weight_decay, chunks):
     for t in prange(chunks):
-        for i in range(len(w) * t // chunks, len(w) * (t + 1) // chunks):
-            velocity[i] = momentum * velocity[i] + (g[i] + weight_decay * w[i])
-            w[i] -= lr * velocity[i]
+        part = slice(len(w) * t // chunks, len(w) * (t + 1) // chunks)
+        w_part, g_part, v_part = w[part], g[part], velocity[part]  # slices: see gather_gemm.place_image
+        for i in range(len(w_part)):
+            v = momentum * v_part[i] + (g_part[i] + weight_decay * w_part[i])
+            v_part[i], w_part[i] = v, w_part[i] - lr * v
 
 
 def sgd_update(w, g, velocity, lr, momentum, weight_decay):
@@ -25,10 +27,13 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
 @njit(parallel=True, **FLAGS)
 def _adamw_update(w, g, mean, square, keep, take1, take2, rate, debias, eps, chunks):
     for t in prange(chunks):
-        for i in range(len(w) * t // chunks, len(w) * (t + 1) // chunks):
-            mean[i] += take1 * (g[i] - mean[i])
-            square[i] += take2 * (g[i] * g[i] - square[i])
-            w[i] = keep * w[i] - rate * mean[i] / (np.sqrt(square[i] * debias) + eps)
+        part = slice(len(w) * t // chunks, len(w) * (t + 1) // chunks)
+        w_part, g_part, mean_part, square_part = w[part], g[part], mean[part], square[part]
+        for i in range(len(w_part)):
+            m = mean_part[i] + take1 * (g_part[i] - mean_part[i])
+            s = square_part[i] + take2 * (g_part[i] * g_part[i] - square_part[i])
+            mean_part[i], square_part[i] = m, s
+            w_part[i] = keep * w_part[i] - rate * m / (np.sqrt(s * debias) + eps)
 
 
 def adamw_update(w, g, mean, square, t, lr, beta1, beta2, weight_decay, eps=1e-8):

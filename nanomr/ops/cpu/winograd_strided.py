@@ -73,6 +73,12 @@ def _g(v):
 
 
 @njit(inline="always")
+def _g_transposed(v):
+    """G^T v."""
+    return simd.total(v[0], v[1]), simd.total(v[1], v[2])
+
+
+@njit(inline="always")
 def _pick(columns, i):
     return columns[0][i], columns[1][i], columns[2][i]
 
@@ -130,6 +136,31 @@ def _tile_of_gradient(dy, at, row, inside, channels, m, to, step, lanes):
         _store(m, k, step, _g((left[0], other[0])))
         _store(m, k + 3 * step, step, _g((left[1], other[1])))
         _store(m, k + 6 * step, step, _g((left[2], other[2])))
+
+
+@njit(**FLAGS)
+def _row_to_weights(du, k, rows, channels, c_out, parts, dw, lanes):
+    """dw[p, q] of channel k % channels for (p, q) = k // channels, in the two rows and columns of the window that have
+    them: G^T (the sum over the parts of du) G, for all c."""
+    step, q = rows * c_out, channels * c_out
+    p, k_q = divmod(k // channels, 2)
+    to = (4 * p + k_q) * q + k % channels * c_out  # the first of the four taps; the others are 2 and 8 pixels on
+    for c in range(0, c_out, WIDTH):
+        at = k * c_out + c
+        for e in range(ENTRIES):
+            total = simd.load_sums(du, at + e * step, lanes)
+            for part in range(1, parts):
+                total = simd.total(total, simd.load_sums(du, at + (part * ENTRIES + e) * step, lanes))
+            simd.store(du, at + e * step, total, 0, WIDTH)
+        columns = (
+            _g_transposed(_load(du, at, 3 * step, lanes)),
+            _g_transposed(_load(du, at + step, 3 * step, lanes)),
+            _g_transposed(_load(du, at + 2 * step, 3 * step, lanes)),
+        )
+        for a in range(2):
+            left, right = _g_transposed(_pick(columns, a))
+            simd.store(dw, to + 8 * a * q + c, left, 0, WIDTH)
+            simd.store(dw, to + (8 * a + 2) * q + c, right, 0, WIDTH)
 
 
 # --- blocks of tiles --------------------------------------------------------------------------------------------------
@@ -224,6 +255,14 @@ def _reduce_parts(x, place, grid, dy, images, v, m, taps, pixels, steps, du, db,
             _reduce_images(x, begin, end, place, grid, dy, images, *room, taps, pixels, steps, du[t], db[t], lanes, one)
 
 
+@njit(parallel=True, **FLAGS)
+def _transform_back(du, dw, lanes):
+    """dw (4, 4, C, C'), of du (parts, 9, K, C'), of whose rows the first 4 C, (p, q, c), are real."""
+    channels = dw.shape[2]
+    for k in prange(4 * channels):
+        _row_to_weights(du.reshape(-1), k, du.shape[2], channels, dw.shape[3], len(du), dw.reshape(-1), lanes)
+
+
 @lru_cache(256)
 def _geometry(x_shape, y_shape, padding):
     """(the grid of tiles, place of an image in the padded one, images at a time that fill a block)."""
@@ -259,13 +298,12 @@ def weight_gradient(x, dy, padding):
     """(dw, db) of such a convolution."""
     c, c_out, one = x.shape[3], dy.shape[3], simd.Lanes(1)
     taps = runs_of(np.arange(4 * c))
-    parts = sum_parts(16 * c * c_out)
+    parts = sum_parts(ENTRIES * taps.size * c_out)
     du, db = empty((parts, ENTRIES, taps.size, c_out)), np.zeros((parts, ENTRIES, c_out), np.float32)
     grid, place, images = _geometry(x.shape, dy.shape, padding)
     tables = taps, np.arange(BLOCK) * 4 * c, np.arange(ROWS) * c_out
     room = [room_for_tiles(threads(), ENTRIES, BLOCK, channels) for channels in (4 * c, c_out)]
     _reduce_parts(rows_of(x), place, grid, ready(dy), images, *room, *tables, du, db, lanes_of(c_out), one)
-    u = du.sum(0)[:, : 4 * c].reshape(3, 3, 2, 2, c, c_out)
-    u = np.stack([u[0] + u[1], u[1] + u[2]])
-    u = np.stack([u[:, 0] + u[:, 1], u[:, 1] + u[:, 2]], 2)  # (a, p, b, q): the taps are 2 a + p, 2 b + q
-    return u.reshape(4, 4, c, c_out), db[:, 4].sum(0)
+    dw = empty((4, 4, c, c_out))
+    _transform_back(du, dw, one)
+    return dw, db[:, 4].sum(0)
