@@ -11,9 +11,115 @@ from numba import njit, prange
 from ..ops.cpu.flags import FLAGS
 
 LOG2 = 0.6931471805599453
+ROOT_HALF = int(np.float64(0.5**0.5).view(np.int64))  # as bits
 LIMIT = 500.0  # beyond e^500 we give up: products of two such numbers and a pixel must still be finite
 SMALLEST, LARGEST = np.exp(-LIMIT), np.exp(LIMIT)
 TINY = 1e-100  # less than this share of the image's mass counts as none
+
+
+@njit(inline="always")
+def _log(v):
+    """The natural logarithm of a normal number v > 0, in sums and products: a loop of it becomes vectors."""
+    bits = np.float64(v).view(np.int64)
+    shift = (bits - ROOT_HALF) >> 52  # v = 2^shift m, m from sqrt(1/2) to sqrt(2)
+    m = np.int64(bits - (shift << 52)).view(np.float64)
+    s = (m - 1) / (m + 1)
+    z = s * s  # <= 0.0295; log m = 2 artanh s
+    rest = 1 / 15 + z * (1 / 17 + z * (1 / 19 + z / 21))
+    rest = 1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13 + z * rest)))
+    return np.float64(shift) * LOG2 + 2 * (s + s * z * (1 / 3 + z * (1 / 5 + z * rest)))
+
+
+@njit(inline="always")
+def _taps(v, near, length, a, b, s0, s1, s2):
+    """Sums of five taps along a row, weighted by K, C K and C^2 K; v begins two pixels of ``near`` numbers before."""
+    v0, v1, v2 = v[:length], v[near : near + length], v[2 * near : 2 * near + length]
+    v3, v4 = v[3 * near : 3 * near + length], v[4 * near : 4 * near + length]
+    for j in range(length):
+        one, two = a * (v1[j] + v3[j]), b * (v0[j] + v4[j])
+        s0[j] = v2[j] + one + two
+        s1[j] = one + 4 * two
+        s2[j] = one + 16 * two
+
+
+@njit(inline="always")
+def _depart(x, s0, s1, s2, i, a, b, u):
+    """Row i of e^alpha = x / K e^beta; and of the plan's cost, and of C^2. The rows of s begin two before x's."""
+    a0, a1, a2, a3, a4 = s0[i], s0[i + 1], s0[i + 2], s0[i + 3], s0[i + 4]
+    b0, b1, b2, b3, b4 = s1[i], s1[i + 1], s1[i + 2], s1[i + 3], s1[i + 4]
+    c0, c1, c2, c3, c4 = s2[i], s2[i + 1], s2[i + 2], s2[i + 3], s2[i + 4]
+    cost = square = 0.0
+    for j in range(len(x)):
+        one, two = a * (a1[j] + a3[j]), b * (a0[j] + a4[j])
+        mixed, mixed_far = a * (b1[j] + b3[j]), b * (b0[j] + b4[j])
+        moved = b2[j] + mixed + mixed_far + one + 4 * two
+        far_moved = c2[j] + a * (c1[j] + c3[j]) + b * (c0[j] + c4[j]) + 2 * mixed + 8 * mixed_far + one + 16 * two
+        mass = x[j] if x[j] > TINY else 0.0
+        pixel = mass / (a2[j] + one + two)
+        u[j] = pixel
+        cost += pixel * moved
+        square += pixel * far_moved
+    return cost, square
+
+
+@njit(inline="always")
+def _towards(w, r):
+    """One step from w to the solution of w + log w = what it is here + r, as a factor. Fritsch, Shafer, Crowley: order
+    4, if |r| <= (1 + w) / 2."""
+    q = 2 * (1 + w) * (1 + w + r * (2 / 3))
+    return 1 + r * (q - r) / ((1 + w) * (q - 2 * r))
+
+
+@njit(inline="always")
+def _arrive(y, v, s0, i, a, b, strength, out, beta, factor):
+    """Row i of what the plan brings, and of the factor by which e^beta moves towards what y asks for. (The sum of what
+    is missing, how many pixels are too far for :func:`_towards`.)"""
+    a0, a1, a2, a3, a4 = s0[i], s0[i + 1], s0[i + 2], s0[i + 3], s0[i + 4]
+    residual, far, per = 0.0, 0, 1 / strength
+    for j in range(len(y)):
+        z = v[j] * (a2[j] + a * (a1[j] + a3[j]) + b * (a0[j] + a4[j]))
+        out[j], beta[j] = z, _log(v[j])
+        # w + log w = strength y + log(strength s), from where beta puts w: r is what is missing
+        w = strength * z
+        r = strength * y[j] - w - beta[j]
+        step = _towards(w, r)
+        far += 0 if abs(r) <= 0.5 * (1 + w) else 1
+        residual += abs(z - w * step * per)
+        factor[j] = step
+    return residual, far
+
+
+@njit(inline="always")
+def _arrive_from_far(y, out, beta, strength, factor):
+    """The same where some are: w is doubled or halved first, by which log w changes by a constant. (What is missing, or
+    infinity where that is beyond all measure.)"""
+    residual = 0.0
+    for j in range(len(y)):
+        w = strength * out[j]
+        r = strength * y[j] - w - beta[j]
+        if not -w - 20 * LIMIT < r < 20 * LIMIT:
+            return np.inf
+        doubled = 1.0
+        while r > 0.5 * (1 + w):
+            r -= w + LOG2
+            w, doubled = 2 * w, 2 * doubled
+        while r < -0.5 * (1 + w):
+            r += 0.5 * w + LOG2
+            w, doubled = 0.5 * w, 0.5 * doubled
+        step = _towards(w, r)
+        residual += abs(out[j] - w * step / strength)
+        factor[j] = doubled * step
+    return residual
+
+
+@njit(inline="always")
+def _moved(v, factor):
+    """v times factor; how many leave the range."""
+    lost = 0
+    for j in range(len(v)):
+        v[j] *= factor[j]
+        lost += 0 if SMALLEST < v[j] < LARGEST else 1
+    return lost
 
 
 @njit(**FLAGS)
@@ -23,75 +129,46 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
     x, y, beta, out (H, W C): rows of interleaved channels, so that a shift by a pixel is a shift by ``channels``.
     """
     height, length = x.shape
-    near, middle, far, end = channels, 2 * channels, 3 * channels, 4 * channels
-    u = np.zeros((height, length + end))  # e^alpha, and e^beta, with two pixels of nothing to the left and right
-    v = np.zeros((height, length + end))
+    start, end = 2 * channels, 2 * channels + length
+    u = np.zeros((height, length + 4 * channels))  # e^alpha, and e^beta, with two pixels of nothing on either side
+    v = np.zeros((height, length + 4 * channels))
     s0 = np.zeros((height + 4, length))  # sums along rows, weighted by K, C K and C^2 K; two rows of nothing
     s1 = np.zeros((height + 4, length))
     s2 = np.zeros((height + 4, length))
+    factor = np.empty((height, length))
     for i in range(height):
         for j in range(length):
             if not abs(beta[i, j]) < LIMIT:
                 return 0, psi, 0.0, 0.0
-            v[i, j + middle] = np.exp(beta[i, j])
+            v[i, j + start] = np.exp(beta[i, j])
     for iteration in range(most):
         a, b = np.exp(-psi), np.exp(-4 * psi)  # K is separable: exp(-psi (r^2 + c^2)) = exp(-psi r^2) exp(-psi c^2)
         for i in range(height):
-            for j in range(length):
-                one, two = a * (v[i, j + near] + v[i, j + far]), b * (v[i, j] + v[i, j + end])
-                s0[i + 2, j] = v[i, j + middle] + one + two
-                s1[i + 2, j] = one + 4 * two
-                s2[i + 2, j] = one + 16 * two
+            _taps(v[i], channels, length, a, b, s0[i + 2], s1[i + 2], s2[i + 2])
         cost, square = 0.0, 0.0  # of the plan: the sums of C and of C^2
         for i in range(height):
-            for j in range(length):
-                one, two = a * (s0[i + 1, j] + s0[i + 3, j]), b * (s0[i, j] + s0[i + 4, j])
-                mixed = a * (s1[i + 1, j] + s1[i + 3, j])
-                mixed_far = b * (s1[i, j] + s1[i + 4, j])
-                moved = s1[i + 2, j] + mixed + mixed_far + one + 4 * two
-                far_moved = s2[i + 2, j] + a * (s2[i + 1, j] + s2[i + 3, j]) + b * (s2[i, j] + s2[i + 4, j])
-                far_moved += 2 * mixed + 8 * mixed_far + one + 16 * two
-                pixel = x[i, j] / (s0[i + 2, j] + one + two) if x[i, j] > TINY else 0.0
-                u[i, j + middle] = pixel
-                cost += pixel * moved
-                square += pixel * far_moved
+            row_cost, row_square = _depart(x[i], s0, s1, s2, i, a, b, u[i, start:end])
+            cost, square = cost + row_cost, square + row_square
         last = iteration + 1 == most
         fits = abs(cost - radius) <= tolerance * radius or (psi == 0 and cost <= radius)
         if not fits and not last:
             psi = max(psi + np.log(cost / radius) * cost / square, 0.0) if cost > 1e-300 else 0.0
             a, b = np.exp(-psi), np.exp(-4 * psi)
         for i in range(height):
-            for j in range(length):
-                s0[i + 2, j] = u[i, j + middle] + a * (u[i, j + near] + u[i, j + far]) + b * (u[i, j] + u[i, j + end])
+            _taps(u[i], channels, length, a, b, s0[i + 2], s1[i + 2], s2[i + 2])
         residual = 0.0
         for i in range(height):
-            for j in range(length):
-                s = s0[i + 2, j] + a * (s0[i + 1, j] + s0[i + 3, j]) + b * (s0[i, j] + s0[i + 4, j])
-                out[i, j] = v[i, j + middle] * s  # what the plan brings here
-                beta[i, j] = np.log(v[i, j + middle])
-                # w + log w = strength y + log(strength s), from where beta puts w: r is what is missing
-                w = strength * out[i, j]
-                r = strength * y[i, j] - w - beta[i, j]
-                if not -w - 20 * LIMIT < r < 20 * LIMIT:
+            missing, far = _arrive(y[i], v[i, start:end], s0, i, a, b, strength, out[i], beta[i], factor[i])
+            if far:
+                missing = _arrive_from_far(y[i], out[i], beta[i], strength, factor[i])
+                if missing == np.inf:
                     return 0, psi, 0.0, 0.0
-                factor = 1.0
-                while r > 0.5 * (1 + w):
-                    r -= w + LOG2
-                    w, factor = 2 * w, 2 * factor
-                while r < -0.5 * (1 + w):
-                    r += 0.5 * w + LOG2
-                    w, factor = 0.5 * w, 0.5 * factor
-                q = 2 * (1 + w) * (1 + w + r * (2 / 3))
-                step = 1 + r / (1 + w) * (q - r) / (q - 2 * r)  # Fritsch, Shafer, Crowley: order 4
-                residual += abs(out[i, j] - w * step / strength)
-                s1[i + 2, j] = factor * step
+            residual += missing
         if last or (fits and residual <= tolerance * radius):
             return iteration + 1, psi, cost, residual
         for i in range(height):
-            for j in range(length):
-                v[i, j + middle] *= s1[i + 2, j]
-                if not SMALLEST < v[i, j + middle] < LARGEST:
-                    return 0, psi, 0.0, 0.0
+            if _moved(v[i, start:end], factor[i]):
+                return 0, psi, 0.0, 0.0
     return 0, psi, 0.0, 0.0
 
 

@@ -24,4 +24,4 @@ def _can_cache() -> bool:
 
 
 # Sums may be reordered, but NaN and infinity stay what they are.
-FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=_can_cache())
+FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy", cache=_can_cache())
