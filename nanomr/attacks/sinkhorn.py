@@ -25,7 +25,7 @@ def _log(v):
     m = np.int64(bits - (shift << 52)).view(np.float64)
     s = (m - 1) / (m + 1)
     z = s * s  # <= 0.0295; log m = 2 artanh s
-    rest = 1 / 15 + z * (1 / 17 + z * (1 / 19 + z / 21))
+    rest = 1 / 15 + z * (1 / 17 + z / 19)
     rest = 1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13 + z * rest)))
     return np.float64(shift) * LOG2 + 2 * (s + s * z * (1 / 3 + z * (1 / 5 + z * rest)))
 
