@@ -246,7 +246,7 @@ def test_a_gradient_without_the_lines_of_the_layer_in_the_middle_is_found_out(mo
     right, calls = linear_bounds.Relaxed.bounds_backward, []
 
     def margins_alone(self, record, low, high):
-        whole = all(len(coefficients) == len(self.steps) for _, (_, coefficients) in record)
+        whole = all(len(coefficients) == len(self.steps) for *_, (_, coefficients) in record)
         calls.append(whole or (low.any() and high.any()))
         return right(self, record, low, high) if whole else None
 

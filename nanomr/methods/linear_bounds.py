@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backend import array_module
+from ..backend import array_module, to_numpy
 from ..batches import Box, NormalizedBox
 from ..borders import check_labels
 from ..layers import Affine, BatchNorm2d, Layer, Normalize, ReLU, Sequential
@@ -238,7 +238,7 @@ class Step(NamedTuple):
     layer: Layer
     known: Lines | Scale | Map
     cache: object = None  # of the layer's forward pass, on a box
-    found: tuple | None = None  # of a ReLU layer with linear bounds of its own
+    found: list | None = None  # of a ReLU layer with linear bounds of its own
 
 
 class Relaxed:
@@ -277,30 +277,34 @@ class Relaxed:
 
     def _better(self, low, high):
         """The bounds (N, ...) of the last step's output, those of unstable units made better by lines; and what
-        :meth:`_at_relu` needs: which units (N, R) of each image, where lines are better below and above, the record."""
+        :meth:`_at_relu` needs of each group of images: which units (n, R) of which images, where lines are better below
+        and above, the record. A group's images have nearly as many such units as each other: few rows are in vain."""
         xp, shape, n = array_module(low), low.shape, len(low)
-        low, high = low.reshape(n, -1).copy(), high.reshape(n, -1).copy()
-        unstable = (low < 0) & (high > 0)
-        most = int(unstable.sum(1).max())
-        if most == 0:
-            return low.reshape(shape), high.reshape(shape), None
-        at = (
-            xp.arange(n)[:, None],
-            xp.argsort(~unstable, axis=1, kind="stable")[:, :most],
-        )  # and stable ones, to be even
-        rows = xp.eye(low.shape[1], dtype=low.dtype)[at[1]].reshape(n, most, *shape[1:])
-        low_too, high_too, record = self.bounds(rows)
-        by_low, by_high = unstable[at] & (low_too > low[at]), unstable[at] & (high_too < high[at])
-        low[at], high[at] = xp.where(by_low, low_too, low[at]), xp.where(by_high, high_too, high[at])
-        return low.reshape(shape), high.reshape(shape), (at, by_low, by_high, record)
+        low, high, found = low.reshape(n, -1).copy(), high.reshape(n, -1).copy(), []
+        unstable, unit = (low < 0) & (high > 0), xp.eye(low[0].size, dtype=low.dtype)
+        counts = to_numpy(unstable.sum(1))
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        while len(order):
+            most = int(counts[order[0]])
+            size = np.count_nonzero(2 * counts[order] >= most)
+            images, order = xp.asarray(order[:size]), order[size:]
+            units = xp.argsort(~unstable[images], axis=1, kind="stable")[:, :most]  # and stable ones, to be even
+            at = images[:, None], units
+            low_too, high_too, record = self.bounds(unit[units].reshape(size, most, *shape[1:]), images)
+            by_low, by_high = unstable[at] & (low_too > low[at]), unstable[at] & (high_too < high[at])
+            low[at], high[at] = xp.where(by_low, low_too, low[at]), xp.where(by_high, high_too, high[at])
+            found.append((at, by_low, by_high, record))
+        return low.reshape(shape), high.reshape(shape), found
 
-    def bounds(self, a):
-        """(low, high, record): low (N, R) <= a z over the box, z the output of the last step there is, a (N, R, ...).
-        Where all lines are parallel, a z <= high; where they are not, it means nothing."""
+    def bounds(self, a, images=None):
+        """(low, high, record): low (n, R) <= a z over the box, z the output of the last step there is, a (n, R, ...) of
+        these ``images`` of the box, all by default. Where all lines are parallel, a z <= high; where they are not, it
+        means nothing."""
         xp, size = array_module(a), max(1, ROWS // a.shape[1])
-        parts = [slice(i, i + size) for i in range(0, len(self.radius), size)]
-        low, high, record = zip(*(self._down(a[at], at) for at in parts), strict=True)
-        return xp.concatenate(low), xp.concatenate(high), list(zip(parts, record, strict=True))
+        parts = [slice(i, i + size) for i in range(0, len(a), size)]
+        of = parts if images is None else [images[part] for part in parts]
+        low, high, record = zip(*(self._down(a[part], at) for part, at in zip(parts, of, strict=True)), strict=True)
+        return xp.concatenate(low), xp.concatenate(high), list(zip(parts, of, record, strict=True))
 
     def _down(self, a, at):
         low, high, record = 0.0, 0.0, []
@@ -318,8 +322,8 @@ class Relaxed:
         up from there, and the coefficients are the upstream gradients. Points are weighted from the start, the corners
         of low and of high added.
         """
-        for at, (a, coefficients) in record:
-            low, high = d_low[at], d_high[at]
+        for part, at, (a, coefficients) in record:
+            low, high = d_low[part], d_high[part]
             z = ops_for(a).lines_corner(a, low, high, self.centre[at], self.radius[at])
             for step, a in zip(self.steps, coefficients, strict=False):  # those that there were
                 z = step.known.up(z, a, low, high, at)
@@ -347,8 +351,7 @@ class Relaxed:
         xp, n, shape = array_module(by_low), len(by_low), by_low.shape
         c, r = dz.points[n:], dz.radius
         ends = [d.reshape(n, -1) for d in (by_low + 0.5 * (c - r), by_high + 0.5 * (c + r))]
-        if found:
-            at, *better, record = found
+        for at, *better, record in found or ():
             self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
             for d, lines_are in zip(ends, better, strict=True):
                 d[at] *= ~lines_are
