@@ -57,22 +57,37 @@ def norm(x):
 
 
 @njit(parallel=True, **FLAGS)
-def _crop_flip(images, index, top, left, flip, pad, out):
-    n, height, width, channels = out.shape
+def _crop_flip(images, index, top, left, flip, pad, channels, out):
+    """Rows are W C numbers, of which ``first`` to ``last`` have a pixel behind them before the row is turned round."""
+    n, height, width = out.shape
     scale = np.float32(1 / 255)
     for i in prange(n):
+        shift = (left[i] - pad) * channels
+        first, last = max(0, -shift), min(width, width - shift)
         for h in range(height):
-            source = h + top[i] - pad
-            for w in range(width):
-                column = (width - 1 - w if flip[i] else w) + left[i] - pad
-                inside = 0 <= source < height and 0 <= column < width
+            row, source = out[i, h], h + top[i] - pad
+            if not 0 <= source < height or first >= last:
+                row[:] = _ZERO
+                continue
+            pixels = images[index[i], source, first + shift : last + shift]
+            inside = row[width - last : width - first] if flip[i] else row[first:last]
+            row[: width - last if flip[i] else first] = _ZERO
+            row[width - first if flip[i] else last :] = _ZERO
+            if flip[i]:
+                count = len(pixels) // channels
                 for c in range(channels):
-                    out[i, h, w, c] = np.float32(images[index[i], source, column, c]) * scale if inside else _ZERO
+                    plane, into = pixels[c::channels], inside[c::channels]
+                    for k in range(count):
+                        into[count - 1 - k] = np.float32(plane[k]) * scale
+            else:
+                for k in range(len(pixels)):
+                    inside[k] = np.float32(pixels[k]) * scale
 
 
 def crop_flip(images, index, top, left, flip, pad=4):
     out = empty((len(index), *images.shape[1:]))
-    _crop_flip(images, index, top, left, flip, pad, out)
+    rows = [np.ascontiguousarray(a).reshape(*a.shape[:2], -1) for a in (images, out)]
+    _crop_flip(rows[0], index, top, left, flip, pad, images.shape[3], rows[1])
     return out
 
 
