@@ -9,7 +9,7 @@ import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-_SMALL = 1 << 10  # floats; below, malloc is as fast
+_SMALL = 1 << 14  # floats; below, malloc is as fast
 _LINE = 16  # floats in a cache line
 _LIMIT = 1 << 32  # bytes of buffers that a thread may keep idle: a step of the main network has them all in use
 _local = threading.local()

@@ -86,7 +86,7 @@ def _crop_flip(images, index, top, left, flip, pad, channels, out):
 
 def crop_flip(images, index, top, left, flip, pad=4):
     out = empty((len(index), *images.shape[1:]))
-    rows = [np.ascontiguousarray(a).reshape(*a.shape[:2], -1) for a in (images, out)]
+    rows = [np.ascontiguousarray(a).reshape(*a.shape[:2], a.shape[2] * a.shape[3]) for a in (images, out)]
     _crop_flip(rows[0], index, top, left, flip, pad, images.shape[3], rows[1])
     return out
 
