@@ -16,6 +16,9 @@ LIMIT = 500.0  # beyond e^500 we give up: products of two such numbers and a pix
 SMALLEST, LARGEST = np.exp(-LIMIT), np.exp(LIMIT)
 TINY = 1e-100  # less than this share of the image's mass counts as none
 
+# All of these loops are inlined into _image: beside the arrays that it makes itself, the compiler sees that no two of
+# them overlap. In functions of their own it would have to look, gives that up, and takes a number at a time.
+
 
 @njit(inline="always")
 def _log(v):
