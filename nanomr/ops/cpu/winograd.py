@@ -194,17 +194,23 @@ def _row_of_weights(w, k, c_in, c_out, u, step, width, lanes):
         _store(u, at + 12 * step, step, _g((columns[0][3], columns[1][3], columns[2][3])))
 
 
+@njit(inline="always")
+def add_parts(du, at, step, entries, parts, lanes):
+    """To each entry e, du[at + e step], what the other parts have there."""
+    for e in range(entries):
+        total = simd.load_sums(du, at + e * step, lanes)
+        for part in range(1, parts):
+            total = simd.total(total, simd.load_sums(du, at + (part * entries + e) * step, lanes))
+        simd.store(du, at + e * step, total, 0, WIDTH)
+
+
 @njit(**FLAGS)
 def _row_to_weights(du, k, rows, c_in, c_out, parts, dw, lanes):
     """The transpose: dw[:, :, k, c] = G^T (the sum over the parts of du) G, for all c."""
     step, q = rows * c_out, c_in * c_out
     for c in range(0, c_out, WIDTH):
         at = k * c_out + c
-        for e in range(ENTRIES):
-            total = simd.load_sums(du, at + e * step, lanes)
-            for part in range(1, parts):
-                total = simd.total(total, simd.load_sums(du, at + (part * ENTRIES + e) * step, lanes))
-            simd.store(du, at + e * step, total, 0, WIDTH)
+        add_parts(du, at, step, ENTRIES, parts, lanes)
         columns = (
             _g_transposed(_load(du, at, 4 * step, lanes)),
             _g_transposed(_load(du, at + step, 4 * step, lanes)),

@@ -24,7 +24,7 @@ from .flags import FLAGS
 from .gather_gemm import lanes_of, place_image, reduce, runs_of, sum_parts, sweep, threads, window
 from .memory import empty, ready
 from .simd import ROWS, WIDTH
-from .winograd import room_for_tiles, rows_of, two_by_two, where_tile
+from .winograd import add_parts, room_for_tiles, rows_of, two_by_two, where_tile
 
 ENTRIES = 9  # of a tile
 LEAST = 16, 32  # channels, read and stored, below which the transforms cost what they save
@@ -147,11 +147,7 @@ def _row_to_weights(du, k, rows, channels, c_out, parts, dw, lanes):
     to = (4 * p + k_q) * q + k % channels * c_out  # the first of the four taps; the others are 2 and 8 pixels on
     for c in range(0, c_out, WIDTH):
         at = k * c_out + c
-        for e in range(ENTRIES):
-            total = simd.load_sums(du, at + e * step, lanes)
-            for part in range(1, parts):
-                total = simd.total(total, simd.load_sums(du, at + (part * ENTRIES + e) * step, lanes))
-            simd.store(du, at + e * step, total, 0, WIDTH)
+        add_parts(du, at, step, ENTRIES, parts, lanes)
         columns = (
             _g_transposed(_load(du, at, 3 * step, lanes)),
             _g_transposed(_load(du, at + step, 3 * step, lanes)),
