@@ -23,6 +23,6 @@ def _can_cache() -> bool:
     return True
 
 
-# Sums may be reordered, but NaN and infinity stay what they are; a division by zero makes them, as in NumPy (to look for
-# one would keep a loop from becoming vectors).
+# Sums may be reordered, but NaN and infinity stay what they are; a division by zero makes them, as in NumPy (to look
+# for one would keep a loop from becoming vectors).
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy", cache=_can_cache())
