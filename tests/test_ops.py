@@ -22,6 +22,7 @@ from nanomr.backend import to_numpy
 from nanomr.methods import manifold_step
 from nanomr.models import small_cnn
 from nanomr.ops import reference
+from nanomr.ops.cpu import training
 from nanomr.optim import SGD
 from nanomr.testing.strategies import LAYOUTS, convolutions, fewer, images, layouts, seeds
 
@@ -931,3 +932,23 @@ def test_the_comparison_notices_small_errors(operation, data):
     wrong[k][at] += 1e-4 * size[at] + 1e-20
     with pytest.raises(AssertionError, match=operation):
         compare(tuple(wrong), as_tuple(expected), as_tuple(bound), operation)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("left", [0, 8])
+def test_a_crop_beside_its_image_writes_nowhere_else(flip, left):
+    """Three columns, moved by four: the row where no pixel is left ends where the array does."""
+    room, images = np.full(4 * 9 + 64, 7, np.float32), np.full((1, 4, 9), 255, np.uint8)
+    draws = np.zeros(1, np.int64), np.array([4]), np.array([left]), np.array([flip])
+    training._crop_flip(images, *draws, 4, 3, room[: 4 * 9].reshape(1, 4, 9))
+    assert not room[: 4 * 9].any() and (room[4 * 9 :] == 7).all()
+
+
+def test_crops_of_no_images():
+    none = np.zeros(0, np.int64)
+    assert training.crop_flip(np.zeros((5, 8, 8, 3), np.uint8), none, none, none, none.astype(bool)).shape == (
+        0,
+        8,
+        8,
+        3,
+    )
