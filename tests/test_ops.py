@@ -150,6 +150,18 @@ def _to(points, radius):
     return np.concatenate([radius] * (len(points) // len(radius)))
 
 
+def _around(g, shape):
+    """Images, a radius and, of two, one with a mean and a std, which may be negative."""
+    mean, std = _mean_and_std(g, shape[-1])
+    normalized = (mean, std * g.choice(np.float32([-1, 1]), std.shape)) if g.random() < 0.5 else ()
+    return g.random(shape, np.float32), float(g.choice([0.0, 8 / 255, 0.7])), *normalized
+
+
+def _around_magnitude(x, eps, mean=None, std=1.0):
+    centre = x + eps + (0 if mean is None else np.abs(mean))
+    return np.concatenate([centre] * 2) / np.abs(std), (x + eps) / np.abs(std)
+
+
 def _box_backward(g, shape):
     points, radius = _box(g, shape)
     gains = tuple(map(float, g.standard_normal(6))) if g.random() < 0.5 else None
@@ -488,8 +500,8 @@ OPERATIONS = {
         arguments(pool_shapes, lambda g, s: (_normal(g, s[0]), s[1])), ones_for(reference.average_pool_backward)
     ),
     "box_around": Operation(
-        arguments(feature_maps, lambda g, s: (g.random(s, np.float32), float(g.choice([0.0, 8 / 255, 0.7])))),
-        lambda x, eps: (np.concatenate([x + eps] * 2), x + eps),
+        arguments(feature_maps, _around),
+        _around_magnitude,
     ),
     "relu_box": Operation(
         arguments(feature_maps, _box),

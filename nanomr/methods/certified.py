@@ -30,6 +30,17 @@ def halves(model):
     return Sequential({name: model.children[name] for name in names}), model.children[last]
 
 
+def entered(body, x, eps, box=None):
+    """(What ``body``'s Normalize makes of :func:`box_around`, or of ``box``; the layers behind it). In one pass."""
+    (name, entry), *rest = body.children.items()
+    if not isinstance(entry, Normalize):
+        return box or box_around(x, eps), body
+    if box:
+        return entry.forward(box)[0], Sequential(dict(rest))
+    entry.output_shape(x)
+    return Box(*ops_for(x).box_around(x, eps, **entry.buffers)), Sequential(dict(rest))
+
+
 class Balance:
     """Shi et al.'s (2021) regulariser as a tap: boxes must not grow from the input (radius T0) on, nor their ReLUs be
     mostly on or mostly off. Per ReLU layer relu(tau - T0/T) / tau, and the same of the ratios (below 1) of the sums and
@@ -66,14 +77,13 @@ class Balance:
         return z.relu_backward(dy, gains)
 
 
-def balance(model, box, now):
-    """:class:`Balance` for a step from this box, as the ramp has it; None when there is none."""
+def balance(body, box, now):
+    """:class:`Balance` for a step from this box behind the model's Normalize, as the ramp has it; None when there is
+    none."""
     if now["ramp"] == 1 or now["eps"] <= 2e-4 * now["eps_end"] or now["balance"] == 0:  # smaller radii underflow
         return None
-    entry, radius = next(iter(model.children.values())), box.radius.mean(0, keepdims=True)
-    radius = entry.absolute().apply(radius, bias=False) if isinstance(entry, Normalize) else radius  # linear, as means
-    relus = sum(isinstance(layer, ReLU) for _, layer in model.walk())
-    return Balance(float(radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
+    relus = sum(isinstance(layer, ReLU) for _, layer in body.walk())
+    return Balance(float(box.radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
 
 
 def ibp(model, x, labels, draw, now) -> dict:
@@ -183,8 +193,8 @@ def _worst_case(model, x, labels, now, kappa, weight, box=None, q=0.0) -> dict:
     """
     check_labels(labels, len(x))
     n, xp, (body, last) = len(x), array_module(x), halves(model)
-    box = box or box_around(x, now["eps"])
-    tap = balance(model, box, now)
+    box, body = entered(body, x, now["eps"], box)
+    tap = balance(body, box, now)
     features, cache = body.forward(box, train=True, tap=tap)
     logits, at_last = last.forward(features.points)
     gain = rivals_gain(features.radius, last.params["weight"], labels)

@@ -124,10 +124,12 @@ def relu_hamming_backward(dy, z, alpha, weight):
     return dz
 
 
-def box_around(x, eps):
-    """([x; c], r): the ball c - r to c + r of radius eps around images x (N, ...), within [0, 1]."""
+def box_around(x, eps, mean=None, std=None):
+    """([x; c], r): the ball c - r to c + r of radius eps around images x (N, ...), within [0, 1]; given a ``std``, what
+    :func:`normalize` makes of it."""
     low, high = np.maximum(x - eps, 0), np.minimum(x + eps, 1)
-    return np.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low)
+    points, radius = np.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low)
+    return (points, radius) if std is None else (normalize(points, mean, std), normalize(radius, None, abs(std)))
 
 
 def relu_box(points, radius):

@@ -9,23 +9,25 @@ from numba import njit, prange
 
 from .elementwise import _ONE, _ZERO, _flat, _max0
 from .flags import FLAGS
-from .memory import empty, ready
-from .normalization import _along, _by_channel, _parts, _rows, _slopes
+from .memory import empty, numbers, ready
+from .normalization import _along, _by_channel, _parts, _row, _rows, _slopes
 from .simd import narrow, widen
 
 _HALF = np.float32(0.5)
 
 
 @njit(parallel=True, **FLAGS)
-def _box_around(x, eps, points, radius):
+def _box_around(x, eps, scale, shift, points, radius):
+    """scale times the box around x, plus shift: of rows that have the same of both."""
     n = len(x)
     for i in prange(n):
         for j in range(x.shape[1]):
             value = widen(x[i, j])
             low, high = value - eps, value + eps
             low, high = _ZERO if low < _ZERO else low, _ONE if high > _ONE else high
-            points[i, j] = x[i, j]
-            points[n + i, j], radius[i, j] = narrow(_HALF * (low + high), points), narrow(_HALF * (high - low), radius)
+            points[i, j] = narrow(value * scale[j] + shift[j], points)
+            points[n + i, j] = narrow(_HALF * (low + high) * scale[j] + shift[j], points)
+            radius[i, j] = narrow(_HALF * (high - low) * abs(scale[j]), radius)
 
 
 @njit(parallel=True, **FLAGS)
@@ -208,10 +210,12 @@ def _fitting(points, radius):
         raise ValueError(f"points {points.shape} do not fit radii {radius.shape}: as many are wanted, or twice as many")
 
 
-def box_around(x, eps):
+def box_around(x, eps, mean=None, std=None):
     points, radius = empty((2 * len(x), *x.shape[1:]), x.dtype), empty(x.shape, x.dtype)
-    flat_x, flat_points, flat_radius = _flat(x, points, radius)
-    _box_around(flat_x, np.float32(eps), flat_points, flat_radius)
+    scale = np.float32(1) if std is None else 1 / std
+    rows = (numbers(a).reshape(-1, *_row(x)) for a in (x, points, radius))
+    channels = _along(x, scale, None if mean is None else -mean * scale)
+    _box_around(next(rows), np.float32(eps), *channels, *rows)
     return points, radius
 
 
