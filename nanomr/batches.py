@@ -118,7 +118,9 @@ class NormalizedBox(NamedTuple):
 
 
 class BoxBehindReLU(NamedTuple):
-    """The gradient behind a ReLU, a :class:`Box`, and the gains that are added in front of it (None without)."""
+    """The gradient behind a ReLU, a :class:`Box`, and the gains that are added in front of it (None without).
+    ``spend``: its arrays may be overwritten."""
 
     dy: Box
     gains: tuple | None
+    spend: bool = False

@@ -185,7 +185,7 @@ class Affine(Layer):
             absolute.accumulate_from(x.radius, dy.radius, bias=False)
             self.accumulate_from(x.points, dy.points)
             weight = self.params["weight"]
-            self.accumulate(weight=ops_for(weight).times_sign(absolute.grads["weight"], weight))
+            ops_for(weight).times_sign(absolute.grads["weight"], weight, self.grads["weight"])
         if input_grad:
             return Box(self.transpose(dy.points, x.points), absolute.transpose(dy.radius, x.radius))
         return None
@@ -294,8 +294,14 @@ class Linear(Affine):
         return ops_for(dy).linear_input_gradient(dy, self.params["weight"])
 
     def accumulate_from(self, x, dy, bias=True):
-        dw, db = ops_for(dy).linear_weight_gradient(x, dy)
-        self.accumulate(weight=dw, **({"bias": db} if bias and "bias" in self.params else {}))
+        into = self.grads.get("weight")
+        if into is not None:
+            check(self, "weight's gradient", into, self.params["weight"].shape)
+        dw, db = ops_for(dy).linear_weight_gradient(x, dy, into)
+        if into is None:
+            self.accumulate(weight=dw)
+        if bias and "bias" in self.params:
+            self.accumulate(bias=db)
 
     def to_torch(self, name, value):
         if name == "weight" and self.image:
@@ -408,12 +414,14 @@ class ReLU(Layer):
             return ops_for(y).relu(y), (z, None, None)
         return ops_for(z).relu(z), (z, None, None)
 
-    def backward(self, dy, cache, param_grads=True, input_grad=True):
+    def backward(self, dy, cache, param_grads=True, input_grad=True, spend=False):
+        """``spend``: nobody needs dy any more, whose memory the batch norm in front may then use."""
         if not input_grad:
             return None
         z, tap, record = cache
         if isinstance(z, Box | NormalizedBox):
-            return z.relu_backward(dy) if tap is None else tap.backward(dy, z, record)
+            dz = z.relu_backward(dy) if tap is None else tap.backward(dy, z, record)
+            return dz._replace(spend=spend) if isinstance(dz, BoxBehindReLU) else dz
         like, n = (z, 1) if not isinstance(z, tuple) else (z.x, 1 + 2 * isinstance(z, PairBatch))
         check(self, "dy", dy, (n * len(like), *like.shape[1:]), like.dtype)
         if tap is not None:
@@ -488,7 +496,7 @@ class BatchNorm2d(Layer):
         box, mean, inv_std, train = cache
         n, ops, gamma = len(box.radius), ops_for(box.points), self.params["weight"]
         if isinstance(dy, BoxBehindReLU):
-            args = *dy.dy, *box, gamma, self.params["bias"], mean, inv_std, dy.gains, train
+            args = *dy.dy, *box, gamma, self.params["bias"], mean, inv_std, dy.gains, train, dy.spend
             *dx, dgamma, dbeta = ops.batchnorm_relu_box_backward(*args)
         else:
             dgamma, dbeta = ops.batchnorm_parameter_gradient(dy.points, box.points, mean, inv_std)
@@ -552,10 +560,13 @@ class Sequential(Layer):
         layers = list(self.children.values())
         learn = [param_grads and layer.has_params for layer in layers]
         needed = [input_grad or any(learn[:i]) for i in range(len(layers))]
+        ours = False  # is dy in memory of its own, which a layer with weights has made?
         for i in reversed(range(len(layers))):
             if not (needed[i] or learn[i]):
                 return None
-            dy = layers[i].backward(dy, caches[i], param_grads=param_grads, input_grad=needed[i])
+            spend = {"spend": True} if ours and isinstance(layers[i], ReLU) else {}
+            dy = layers[i].backward(dy, caches[i], param_grads=param_grads, input_grad=needed[i], **spend)
+            ours = ours or bool(layers[i].fan_in)
             if i == expanded_at and dy is not None:
                 dy = PairBatch.gradient(dy)
         return dy

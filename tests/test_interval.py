@@ -328,6 +328,48 @@ def test_what_intervals_verify_no_point_of_the_ball_contradicts():
     assert certified.verified(model, images, (labels + 1) % 3, 0.0) == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_a_gradient_spends_is_a_layers_own(dtype):
+    """Batch norms write over the dy that a layer made. Not over the caller's, nor over what is in the caches: the same
+    backward may be called again, and one layer after another gives the same bits."""
+    model, g = network(dtype)
+    body, _ = certified.halves(model)
+    features, cache = body.forward(certified.box_around(g.random((3, 8, 8, 3)).astype(dtype), 0.02), train=True)
+    dy = Box(*(g.standard_normal(a.shape).astype(dtype) for a in features))
+    kept = [a.copy() for a in dy]
+    found = [body.backward(dy, cache) for _ in range(2)]
+    gradients = model.gradients.copy()
+    slowly = dy
+    for layer, at in reversed(list(zip(body.children.values(), cache[0], strict=True))):
+        slowly = layer.backward(slowly, at)
+    np.testing.assert_allclose(3 * gradients, 2 * model.gradients, rtol=1e-4, atol=1e-5)
+    for a, *others in zip(kept, dy, strict=True):
+        np.testing.assert_array_equal(a, *others)
+    for a, *others in zip(slowly, *found, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(a, other)
+
+
+def test_the_sum_of_radii_is_the_balances_first():
+    """Behind the model's Normalize, whose std may be negative; of a network without one, and of a box that is given."""
+    model, g = network(np.float32)
+    model.children["normalize"].buffers["std"][1] *= -1
+    x = g.random((5, 8, 8, 3), np.float32)
+    raw = certified.box_around(x, 0.1)
+    body, last = certified.halves(model)
+    expected, _ = model.children["normalize"].forward(raw)
+    for given_ in (None, raw):
+        box, radius, layers = certified.entered(body, x, 0.1, given_)
+        for a, b in zip(box, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(radius, expected.radius.mean(dtype=float), rtol=1e-5)
+        assert list(layers.children) == list(body.children)[1:]
+    box, radius, layers = certified.entered(Sequential({"fc": last}), x, 0.1)
+    np.testing.assert_array_equal(box.radius, raw.radius)
+    np.testing.assert_allclose(radius, raw.radius.mean(dtype=float), rtol=1e-5)
+    assert list(layers.children) == ["fc"]
+
+
 def test_a_box_that_does_not_fit_is_refused():
     model, g = network()
     box = a_box(g, (3, 8, 8, 3))

@@ -159,7 +159,8 @@ def _around(g, shape):
 
 def _around_magnitude(x, eps, mean=None, std=1.0):
     centre = x + eps + (0 if mean is None else np.abs(mean))
-    return np.concatenate([centre] * 2) / np.abs(std), (x + eps) / np.abs(std)
+    radius = (x + eps) / np.abs(std)
+    return np.concatenate([centre] * 2) / np.abs(std), radius, radius.reshape(len(x), -1).sum(1)
 
 
 def _box_backward(g, shape):
@@ -585,6 +586,27 @@ def test_backend_agrees_with_the_reference(backend, operation, data):
         np.testing.assert_array_equal(to_numpy(once), to_numpy(again), err_msg="the same call gives other bits")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "a column too wide", "float64"])
+@pytest.mark.parametrize("name", ["linear_weight_gradient", "times_sign"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(shape=matrices, seed=st.integers(0, 99))
+def test_what_is_added_into_an_array(backend, name, layout, shape, seed):
+    """It is that array which comes back, with what it had and what the call without it returns; none beside it moves."""
+    (module, xp), g = load(backend), np.random.default_rng(seed)
+    shape = tuple(n + 7 * (n > 8) for n in shape)  # 40 and 23: rows that are a multiple of a tile's, and none
+    x, y = _normal(g, shape[:2]), _normal(g, (shape[0], shape[2]) if name == "linear_weight_gradient" else shape[:2])
+    x, y = xp.asarray(x), xp.asarray(y)
+    found = as_tuple(getattr(module, name)(x, y))[0]
+    room = xp.asarray(g.standard_normal((len(found), found.shape[1] + 1)).astype(np.float32))
+    into = room[:, :-1] if layout == "a column too wide" else room[:, :-1].copy()
+    into = into.astype(np.float64) if layout == "float64" else into
+    before, beside = into.copy(), room[:, -1].copy()
+    back = as_tuple(getattr(module, name)(x, y, into))[0]
+    assert back is into
+    np.testing.assert_allclose(to_numpy(into), to_numpy(before + found), rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(to_numpy(room[:, -1]), to_numpy(beside))
+
+
 @pytest.mark.parametrize("operation", ["conv2d", "conv2d_input_gradient", "conv2d_weight_gradient"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
@@ -715,7 +737,9 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("batchnorm_relu_box", ((4, 3), (2, 4), *[(3,)] * 4)),
         ("batchnorm_relu_box_backward", ((4, 3), (2, 3), (2, 3), (2, 3), *[(3,)] * 4)),
         ("batchnorm_relu_box_backward", ((4, 3), (4, 3), (4, 3), (2, 3), *[(3,)] * 4)),
+        ("linear_weight_gradient", ((4, 7), (4, 3), (3, 7))),
         ("times_sign", ((2, 3), (3, 2))),
+        ("times_sign", ((2, 3), (2, 3), (2, 1))),
         ("rivals_gain", ((2, 3), (4, 5), (2,))),
         ("rivals_gain", ((2, 3), (3, 1), (2,))),  # labels are ones: of a second class
         ("rivals_gain_backward", ((2, 4), (2, 3), (3, 5), (2,))),

@@ -18,7 +18,7 @@ from .manifold import drawn_corners
 
 def box_around(x, eps) -> Box:
     """The ball of radius eps within [0, 1], [x; its centre], and its radius."""
-    return Box(*ops_for(x).box_around(x, eps))
+    return Box(*ops_for(x).box_around(x, eps)[:2])
 
 
 def halves(model):
@@ -31,14 +31,20 @@ def halves(model):
 
 
 def entered(body, x, eps, box=None):
-    """(What ``body``'s Normalize makes of :func:`box_around`, or of ``box``; the layers behind it). In one pass."""
-    (name, entry), *rest = body.children.items()
-    if not isinstance(entry, Normalize):
-        return box or box_around(x, eps), body
+    """(What ``body``'s Normalize makes of :func:`box_around`, or of ``box``; its radii's mean; the layers behind it).
+
+    In one pass, where the box is not given.
+    """
+    children, entry = dict(body.children), None
+    if isinstance(next(iter(children.values()), None), Normalize):
+        entry = children.pop(next(iter(children)))
     if box:
-        return entry.forward(box)[0], Sequential(dict(rest))
-    entry.output_shape(x)
-    return Box(*ops_for(x).box_around(x, eps, **entry.buffers)), Sequential(dict(rest))
+        box = entry.forward(box)[0] if entry else box
+        return box, box.radius.mean(), Sequential(children)
+    if entry:
+        entry.output_shape(x)
+    *box, sums = ops_for(x).box_around(x, eps, **(entry.buffers if entry else {}))
+    return Box(*box), sums.sum() / x.size, Sequential(children)
 
 
 class Balance:
@@ -77,13 +83,13 @@ class Balance:
         return z.relu_backward(dy, gains)
 
 
-def balance(body, box, now):
-    """:class:`Balance` for a step from this box behind the model's Normalize, as the ramp has it; None when there is
-    none."""
+def balance(body, radius, now):
+    """:class:`Balance` for a step through ``body`` from a box of this mean ``radius``, as the ramp has it; None when
+    there is none."""
     if now["ramp"] == 1 or now["eps"] <= 2e-4 * now["eps_end"] or now["balance"] == 0:  # smaller radii underflow
         return None
     relus = sum(isinstance(layer, ReLU) for _, layer in body.walk())
-    return Balance(float(box.radius.mean()), relus, now["balance"] * (1 - now["ramp"]))
+    return Balance(float(radius), relus, now["balance"] * (1 - now["ramp"]))
 
 
 def ibp(model, x, labels, draw, now) -> dict:
@@ -193,8 +199,8 @@ def _worst_case(model, x, labels, now, kappa, weight, box=None, q=0.0) -> dict:
     """
     check_labels(labels, len(x))
     n, xp, (body, last) = len(x), array_module(x), halves(model)
-    box, body = entered(body, x, now["eps"], box)
-    tap = balance(body, box, now)
+    box, radius, body = entered(body, x, now["eps"], box)
+    tap = balance(body, radius, now)
     features, cache = body.forward(box, train=True, tap=tap)
     logits, at_last = last.forward(features.points)
     gain = rivals_gain(features.radius, last.params["weight"], labels)

@@ -54,7 +54,7 @@ def _worst_margins(model, x, labels, now, slopes, beta=1.0, most=0) -> dict:
     regulariser, as ``now`` has it; gradients are added."""
     labels, n, xp = check_labels(labels, len(x)), len(x), array_module(x)
     kappa, box = 1 - (1 - now["kappa"]) * now["ramp"], certified.box_around(x, now["eps"])
-    tap = certified.balance(model, certified.entered(model, x, now["eps"], box)[0], now)
+    tap = certified.balance(model, certified.entered(model, x, now["eps"], box)[1], now)
     network = Relaxed(model, box, slopes, most, tap)
     features, last = network.features, network.steps[-1].layer
     logits, at_last = last.forward(features.points)

@@ -86,9 +86,16 @@ def linear_input_gradient(dy, w):
     return dy @ w.T
 
 
-def linear_weight_gradient(x, dy):
-    """(dw, db) = (x^T dy, sum of dy over the batch)."""
-    return x.T @ dy, dy.sum(0)
+def linear_weight_gradient(x, dy, into=None):
+    """(dw, db) = (x^T dy, sum of dy over the batch). ``into``: dw is added to it, and it is returned."""
+    return _added(x.T @ dy, into), dy.sum(0)
+
+
+def _added(value, into):
+    if into is None:
+        return value
+    into += value
+    return into
 
 
 # --- ReLU and the Hamming regulariser: docs/derivations/relu.md, hamming.md -------------------------------------------
@@ -125,11 +132,13 @@ def relu_hamming_backward(dy, z, alpha, weight):
 
 
 def box_around(x, eps, mean=None, std=None):
-    """([x; c], r): the ball c - r to c + r of radius eps around images x (N, ...), within [0, 1]; given a ``std``, what
-    :func:`normalize` makes of it."""
+    """([x; c], r, the sums of r, one for each image): the ball c - r to c + r of radius eps around images x (N, ...),
+    within [0, 1]; given a ``std``, what :func:`normalize` makes of it."""
     low, high = np.maximum(x - eps, 0), np.minimum(x + eps, 1)
     points, radius = np.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low)
-    return (points, radius) if std is None else (normalize(points, mean, std), normalize(radius, None, abs(std)))
+    if std is not None:
+        points, radius = normalize(points, mean, std), normalize(radius, None, abs(std))
+    return points, radius, radius.reshape(len(x), -1).sum(1)
 
 
 def relu_box(points, radius):
@@ -310,9 +319,9 @@ def batchnorm_relu_backward(
     return scale_channels(dz, gamma * inv_std, plus), dgamma, dbeta
 
 
-def times_sign(x, y):
-    """x sign(y), of one shape: the gradient by y, from that by its absolute values."""
-    return x * np.sign(y)
+def times_sign(x, y, into=None):
+    """x sign(y), of one shape: the gradient by y, from that by its absolute values. ``into``: it is added to that."""
+    return _added(x * np.sign(y), into)
 
 
 def rivals_gain(radius, weight, labels):
@@ -344,10 +353,12 @@ def batchnorm_relu_box(points, radius, gamma, beta, mean, inv_std):
     return *relu_box(*z), box_sums(*z)
 
 
-def batchnorm_relu_box_backward(dpoints, dradius, points, radius, gamma, beta, mean, inv_std, gains=None, train=True):
+def batchnorm_relu_box_backward(
+    dpoints, dradius, points, radius, gamma, beta, mean, inv_std, gains=None, train=True, spend=False
+):
     """(the gradients by points and radius, dgamma, dbeta) of batchnorm_relu_box; ``gains`` as in
     :func:`relu_box_backward`. With ``train``, mean and variance are those of the images x beside the centres, [x; c],
-    and move with them: ``docs/derivations/interval.md``."""
+    and move with them: ``docs/derivations/interval.md``. ``spend``: dpoints and dradius may be overwritten."""
     z = batchnorm(points, gamma, beta, mean, inv_std), scale_channels(radius, abs(gamma) * inv_std)
     dz, dr = relu_box_backward(dpoints, dradius, *z, gains)
     dgamma, dbeta = batchnorm_parameter_gradient(dz, points, mean, inv_std)

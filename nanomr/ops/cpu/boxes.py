@@ -9,25 +9,33 @@ from numba import njit, prange
 
 from .elementwise import _ONE, _ZERO, _flat, _max0
 from .flags import FLAGS
-from .memory import empty, numbers, ready
-from .normalization import _along, _by_channel, _parts, _row, _rows, _slopes
+from .gather_gemm import adds_in_place
+from .memory import empty, ready
+from .normalization import _along, _parts, _rows, _slopes, sum_up
 from .simd import narrow, widen
 
 _HALF = np.float32(0.5)
 
 
 @njit(parallel=True, **FLAGS)
-def _box_around(x, eps, scale, shift, points, radius):
-    """scale times the box around x, plus shift: of rows that have the same of both."""
+def _box_around(x, eps, scale, shift, points, radius, sums):
+    """scale times the box around x, plus shift, all (N, rows, row); and the sums of its radii."""
     n = len(x)
     for i in prange(n):
-        for j in range(x.shape[1]):
-            value = widen(x[i, j])
-            low, high = value - eps, value + eps
-            low, high = _ZERO if low < _ZERO else low, _ONE if high > _ONE else high
-            points[i, j] = narrow(value * scale[j] + shift[j], points)
-            points[n + i, j] = narrow(_HALF * (low + high) * scale[j] + shift[j], points)
-            radius[i, j] = narrow(_HALF * (high - low) * abs(scale[j]), radius)
+        total = _ZERO
+        for h in range(x.shape[1]):
+            of_row = _ZERO
+            for j in range(x.shape[2]):
+                value = widen(x[i, h, j])
+                low, high = value - eps, value + eps
+                low, high = _ZERO if low < _ZERO else low, _ONE if high > _ONE else high
+                r = _HALF * (high - low) * abs(scale[j])
+                points[i, h, j] = narrow(value * scale[j] + shift[j], points)
+                points[n + i, h, j] = narrow(_HALF * (low + high) * scale[j] + shift[j], points)
+                radius[i, h, j] = narrow(r, radius)
+                of_row += r
+            total += of_row
+        sums[i] = total
 
 
 @njit(parallel=True, **FLAGS)
@@ -140,9 +148,7 @@ def _box_channel_gradients(dpoints, dradius, points, radius, mean, scale, shift,
                     sign = _ONE if scale[j] > _ZERO else (-_ONE if scale[j] < _ZERO else _ZERO)
                     first[j] += at_c * d + sign * at_r * size
                     second[j] += at_c
-            for j in range(row):
-                parts[t, 0, j] += first[j]
-                parts[t, 1, j] += second[j]
+            sum_up(first, second, parts[t])
 
 
 @njit(parallel=True, **FLAGS)
@@ -165,11 +171,13 @@ def _batchnorm_relu_box_backward(dpoints, dradius, points, radius, mean, scale, 
 
 
 @njit(parallel=True, **FLAGS)
-def _times_sign(x, y, out):
+def _times_sign(x, y, more, out):
+    """out = x sign(y), plus ``more``, which may be out, unless that is empty."""
     for i in prange(len(x)):
         for j in range(x.shape[1]):
             at = y[i, j]
-            out[i, j] = x[i, j] if at > _ZERO else (-x[i, j] if at < _ZERO else x[i, j] * at)  # NaN stays NaN
+            signed = x[i, j] if at > _ZERO else (-x[i, j] if at < _ZERO else x[i, j] * at)  # NaN stays NaN
+            out[i, j] = (more[i, j] if len(more) else _ZERO) + signed
 
 
 @njit(parallel=True, **FLAGS)
@@ -213,10 +221,9 @@ def _fitting(points, radius):
 def box_around(x, eps, mean=None, std=None):
     points, radius = empty((2 * len(x), *x.shape[1:]), x.dtype), empty(x.shape, x.dtype)
     scale = np.float32(1) if std is None else 1 / std
-    rows = (numbers(a).reshape(-1, *_row(x)) for a in (x, points, radius))
-    channels = _along(x, scale, None if mean is None else -mean * scale)
-    _box_around(next(rows), np.float32(eps), *channels, *rows)
-    return points, radius
+    channels, sums = _along(x, scale, None if mean is None else -mean * scale), np.empty(len(x), np.float32)
+    _box_around(*_rows(x), np.float32(eps), *channels, *_rows(points), *_rows(radius), sums)
+    return points, radius, sums
 
 
 def relu_box(points, radius):
@@ -258,27 +265,36 @@ def batchnorm_relu_box(points, radius, gamma, beta, mean, inv_std):
     return y, out, sums.sum(0)
 
 
-def batchnorm_relu_box_backward(dpoints, dradius, points, radius, gamma, beta, mean, inv_std, gains=None, train=True):
+def batchnorm_relu_box_backward(
+    dpoints, dradius, points, radius, gamma, beta, mean, inv_std, gains=None, train=True, spend=False
+):
     _gradients_fit(dpoints, dradius, points, radius)
     scale, gains, clean = inv_std * gamma, _numbers(gains), points[: len(points) - len(radius)]
     box, parts = [_rows(a)[0] for a in (dpoints, dradius, points, radius)], _parts(radius)
     mean, scale_, beta = _along(radius, mean, scale, beta)
     _box_channel_gradients(*box, mean, scale_, beta, gains, parts)
-    dgamma, dbeta = _by_channel(radius, parts)
+    dgamma, dbeta = parts.sum(0)
     dgamma, dbeta = (dgamma * inv_std).astype(np.float32), dbeta.astype(np.float32)
     slopes = _slopes(clean, scale, inv_std, dgamma, dbeta) if train and len(clean) else (None, None)
-    dp, dr = empty(points.shape, points.dtype), empty(radius.shape, radius.dtype)
+    if spend and dpoints.flags.c_contiguous and dradius.flags.c_contiguous:
+        dp, dr = dpoints, dradius  # each number is read before it is written, and no other memory is touched
+    else:
+        dp, dr = empty(points.shape, points.dtype), empty(radius.shape, radius.dtype)
     moved = _along(radius, *slopes)
     _batchnorm_relu_box_backward(*box, mean, scale_, beta, *moved, gains, *_rows(dp), *_rows(dr))
     return dp, dr, dgamma, dbeta
 
 
-def times_sign(x, y):
-    if x.shape != y.shape:
-        raise ValueError(f"{x.shape} and {y.shape} do not fit")
-    out = empty(x.shape)
-    _times_sign(*_flat(ready(x), ready(y), out))
-    return out
+def times_sign(x, y, into=None):
+    if not x.shape == y.shape == (y if into is None else into).shape:
+        raise ValueError(f"{x.shape} and {y.shape} do not fit{'' if into is None else f', nor into {into.shape}'}")
+    at_once = adds_in_place(into)
+    out = into if at_once else empty(x.shape)
+    x, y, total = _flat(ready(x), ready(y), out)
+    _times_sign(x, y, total[: None if at_once else 0], total)
+    if into is not None and not at_once:
+        into += out
+    return out if into is None else into
 
 
 def _elided(radius, weight, labels, *gradient):

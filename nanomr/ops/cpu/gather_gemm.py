@@ -237,6 +237,11 @@ def agree(what, found, wanted):
         raise ValueError(f"{what} {found} does not fit: {wanted} is wanted")
 
 
+def adds_in_place(into):
+    """Can a kernel add to ``into``, as an array of one dimension?"""
+    return into is not None and into.dtype == np.float32 and into.flags.c_contiguous
+
+
 def _words(w):
     """w (R, C) float32, R even, as words (R / 2, C): rows 2 r and 2 r + 1, rounded to bfloat16."""
     return np.ascontiguousarray(w.astype(BFLOAT16).reshape(len(w) // 2, 2, -1).swapaxes(1, 2)).view(np.int32)[..., 0]
@@ -322,12 +327,12 @@ def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lan
 
 
 @njit(parallel=True, **FLAGS)
-def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
-    """out (M, channels) = x^T w + bias, the columns of x (K, M) in parallel, a strip of them at a time: copied, since
-    rows that lie a power of two apart would not fit the cache together."""
+def _gather_gemm_columns(x, w, bias, plus, out, channels, chunks, lanes):
+    """out (M, channels) = x^T w + bias + plus (out itself, or empty), the columns of x (K, M) in parallel, a strip of
+    them at a time: copied, since rows that lie a power of two apart would not fit the cache together."""
     k, m = x.shape
     a, o, b = np.arange(_STRIP), np.arange(_STRIP) * channels, np.arange(k) * _STRIP
-    strips, no_plus = (m + _STRIP - 1) // _STRIP, np.empty(0, np.float32)
+    strips = (m + _STRIP - 1) // _STRIP
     for t in prange(chunks):
         strip = np.empty(k * _STRIP, np.float32)
         for first in range(strips * t // chunks * _STRIP, strips * (t + 1) // chunks * _STRIP, _STRIP):
@@ -340,7 +345,7 @@ def _gather_gemm_columns(x, w, bias, out, channels, chunks, lanes):
                 else:
                     for i in range(count):
                         into[i] = source[i]
-            sweep(strip, a, 0, count, b, 0, k, w, bias, no_plus, out, first * channels, o, channels, 1, 0, lanes)
+            sweep(strip, a, 0, count, b, 0, k, w, bias, plus, out, first * channels, o, channels, 1, 0, lanes)
 
 
 def _product(x, w, transposed, b):
@@ -365,10 +370,16 @@ def linear_input_gradient(dy, w):
     return _product(dy, w, True, None)
 
 
-def linear_weight_gradient(x, dy):
+def linear_weight_gradient(x, dy, into=None):
     agree("dy", len(dy), len(x))
     n = dy.shape[1]
     panels, lanes = panels_of(dy, "float32")
-    dw = empty((x.shape[1], n))
-    _gather_gemm_columns(ready(x), panels, bias_of(None, n), dw.reshape(-1), n, threads(), lanes)
-    return dw, dy.sum(0)
+    agree("into", (x.shape[1], n) if into is None else into.shape, (x.shape[1], n))
+    at_once = adds_in_place(into) and x.shape[1] % ROWS == 0  # else tiles overlap, which would add some numbers twice
+    dw = into if at_once else empty((x.shape[1], n))
+    flat = dw.reshape(-1)
+    plus = flat[: None if at_once else 0]
+    _gather_gemm_columns(ready(x), panels, bias_of(None, n), plus, flat, n, threads(), lanes)
+    if into is not None and not at_once:
+        into += dw
+    return dw if into is None else into, dy.sum(0)

@@ -39,13 +39,20 @@ def _along(x, *channels):
     return rows.reshape(len(channels), -1)
 
 
-def _by_channel(x, parts):
-    """Sums (blocks, 2, row) of the parts of a batch as two sums by channel, float64."""
-    return parts.sum(0).reshape(2, -1, x.shape[-1]).sum(1)
-
-
 def _parts(x):
-    return np.zeros((max(1, min(BLOCKS, len(x))), 2, *_row(x)))
+    """Room for two sums by channel, float64, of each part of a batch."""
+    return np.zeros((max(1, min(BLOCKS, len(x))), 2, x.shape[-1]))
+
+
+@njit(inline="always", **{**FLAGS, "cache": False})
+def sum_up(first, second, part):
+    """The two sums of an image along a row are added to those by channel."""
+    channels = part.shape[1]
+    for p in range(0, len(first), channels):
+        one, two = first[p : p + channels], second[p : p + channels]
+        for c in range(channels):
+            part[0, c] += one[c]
+            part[1, c] += two[c]
 
 
 @njit(parallel=True, **FLAGS)
@@ -61,16 +68,14 @@ def _moments(x, shift, parts):
                     d = widen(x[n, h, j]) - shift[j]
                     first[j] += d
                     second[j] += d * d
-            for j in range(row):
-                parts[t, 0, j] += first[j]
-                parts[t, 1, j] += second[j]
+            sum_up(first, second, parts[t])
 
 
 def batchnorm_statistics(x):
     shift = x[(0,) * (x.ndim - 1)].astype(np.float32)  # some value of each channel: what is summed up has no large mean
     parts, m = _parts(x), x.size // x.shape[-1]
     _moments(*_rows(x), *_along(x, shift), parts)
-    first, second = _by_channel(x, parts) / m
+    first, second = parts.sum(0) / m
     return (shift + first).astype(np.float32), np.maximum(second - first * first, 0).astype(np.float32)
 
 
@@ -148,9 +153,7 @@ def _channel_gradients(dy, x, mean, scale, shift, is_relu, parts):
                     dz = dz if not is_relu or d * scale[j] + shift[j] > _ZERO else _ZERO
                     first[j] += dz * d
                     second[j] += dz
-            for j in range(row):
-                parts[t, 0, j] += first[j]
-                parts[t, 1, j] += second[j]
+            sum_up(first, second, parts[t])
 
 
 @njit(parallel=True, **FLAGS)
@@ -171,9 +174,7 @@ def _channel_gradients_hamming(dy, x, mean, scale, shift, alpha, weight, parts):
                     )  # fmt: skip
                     first[j] += dz * d + dz_plus * d_plus + dz_minus * d_minus
                     second[j] += dz + dz_plus + dz_minus
-            for j in range(row):
-                parts[t, 0, j] += first[j]
-                parts[t, 1, j] += second[j]
+            sum_up(first, second, parts[t])
 
 
 @njit(parallel=True, **FLAGS)
@@ -216,7 +217,7 @@ def _parameter_gradient(dy, x, mean, scale, beta, inv_std, is_relu, alpha=None, 
         _channel_gradients(*_rows(dy, x), *channels, is_relu, parts)
     else:
         _channel_gradients_hamming(*_rows(dy, x), *channels, np.float32(alpha), per_sample(weight, len(x)), parts)
-    dgamma, dbeta = _by_channel(x, parts)
+    dgamma, dbeta = parts.sum(0)
     return (dgamma * inv_std).astype(np.float32), dbeta.astype(np.float32)
 
 

@@ -52,9 +52,13 @@ def linear_input_gradient(dy, w):
     return _product(_matrix(_float32(dy)), _matrix(w).T)
 
 
-def linear_weight_gradient(x, dy):
+def linear_weight_gradient(x, dy, into=None):
     x, dy = _matrix(_float32(x)), _matrix(_float32(dy))
-    return _product(x.T, dy), dy.sum(0)
+    dw, db = _product(x.T, dy), dy.sum(0)
+    if into is None:
+        return dw, db
+    into += dw
+    return into, db
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
