@@ -9,6 +9,8 @@ The contract of every layer:
 - Parameter gradients are added to ``layer.grads`` (``+=``). ``param_grads=False`` skips that work, for the same dx.
 - ``input_grad=False`` skips dx (returns None): nobody needs the gradient of the training images.
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
+- ``spend``, of ReLU and Sequential in backward: the caller needs no more of dy (nor, of a Sequential, for the cache),
+  and what comes out may lie in their memory.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
 - ``plus``, which Conv2d takes both ways and BatchNorm2d in backward: an array to add to the result, in the same pass.
 - What does not fit the layer (x, dy, plus, a weight that was exchanged) is a ValueError before anything is computed;
@@ -415,7 +417,7 @@ class ReLU(Layer):
         return ops_for(z).relu(z), (z, None, None)
 
     def backward(self, dy, cache, param_grads=True, input_grad=True, spend=False):
-        """``spend``: nobody needs dy any more, whose memory the batch norm in front may then use."""
+        """``spend``: the batch norm in front may write its own dx over dy."""
         if not input_grad:
             return None
         z, tap, record = cache
@@ -555,17 +557,21 @@ class Sequential(Layer):
             caches.append(cache)
         return x, (caches, expanded_at)
 
-    def backward(self, dy, cache, param_grads=True, input_grad=True):
+    def backward(self, dy, cache, param_grads=True, input_grad=True, spend=False):
+        """``spend``: a layer's part of the cache is let go behind it, for the gradients that are still to come."""
         caches, expanded_at = cache
         layers = list(self.children.values())
         learn = [param_grads and layer.has_params for layer in layers]
         needed = [input_grad or any(learn[:i]) for i in range(len(layers))]
-        ours = False  # is dy in memory of its own, which a layer with weights has made?
+        ours = spend  # may dy be overwritten? A layer with weights makes a new one
         for i in reversed(range(len(layers))):
             if not (needed[i] or learn[i]):
                 return None
-            spend = {"spend": True} if ours and isinstance(layers[i], ReLU) else {}
-            dy = layers[i].backward(dy, caches[i], param_grads=param_grads, input_grad=needed[i], **spend)
+            passed = caches[i]
+            if spend:
+                caches[i] = None
+            options = {"spend": True} if ours and isinstance(layers[i], ReLU) else {}
+            dy = layers[i].backward(dy, passed, param_grads=param_grads, input_grad=needed[i], **options)
             ours = ours or bool(layers[i].fan_in)
             if i == expanded_at and dy is not None:
                 dy = PairBatch.gradient(dy)

@@ -586,12 +586,24 @@ def test_backend_agrees_with_the_reference(backend, operation, data):
         np.testing.assert_array_equal(to_numpy(once), to_numpy(again), err_msg="the same call gives other bits")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(args=OPERATIONS["batchnorm_relu_box_backward"].draw, layout=layouts)
+def test_what_is_spent_decides_nothing(backend, args, layout):
+    """The gradients may lie where dpoints and dradius did, in whatever layout: their bits are the same."""
+    module, xp = load(backend)
+    expected = module.batchnorm_relu_box_backward(*[place(a, "contiguous", xp) for a in args])
+    spent = [place(a.copy(), layout, xp) for a in args[:2]], [place(a, "contiguous", xp) for a in args[2:]]
+    found = module.batchnorm_relu_box_backward(*spent[0], *spent[1], True)
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(to_numpy(f), to_numpy(e))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "a column too wide", "float64"])
 @pytest.mark.parametrize("name", ["linear_weight_gradient", "times_sign"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(shape=matrices, seed=st.integers(0, 99))
 def test_what_is_added_into_an_array(backend, name, layout, shape, seed):
-    """It is that array which comes back, with what it had and what the call without it returns; none beside it moves."""
+    """That array comes back, with what it had and what the call without it returns; nothing beside it moves."""
     (module, xp), g = load(backend), np.random.default_rng(seed)
     shape = tuple(n + 7 * (n > 8) for n in shape)  # 40 and 23: rows that are a multiple of a tile's, and none
     x, y = _normal(g, shape[:2]), _normal(g, (shape[0], shape[2]) if name == "linear_weight_gradient" else shape[:2])

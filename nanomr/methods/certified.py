@@ -210,7 +210,7 @@ def _worst_case(model, x, labels, now, kappa, weight, box=None, q=0.0) -> dict:
     points = last.backward(xp.concatenate([kappa * d_clean, d_worst]), at_last)
     radius, d_weight = rivals_gain_backward(d_worst, features.radius, last.params["weight"], labels)
     last.accumulate(weight=d_weight)
-    body.backward(Box(points, radius), cache, input_grad=False)
+    body.backward(Box(points, radius), cache, input_grad=False, spend=True)
     loss = kappa * clean + weight * worst
     value = tap.value if tap else 0.0
     return {
