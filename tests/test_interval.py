@@ -331,7 +331,7 @@ def test_what_intervals_verify_no_point_of_the_ball_contradicts():
 @pytest.mark.parametrize("last", ["relu3", "flatten"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_a_gradient_spends_is_a_layers_own(dtype, last):
-    """Batch norms write over the dy that a layer made, not over the caller's, of which Flatten hands on a view, nor over
+    """Batch norms write over the dy that a layer made, not the caller's, of which Flatten hands on a view, nor
     the caches: the same backward may be called again, and one layer after another gives the same bits."""
     model, g = network(dtype)
     body = certified.halves(model)[0]
@@ -382,7 +382,7 @@ def test_a_box_that_does_not_fit_is_refused():
         model.forward(Box(box.points[:4], box.radius))
     with pytest.raises(ValueError, match="clean batch"):
         model.forward(Box(box.points[3:], box.radius), train=True)
-    with pytest.raises(ValueError, match="Normalize.* takes x .*, not"):
+    with pytest.raises(ValueError, match=r"Normalize.* takes x .*, not"):
         certified.entered(certified.halves(model)[0], g.random((3, 8, 8, 4)), 0.1)
     with pytest.raises(ValueError, match="ends with a Linear"):
         certified.halves(Sequential({"relu": ReLU()}))
