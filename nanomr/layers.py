@@ -9,8 +9,8 @@ The contract of every layer:
 - Parameter gradients are added to ``layer.grads`` (``+=``). ``param_grads=False`` skips that work, for the same dx.
 - ``input_grad=False`` skips dx (returns None): nobody needs the gradient of the training images.
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
-- ``spend``, of ReLU and Sequential in backward: the caller needs no more of dy (nor, of a Sequential, for the cache),
-  and what comes out may lie in their memory.
+- ``spend``, of ReLU and Sequential in backward: the caller needs dy no more (nor, of a Sequential, the cache), and what
+  comes out may lie in their memory.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
 - ``plus``, which Conv2d takes both ways and BatchNorm2d in backward: an array to add to the result, in the same pass.
 - What does not fit the layer (x, dy, plus, a weight that was exchanged) is a ValueError before anything is computed;
@@ -570,7 +570,7 @@ class Sequential(Layer):
             passed = caches[i]
             if spend:
                 caches[i] = None
-            options = {"spend": True} if ours and isinstance(layers[i], ReLU) else {}
+            options = {"spend": True} if ours and isinstance(dy, Box) and isinstance(layers[i], ReLU) else {}
             dy = layers[i].backward(dy, passed, param_grads=param_grads, input_grad=needed[i], **options)
             ours = ours or bool(layers[i].fan_in)
             if i == expanded_at and dy is not None:
