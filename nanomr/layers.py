@@ -10,7 +10,7 @@ The contract of every layer:
 - ``input_grad=False`` skips dx (returns None): nobody needs the gradient of the training images.
 - dtype in = dtype out. Images are NHWC; see ``ops/reference.py`` for the layouts of the weights.
 - ``spend``, of ReLU and Sequential in backward: the caller needs dy no more (nor, of a Sequential, the cache), and what
-  comes out may lie in their memory.
+  comes out may lie in their memory. Between its layers a Sequential does so with a Box that one with weights made.
 - ``tap`` looks at the input of every ReLU as it goes by: :class:`nanomr.losses.Hamming` is one.
 - ``plus``, which Conv2d takes both ways and BatchNorm2d in backward: an array to add to the result, in the same pass.
 - What does not fit the layer (x, dy, plus, a weight that was exchanged) is a ValueError before anything is computed;
@@ -102,6 +102,14 @@ class Layer:
             else:  # a layer outside a model: nothing has made room for its gradients yet
                 self.grads[name] = gradient
 
+    def room_for(self, name):
+        """The gradient so far, where a kernel may add to it without :meth:`accumulate`; None where there is none yet,
+        or where a subclass looks at what comes in."""
+        if name not in self.grads or type(self).accumulate is not Layer.accumulate:
+            return None
+        check(self, f"{name}'s gradient", self.grads[name], self.params[name].shape)
+        return self.grads[name]
+
 
 @functools.cache
 def _signature(cls) -> inspect.Signature:
@@ -187,7 +195,10 @@ class Affine(Layer):
             absolute.accumulate_from(x.radius, dy.radius, bias=False)
             self.accumulate_from(x.points, dy.points)
             weight = self.params["weight"]
-            ops_for(weight).times_sign(absolute.grads["weight"], weight, self.grads["weight"])
+            into = self.room_for("weight")
+            signed = ops_for(weight).times_sign(absolute.grads["weight"], weight, into)
+            if into is None:
+                self.accumulate(weight=signed)
         if input_grad:
             return Box(self.transpose(dy.points, x.points), absolute.transpose(dy.radius, x.radius))
         return None
@@ -255,7 +266,7 @@ class Conv2d(Affine):
             dw, db = ops.conv2d_weight_gradient(x, dy, *window)
             return self.accumulate(weight=dw, bias=db)
         if hasattr(ops, "conv2d_dw"):
-            dw = ops.conv2d_dw(x, dy, *window, into=self.grads.get("weight"))
+            dw = ops.conv2d_dw(x, dy, *window, into=self.room_for("weight"))
             return None if dw is None else self.accumulate(weight=dw)
         self.accumulate(weight=ops.conv2d_weight_gradient(x, dy, *window)[0])
 
@@ -296,9 +307,7 @@ class Linear(Affine):
         return ops_for(dy).linear_input_gradient(dy, self.params["weight"])
 
     def accumulate_from(self, x, dy, bias=True):
-        into = self.grads.get("weight")
-        if into is not None:
-            check(self, "weight's gradient", into, self.params["weight"].shape)
+        into = self.room_for("weight")
         dw, db = ops_for(dy).linear_weight_gradient(x, dy, into)
         if into is None:
             self.accumulate(weight=dw)
@@ -570,7 +579,7 @@ class Sequential(Layer):
             passed = caches[i]
             if spend:
                 caches[i] = None
-            options = {"spend": True} if ours and isinstance(dy, Box) and isinstance(layers[i], ReLU) else {}
+            options = {"spend": True} if ours and isinstance(dy, Box) and type(layers[i]) is ReLU else {}
             dy = layers[i].backward(dy, passed, param_grads=param_grads, input_grad=needed[i], **options)
             ours = ours or bool(layers[i].fan_in)
             if i == expanded_at and dy is not None:

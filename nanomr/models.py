@@ -196,11 +196,11 @@ class Model(Sequential):
             return logits.full(), (cache, True)
         return logits, (cache, False)
 
-    def backward(self, dy, cache, param_grads=True, input_grad=True):
+    def backward(self, dy, cache, param_grads=True, input_grad=True, spend=False):
         """dx, (N, H, W, C), from dy = d(loss)/d(logits); parameter gradients are added to ``gradients``."""
         cache, linear = cache
         dy = PairBatch.gradient(dy) if linear else dy
-        return super().backward(dy, cache, param_grads=param_grads, input_grad=input_grad)
+        return super().backward(dy, cache, param_grads=param_grads, input_grad=input_grad, spend=spend)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Parameters and buffers with PyTorch's names and layouts, as NumPy arrays of their own."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import nanomr as mr
 from nanomr import losses, models, rng
+from nanomr.backend import to_numpy
 from nanomr.gradcheck import GradientError, check_vjp
 from nanomr.layers import (
     AveragePool2d,
@@ -375,6 +376,50 @@ def test_the_sum_of_radii_is_the_balances_first():
     assert list(layers.children) == ["fc"]
 
 
+BOXED = ("ibp", "ibp-manifold", "mtl-ibp", "sabr", "diffai", "rs")
+
+
+@pytest.mark.parametrize("name", BOXED)
+def test_a_step_on_a_device_is_the_cpus(cupy, name):
+    def step(model, images, labels):
+        return METHODS[name].step(model, images, labels, lambda stream: rng.generator(0, stream), now)
+
+    now = METHODS[name].filled({}) | {"eps": 0.02, "eps_end": 0.03, "ramp": 0.5, "lr": 0.1}
+    now |= {"gamma_i": 1.0, "alpha": 8.0, "hamming_norm": "batch"} if name == "ibp-manifold" else {}
+    (here, g), there = network(np.float64), network(np.float64)[0].to("gpu")
+    x, labels = g.random((4, 8, 8, 3)), g.integers(0, 3, 4)
+    expected, found = step(here, x, labels), step(there, cupy.asarray(x), cupy.asarray(labels))
+    for key, value in expected.items():
+        assert float(found[key]) == pytest.approx(float(value), rel=1e-9), key
+    np.testing.assert_allclose(to_numpy(there.gradients), here.gradients, rtol=1e-6, atol=1e-12)
+
+
+class Frozen(Linear):
+    """Its weights learn nothing."""
+
+    def accumulate(self, **gradients):
+        super().accumulate(**{name: 0 * gradient for name, gradient in gradients.items()})
+
+
+class Upside(Normalize):
+    """It turns images over, too."""
+
+    def apply(self, x, bias=True):
+        return super().apply(x[:, ::-1], bias)
+
+
+def test_what_a_subclass_does_with_boxes_is_done():
+    """With the gradients that its ``accumulate`` is given; as a Normalize that does more than one."""
+    model, g = network(np.float64)
+    x, labels = g.random((4, 8, 8, 3)), g.integers(0, 3, 4)
+    now = METHODS["ibp"].filled({}) | {"eps": 0.02, "eps_end": 0.03, "ramp": 1}
+    model.children["fc1"].__class__ = Frozen
+    loss = METHODS["ibp"].step(model, x, labels, None, now)["loss"]
+    assert not model.children["fc1"].grads["weight"].any() and model.children["conv2"].grads["weight"].any()
+    model.children["normalize"].__class__ = Upside
+    assert METHODS["ibp"].step(model, x, labels, None, now)["loss"] != pytest.approx(loss, rel=1e-3)
+
+
 def test_a_box_that_does_not_fit_is_refused():
     model, g = network()
     box = a_box(g, (3, 8, 8, 3))
@@ -384,6 +429,8 @@ def test_a_box_that_does_not_fit_is_refused():
         model.forward(Box(box.points[3:], box.radius), train=True)
     with pytest.raises(ValueError, match=r"Normalize.* takes x .*, not"):
         certified.entered(certified.halves(model)[0], g.random((3, 8, 8, 4)), 0.1)
+    with pytest.raises(ValueError, match="nothing may be empty"):
+        certified.box_around(g.random((0, 8, 8, 3)), 0.1)
     with pytest.raises(ValueError, match="ends with a Linear"):
         certified.halves(Sequential({"relu": ReLU()}))
 

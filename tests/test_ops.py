@@ -598,6 +598,32 @@ def test_what_is_spent_decides_nothing(backend, args, layout):
         np.testing.assert_array_equal(to_numpy(f), to_numpy(e))
 
 
+def test_nothing_is_spent_or_added_to_that_a_kernel_cannot_write():
+    """Gradients of another dtype, read-only ones, and two in the same memory; a read-only sum."""
+    cpu, g = importlib.import_module("nanomr.ops.cpu"), np.random.default_rng(0)
+    box, channels = _box(g, (3, 2, 2, 4)), _channels(g, 4)
+    box = box[0][-3:], box[1]
+    dy = _normal(g, (6, 2, 2, 4))
+    expected = cpu.batchnorm_relu_box_backward(dy[:3], dy[3:], *box, *channels)
+    same = cpu.batchnorm_relu_box_backward(dy[:3], dy[:3], *box, *channels)
+    kept = dy.copy()
+    kept.flags.writeable = False
+    for dtype, wanted, first, second in (
+        (np.float64, expected, dy[:3], dy[3:]),
+        (np.float32, expected, kept[:3], kept[3:]),
+        (np.float32, same, dy[:3], dy[:3]),
+    ):
+        given_ = first.astype(dtype, copy=False), second.astype(dtype, copy=False)
+        found = cpu.batchnorm_relu_box_backward(*given_, *box, *channels, None, True, True)
+        for f, e in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(f, e)
+    for name, x, y in (("linear_weight_gradient", dy[:, 0, 0], dy[:, 1, 1]), ("times_sign", dy[0, 0], dy[0, 1])):
+        into = np.zeros_like(getattr(cpu, name)(x, y)[0] if name[0] == "l" else x)
+        into.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(cpu, name)(x, y, into)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "a column too wide", "float64"])
 @pytest.mark.parametrize("name", ["linear_weight_gradient", "times_sign"])
 @pytest.mark.parametrize("backend", BACKENDS)

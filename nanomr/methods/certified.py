@@ -7,7 +7,7 @@ import numpy as np
 from .. import rng
 from ..backend import array_module
 from ..batches import Box, NormalizedBox, PairBatch
-from ..borders import check_labels
+from ..borders import check, check_labels
 from ..layers import Linear, Normalize, ReLU, Sequential
 from ..losses import Hamming, cross_entropy, intrinsic, rivals_gain, rivals_gain_backward
 from ..metrics import as_float
@@ -18,6 +18,7 @@ from .manifold import drawn_corners
 
 def box_around(x, eps) -> Box:
     """The ball of radius eps within [0, 1], [x; its centre], and its radius."""
+    check("box_around", "x", x, (...,))
     return Box(*ops_for(x).box_around(x, eps)[:2])
 
 
@@ -36,14 +37,14 @@ def entered(body, x, eps, box=None):
     In one pass, where the box is not given.
     """
     children, entry = dict(body.children), None
-    if isinstance(next(iter(children.values()), None), Normalize):
+    if type(next(iter(children.values()), None)) is Normalize:  # not a subclass's, which may do something else
         entry = children.pop(next(iter(children)))
     if box:
         box = entry.forward(box)[0] if entry else box
-        return box, box.radius.mean(), Sequential(children)
+        return box, box.radius.mean(dtype=np.float64), Sequential(children)
     if entry:
         entry.output_shape(x)
-    *box, sums = ops_for(x).box_around(x, eps, **(entry.buffers if entry else {}))
+    *box, sums = ops_for(x).box_around(x, eps, *((entry.buffers["mean"], entry.buffers["std"]) if entry else ()))
     return Box(*box), sums.sum() / x.size, Sequential(children)
 
 

@@ -138,7 +138,7 @@ def box_around(x, eps, mean=None, std=None):
     points, radius = np.concatenate([x, 0.5 * (low + high)]), 0.5 * (high - low)
     if std is not None:
         points, radius = normalize(points, mean, std), normalize(radius, None, abs(std))
-    return points, radius, radius.reshape(len(x), -1).sum(1)
+    return points, radius, radius.sum(tuple(range(1, x.ndim)))
 
 
 def relu_box(points, radius):

@@ -9,8 +9,7 @@ from numba import njit, prange
 
 from .elementwise import _ONE, _ZERO, _flat, _max0
 from .flags import FLAGS
-from .gather_gemm import adds_in_place
-from .memory import empty, ready
+from .memory import can_be_written, empty, ready
 from .normalization import _along, _parts, _rows, _slopes, sum_up
 from .simd import narrow, widen
 
@@ -151,33 +150,45 @@ def _box_channel_gradients(dpoints, dradius, points, radius, mean, scale, shift,
             sum_up(first, second, parts[t])
 
 
+@njit(inline="always", **{**FLAGS, "cache": False})
+def _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dp, dr):
+    """scale times the gradient before the ReLU, and of the clean points as in ``normalization._normalize_backward``."""
+    k, row = len(points) - len(radius), radius.shape[2]
+    for h in range(radius.shape[1]):
+        if k:
+            for j in range(row):
+                d, dz = widen(points[i, h, j]) - mean[j], widen(dpoints[i, h, j])
+                dz = dz if d * scale[j] + shift[j] > _ZERO else _ZERO
+                dp[i, h, j] = narrow(dz * scale[j] - d * slope[j] - offset[j], dp)
+        for j in range(row):
+            c = (widen(points[k + i, h, j]) - mean[j]) * scale[j] + shift[j]
+            r, dc, dd = widen(radius[i, h, j]) * abs(scale[j]), widen(dpoints[k + i, h, j]), widen(dradius[i, h, j])
+            at_c, at_r = _ends_backward(dc, dd, c, r, gains)
+            dp[k + i, h, j], dr[i, h, j] = narrow(at_c * scale[j], dp), narrow(at_r * abs(scale[j]), dr)
+
+
+# Two kernels: LLVM is told that no two arguments of one share memory.
 @njit(parallel=True, **FLAGS)
 def _batchnorm_relu_box_backward(dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dp, dr):
-    """scale times the gradient before the ReLU, and of the clean points as in ``normalization._normalize_backward``."""
-    n, row = len(radius), radius.shape[2]
-    k = len(points) - n
-    for i in prange(n):
-        for h in range(radius.shape[1]):
-            if k:
-                for j in range(row):
-                    d, dz = widen(points[i, h, j]) - mean[j], widen(dpoints[i, h, j])
-                    dz = dz if d * scale[j] + shift[j] > _ZERO else _ZERO
-                    dp[i, h, j] = narrow(dz * scale[j] - d * slope[j] - offset[j], dp)
-            for j in range(row):
-                c = (widen(points[k + i, h, j]) - mean[j]) * scale[j] + shift[j]
-                r, dc, dd = widen(radius[i, h, j]) * abs(scale[j]), widen(dpoints[k + i, h, j]), widen(dradius[i, h, j])
-                at_c, at_r = _ends_backward(dc, dd, c, r, gains)
-                dp[k + i, h, j], dr[i, h, j] = narrow(at_c * scale[j], dp), narrow(at_r * abs(scale[j]), dr)
+    for i in prange(len(radius)):
+        _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dp, dr)
 
 
 @njit(parallel=True, **FLAGS)
-def _times_sign(x, y, more, out):
-    """out = x sign(y), plus ``more``, which may be out, unless that is empty."""
+def _batchnorm_relu_box_backward_over(dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains):
+    """The same, written over dpoints and dradius."""
+    for i in prange(len(radius)):
+        _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dpoints, dradius)
+
+
+@njit(parallel=True, **FLAGS)
+def _times_sign(x, y, adds, out):
+    """out = x sign(y), or ``adds`` that to what is there."""
     for i in prange(len(x)):
         for j in range(x.shape[1]):
             at = y[i, j]
             signed = x[i, j] if at > _ZERO else (-x[i, j] if at < _ZERO else x[i, j] * at)  # NaN stays NaN
-            out[i, j] = (more[i, j] if len(more) else _ZERO) + signed
+            out[i, j] = out[i, j] + signed if adds else signed
 
 
 @njit(parallel=True, **FLAGS)
@@ -221,7 +232,8 @@ def _fitting(points, radius):
 def box_around(x, eps, mean=None, std=None):
     points, radius = empty((2 * len(x), *x.shape[1:]), x.dtype), empty(x.shape, x.dtype)
     scale = np.float32(1) if std is None else 1 / std
-    channels, sums = _along(x, scale, None if mean is None else -mean * scale), np.empty(len(x), np.float32)
+    shift = None if std is None or mean is None else -mean * scale
+    channels, sums = _along(x, scale, shift), np.empty(len(x), np.float32)
     _box_around(*_rows(x), np.float32(eps), *channels, *_rows(points), *_rows(radius), sums)
     return points, radius, sums
 
@@ -276,11 +288,12 @@ def batchnorm_relu_box_backward(
     dgamma, dbeta = parts.sum(0)
     dgamma, dbeta = (dgamma * inv_std).astype(np.float32), dbeta.astype(np.float32)
     slopes = _slopes(clean, scale, inv_std, dgamma, dbeta) if train and len(clean) else (None, None)
-    if spend and dpoints.flags.c_contiguous and dradius.flags.c_contiguous:
-        dp, dr = dpoints, dradius  # each number is read before it is written, and no other memory is touched
-    else:
-        dp, dr = empty(points.shape, points.dtype), empty(radius.shape, radius.dtype)
     moved = _along(radius, *slopes)
+    if spend and all(can_be_written(d, a.dtype) for d, a in ((dpoints, points), (dradius, radius))):
+        if not np.may_share_memory(dpoints, dradius):
+            _batchnorm_relu_box_backward_over(*box, mean, scale_, beta, *moved, gains)
+            return dpoints, dradius, dgamma, dbeta
+    dp, dr = empty(points.shape, points.dtype), empty(radius.shape, radius.dtype)
     _batchnorm_relu_box_backward(*box, mean, scale_, beta, *moved, gains, *_rows(dp), *_rows(dr))
     return dp, dr, dgamma, dbeta
 
@@ -288,10 +301,10 @@ def batchnorm_relu_box_backward(
 def times_sign(x, y, into=None):
     if not x.shape == y.shape == (y if into is None else into).shape:
         raise ValueError(f"{x.shape} and {y.shape} do not fit{'' if into is None else f', nor into {into.shape}'}")
-    at_once = adds_in_place(into)
+    at_once = into is not None and can_be_written(into, np.float32)
     out = into if at_once else empty(x.shape)
     x, y, total = _flat(ready(x), ready(y), out)
-    _times_sign(x, y, total[: None if at_once else 0], total)
+    _times_sign(x, y, at_once, total)
     if into is not None and not at_once:
         into += out
     return out if into is None else into

@@ -28,7 +28,7 @@ from numba import njit, prange
 
 from . import simd
 from .flags import FLAGS
-from .memory import BFLOAT16, empty, ready
+from .memory import BFLOAT16, can_be_written, empty, ready
 from .simd import MAX_LANES, ROWS, WIDTH
 
 
@@ -237,11 +237,6 @@ def agree(what, found, wanted):
         raise ValueError(f"{what} {found} does not fit: {wanted} is wanted")
 
 
-def adds_in_place(into):
-    """Can a kernel add to ``into``, as an array of one dimension?"""
-    return into is not None and into.dtype == np.float32 and into.flags.c_contiguous
-
-
 def _words(w):
     """w (R, C) float32, R even, as words (R / 2, C): rows 2 r and 2 r + 1, rounded to bfloat16."""
     return np.ascontiguousarray(w.astype(BFLOAT16).reshape(len(w) // 2, 2, -1).swapaxes(1, 2)).view(np.int32)[..., 0]
@@ -327,14 +322,14 @@ def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lan
 
 
 @njit(parallel=True, **FLAGS)
-def _gather_gemm_columns(x, w, bias, plus, out, channels, chunks, lanes):
-    """out (M, channels) = x^T w + bias + plus (out itself, or empty), the columns of x (K, M) in parallel, a strip of
-    them at a time: copied, since rows that lie a power of two apart would not fit the cache together."""
+def _gather_gemm_columns(x, w, bias, adds, out, channels, chunks, lanes):
+    """out (M, channels) = x^T w + bias, or ``adds`` that to what is there; the columns of x (K, M) in parallel, a strip
+    of them at a time: copied, since rows that lie a power of two apart would not fit the cache together."""
     k, m = x.shape
     a, o, b = np.arange(_STRIP), np.arange(_STRIP) * channels, np.arange(k) * _STRIP
     strips = (m + _STRIP - 1) // _STRIP
     for t in prange(chunks):
-        strip = np.empty(k * _STRIP, np.float32)
+        strip, plus = np.empty(k * _STRIP, np.float32), out[: len(out) if adds else 0]
         for first in range(strips * t // chunks * _STRIP, strips * (t + 1) // chunks * _STRIP, _STRIP):
             count = min(_STRIP, m - first)
             for r in range(k):
@@ -375,11 +370,10 @@ def linear_weight_gradient(x, dy, into=None):
     n = dy.shape[1]
     panels, lanes = panels_of(dy, "float32")
     agree("into", (x.shape[1], n) if into is None else into.shape, (x.shape[1], n))
-    at_once = adds_in_place(into) and x.shape[1] % ROWS == 0  # else tiles overlap, which would add some numbers twice
+    at_once = into is not None and can_be_written(into, np.float32)
+    at_once = at_once and x.shape[1] % ROWS == 0  # else tiles overlap, which would add some numbers twice
     dw = into if at_once else empty((x.shape[1], n))
-    flat = dw.reshape(-1)
-    plus = flat[: None if at_once else 0]
-    _gather_gemm_columns(ready(x), panels, bias_of(None, n), plus, flat, n, threads(), lanes)
+    _gather_gemm_columns(ready(x), panels, bias_of(None, n), at_once, dw.reshape(-1), n, threads(), lanes)
     if into is not None and not at_once:
         into += dw
     return dw if into is None else into, dy.sum(0)

@@ -33,6 +33,11 @@ def numbers(x):
     return np.ascontiguousarray(x).view(np.uint16) if x.dtype == BFLOAT16 else ready(x)
 
 
+def can_be_written(x, dtype):
+    """Can a kernel that stores numbers of this dtype, and sees x by rows, store them in x?"""
+    return x.dtype == dtype and x.flags.c_contiguous and x.flags.writeable
+
+
 def empty(shape, dtype=np.float32) -> np.ndarray:
     """An uninitialised array, float32 or bfloat16, at the start of a cache line.
 
