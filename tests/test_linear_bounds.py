@@ -246,7 +246,7 @@ def test_a_gradient_without_the_lines_of_the_layer_in_the_middle_is_found_out(mo
     right, calls = linear_bounds.Relaxed.bounds_backward, []
 
     def margins_alone(self, record, low, high):
-        whole = all(len(coefficients) == len(self.steps) for *_, (_, coefficients) in record)
+        whole = len(record[0]) == len(self.steps)
         calls.append(whole or (low.any() and high.any()))
         return right(self, record, low, high) if whole else None
 
@@ -254,6 +254,20 @@ def test_a_gradient_without_the_lines_of_the_layer_in_the_middle_is_found_out(mo
     with pytest.raises(GradientError):
         check_step("dual")
     assert len(calls) > 1 and all(calls)
+
+
+@pytest.mark.parametrize("what", ["nothing of them", "the first image's", "no gradient by the bounds' constants"])
+def test_a_gradient_without_the_layers_on_top_of_units_is_found_out(what, monkeypatch):
+    """Of ``dual``: rows of single units share the affine layers on top, which need the sums over all images."""
+    units, right = linear_bounds.Units, linear_bounds.Units.up
+    if what == "nothing of them":
+        monkeypatch.setattr(units, "backward", lambda self: None)
+    elif what == "the first image's":
+        monkeypatch.setattr(units, "up", lambda self, *rows: right(self, *(a[:1] for a in rows[:-1]), None))
+    else:
+        monkeypatch.setattr(units, "up", lambda self, z, of, low, high, at: right(self, z, of, 0 * low, 0 * high, at))
+    with pytest.raises(GradientError):
+        check_step("dual")
 
 
 def test_what_predictor_learns_has_a_gradient_that_leads_down():

@@ -250,6 +250,11 @@ def _scale_up(g, shape):
     return _normal(g, a.shape), a, _normal(g, a.shape[:2]), scale, shift
 
 
+def _scale_down(g, shape):
+    _, a, _, *affine = _scale_up(g, shape)
+    return a, *affine
+
+
 def _in_a_box(g, shape):
     a, centre, radius, _ = _lines(g, shape)
     return a, centre, radius
@@ -515,6 +520,7 @@ OPERATIONS = {
         arguments(feature_maps, _in_a_box), lambda *args: (reference.lines_reach(*map(np.abs, args))[1],) * 2
     ),
     "lines_corner": Operation(arguments(feature_maps, _corner), _corner_magnitude),
+    "scale_down": Operation(arguments(feature_maps, _scale_down), absolute(reference.scale_down)),
     "scale_up": Operation(arguments(feature_maps, _scale_up), absolute(reference.scale_up)),
     "batchnorm_relu_box": Operation(arguments(feature_maps, _norm_box), _norm_box_magnitude, wide=2),
     "batchnorm_relu_box_backward": Operation(arguments(feature_maps, _norm_box_backward), _norm_box_backward_magnitude),
@@ -788,6 +794,8 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("lines_reach", ((2, 5, 4), (2, 4), (2, 3))),
         ("lines_corner", ((2, 5, 4), (2, 5), (2, 5), (1, 4), (1, 4))),
         ("lines_corner", ((2, 5, 4), (2, 4), (2, 5), (2, 4), (2, 4))),
+        ("scale_down", ((2, 5, 3, 4), (3,), (3,))),
+        ("scale_down", ((2, 5, 3, 4), (4,), (1,))),
         ("scale_up", ((2, 5, 3, 4), (2, 5, 2, 4), (2, 5), (4,), (4,))),
         ("scale_up", ((2, 5, 3, 4), (2, 5, 3, 4), (5, 2), (4,), (4,))),
         ("scale_up", ((2, 5, 3, 4), (2, 5, 3, 4), (2, 5), (3,), (3,))),

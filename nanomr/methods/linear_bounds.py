@@ -178,8 +178,8 @@ class Scale:
         self.d_scale, self.d_shift = 0.0, 0.0
 
     def down(self, a, at):
-        constant = _inner(a, array_module(a).broadcast_to(self.shift, (1, *a.shape[2:])))
-        return a * self.scale, constant, constant
+        rows, constant = ops_for(a).scale_down(a, self.scale, self.shift)
+        return rows, constant, constant
 
     def up(self, z, a, low, high, at):
         z, d_scale, d_shift = ops_for(a).scale_up(z, a, low + high, self.scale, self.shift)
@@ -220,6 +220,39 @@ class Map:
         return z if self.at_zero is None else z + _times(low + high, self.at_zero)
 
 
+class Units:
+    """The affine ``steps`` on top, for rows that begin as single units: each unit's goes down them but once, for all
+    images, and on the way up its points of all images are added first. ``one`` (1, U, ...): the rows of all units.
+
+    Where other steps have rows ``a`` (N, R, ...), these have which units they are, (N, R) ints, no image's twice.
+    """
+
+    def __init__(self, steps, one):
+        xp = array_module(one)
+        self.steps, self.coefficients, constant = steps, [], xp.zeros(one.shape[:2], one.dtype)
+        for step in reversed(steps):
+            self.coefficients.insert(0, one)
+            one, more, _ = step.known.down(one, slice(None))
+            constant = constant + more
+        self.rows, self.constants, self.points = one[0], constant[0], xp.zeros_like(one)
+        self.low, self.high = xp.zeros_like(constant), xp.zeros_like(constant)
+
+    def down(self, units, at):
+        constant = self.constants[units]
+        return self.rows[units], constant, constant
+
+    def up(self, z, units, low, high, at):
+        for of, *parts in zip(units, z, low, high, strict=True):
+            for total, part in zip((self.points, self.low, self.high), parts, strict=True):
+                total[0, of] += part
+
+    def backward(self):
+        """Add what all :meth:`up` have left to the gradients of the steps."""
+        z = self.points
+        for step, a in zip(self.steps, self.coefficients, strict=True):
+            z = step.known.up(z, a, self.low, self.high, slice(None))
+
+
 def _inner(a, b):
     """(N, R): the sums of the products of a (N, R, ...) with b (N, ...); either N may be 1."""
     flat = a.reshape(*a.shape[:2], -1), b.reshape(len(b), -1)
@@ -238,7 +271,7 @@ class Step(NamedTuple):
     layer: Layer
     known: Lines | Scale | Map
     cache: object = None  # of the layer's forward pass, on a box
-    found: list | None = None  # of a ReLU layer with linear bounds of its own
+    found: tuple | None = None  # of a ReLU layer with linear bounds of its own: see Relaxed._better
 
 
 class Relaxed:
@@ -277,11 +310,14 @@ class Relaxed:
 
     def _better(self, low, high):
         """The bounds (N, ...) of the last step's output, those of unstable units made better by lines; and what
-        :meth:`_at_relu` needs of each group of images: which units (n, R) of which images, where lines are better below
-        and above, the record. A group's images have nearly as many such units as each other: few rows are in vain."""
-        xp, shape, n = array_module(low), low.shape, len(low)
-        low, high, found = low.reshape(n, -1).copy(), high.reshape(n, -1).copy(), []
-        unstable, unit = (low < 0) & (high > 0), xp.eye(low[0].size, dtype=low.dtype)
+        :meth:`_at_relu` needs: the units, and of each group of images which units (n, R) of which images, where lines
+        are better below and above, the record. A group's images have nearly as many such units as each other: few rows
+        are in vain."""
+        xp, shape, n, groups = array_module(low), low.shape, len(low), []
+        top = 1 + max(i for i, step in enumerate(self.steps) if isinstance(step.known, Lines))
+        low, high = low.reshape(n, -1).copy(), high.reshape(n, -1).copy()
+        one = Units(self.steps[top:], xp.eye(low[0].size, dtype=low.dtype).reshape(1, -1, *shape[1:]))
+        unstable, down = (low < 0) & (high > 0), [*(step.known for step in self.steps[:top]), one]
         counts = to_numpy(unstable.sum(1))
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         while len(order):
@@ -290,27 +326,29 @@ class Relaxed:
             images, order = xp.asarray(order[:size]), order[size:]
             units = xp.argsort(~unstable[images], axis=1, kind="stable")[:, :most]  # and stable ones, to be even
             at = images[:, None], units
-            low_too, high_too, record = self.bounds(unit[units].reshape(size, most, *shape[1:]), images)
+            low_too, high_too, record = self.bounds(units, images, down)
             by_low, by_high = unstable[at] & (low_too > low[at]), unstable[at] & (high_too < high[at])
             low[at], high[at] = xp.where(by_low, low_too, low[at]), xp.where(by_high, high_too, high[at])
-            found.append((at, by_low, by_high, record))
-        return low.reshape(shape), high.reshape(shape), found
+            groups.append((at, by_low, by_high, record))
+        return low.reshape(shape), high.reshape(shape), (one, groups)
 
-    def bounds(self, a, images=None):
+    def bounds(self, a, images=None, down=None):
         """(low, high, record): low (n, R) <= a z over the box, z the output of the last step there is, a (n, R, ...) of
         these ``images`` of the box, all by default. Where all lines are parallel, a z <= high; where they are not, it
-        means nothing."""
+        means nothing. ``down``: what the rows go down, all steps by default."""
         xp, size = array_module(a), max(1, ROWS // a.shape[1])
+        down = [step.known for step in self.steps] if down is None else down
         parts = [slice(i, i + size) for i in range(0, len(a), size)]
         of = parts if images is None else [images[part] for part in parts]
-        low, high, record = zip(*(self._down(a[part], at) for part, at in zip(parts, of, strict=True)), strict=True)
-        return xp.concatenate(low), xp.concatenate(high), list(zip(parts, of, record, strict=True))
+        found = [self._down(a[part], at, down) for part, at in zip(parts, of, strict=True)]
+        low, high, record = zip(*found, strict=True)
+        return xp.concatenate(low), xp.concatenate(high), (down, list(zip(parts, of, record, strict=True)))
 
-    def _down(self, a, at):
+    def _down(self, a, at, down):
         low, high, record = 0.0, 0.0, []
-        for step in reversed(self.steps):
+        for known in reversed(down):
             record.append(a)
-            a, *constants = step.known.down(a, at)
+            a, *constants = known.down(a, at)
             low, high = low + constants[0], high + constants[1]
         least, largest = ops_for(a).lines_reach(a, self.centre[at], self.radius[at])
         return low + least, high + largest, (a, record[::-1])
@@ -322,11 +360,12 @@ class Relaxed:
         up from there, and the coefficients are the upstream gradients. Points are weighted from the start, the corners
         of low and of high added.
         """
-        for part, at, (a, coefficients) in record:
+        down, parts = record
+        for part, at, (a, coefficients) in parts:
             low, high = d_low[part], d_high[part]
             z = ops_for(a).lines_corner(a, low, high, self.centre[at], self.radius[at])
-            for step, a in zip(self.steps, coefficients, strict=False):  # those that there were
-                z = step.known.up(z, a, low, high, at)
+            for known, a in zip(down, coefficients, strict=True):
+                z = known.up(z, a, low, high, at)
 
     def backward(self, dz):
         """Add what the gradient by ``features`` makes, and all that :meth:`bounds_backward` has left at the steps."""
@@ -351,10 +390,13 @@ class Relaxed:
         xp, n, shape = array_module(by_low), len(by_low), by_low.shape
         c, r = dz.points[n:], dz.radius
         ends = [d.reshape(n, -1) for d in (by_low + 0.5 * (c - r), by_high + 0.5 * (c + r))]
-        for at, *better, record in found or ():
+        one, groups = found or (None, ())
+        for at, *better, record in groups:
             self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
             for d, lines_are in zip(ends, better, strict=True):
                 d[at] *= ~lines_are
+        if groups:
+            one.backward()
         d_low, d_high = (d.reshape(shape) for d in ends)
         return Box(xp.concatenate([dz.points[:n], d_low + d_high]), d_high - d_low)
 

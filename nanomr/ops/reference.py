@@ -195,9 +195,15 @@ def lines_up(z, a, low, high, lower, upper, offset):
     return points, (np.maximum(a, 0) * z).sum(1), (np.minimum(a, 0) * z).sum(1), (a * side).sum(1)
 
 
+def scale_down(a, scale, shift):
+    """:func:`lines_down` for ``scale`` z + ``shift`` per channel, a batch norm: rows in front of it, what both bounds
+    collect of the shift, (N, R)."""
+    return a * scale, (a * shift).reshape(*a.shape[:2], -1).sum(2)
+
+
 def scale_up(z, a, total, scale, shift):
-    """The same for ``scale`` z + ``shift`` per channel, a batch norm: points behind it, the gradients (C,) by scale and
-    shift. ``total`` (N, R): the gradients by bounds below and above, added."""
+    """:func:`lines_up` for that: points behind it, the gradients (C,) by scale and shift. ``total`` (N, R): the
+    gradients by bounds below and above, added."""
     total, channels = total.reshape(*total.shape, *(1,) * (a.ndim - 2)), tuple(range(a.ndim - 1))
     return scale * z + shift * total, (a * z).sum(channels), (a * total).sum(channels)
 

@@ -42,6 +42,18 @@ def _lines_up(z, a, low, high, lower, upper, offset, points, d_lower, d_upper, d
 
 
 @njit(parallel=True, **FLAGS)
+def _scale_down(a, scale, shift, rows, constants):
+    for i in prange(len(a)):
+        for r in range(a.shape[1]):
+            constant = _ZERO
+            for j in range(a.shape[2]):
+                v = a[i, r, j]
+                rows[i, r, j] = v * scale[j]
+                constant += v * shift[j]
+            constants[i, r] = constant
+
+
+@njit(parallel=True, **FLAGS)
 def _scale_up(z, a, total, scale, shift, points, d_scale, d_shift):
     for i in prange(len(a)):
         for j in range(a.shape[2]):
@@ -121,10 +133,22 @@ def lines_corner(a, low, high, centre, radius):
     return points
 
 
+def _per_feature(a, *channels):
+    """Numbers per channel as (features,) of rows ``a``."""
+    return [ready(np.broadcast_to(each, a.shape[2:])).ravel() for each in channels]
+
+
+def scale_down(a, scale, shift):
+    if not scale.shape == shift.shape == a.shape[-1:]:
+        raise ValueError(f"{scale.shape} and {shift.shape} do not fit rows {a.shape}")
+    rows, constants = empty(a.shape), empty(a.shape[:2])
+    _scale_down(*_rows(a), *_per_feature(a, scale, shift), *_rows(rows), constants)
+    return rows, constants
+
+
 def scale_up(z, a, total, scale, shift):
     if total.shape != a.shape[:2] or not scale.shape == shift.shape == a.shape[-1:]:
         raise ValueError(f"{total.shape}, {scale.shape} and {shift.shape} do not fit rows {a.shape}")
     points, found = empty(a.shape), [empty((len(a), *a.shape[2:])) for _ in range(2)]
-    channels = [ready(np.broadcast_to(each, a.shape[2:])).ravel() for each in (scale, shift)]
-    _scale_up(*_rows(z, a), ready(total), *channels, *_rows(points), *_flat(*found))
+    _scale_up(*_rows(z, a), ready(total), *_per_feature(a, scale, shift), *_rows(points), *_flat(*found))
     return points, *(d.sum(tuple(range(d.ndim - 1))) for d in found)

@@ -27,6 +27,7 @@ from ..reference import (  # noqa: F401  (as they are)
     linf_bounds,
     linf_step,
     plane_step,
+    scale_down,
     scale_up,
 )
 from . import plain
