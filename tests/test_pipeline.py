@@ -192,6 +192,36 @@ def test_only_infeasible_is_a_proof_and_a_candidate_must_err(status, monkeypatch
                 assert outcome.record["verdict"] == "unknown" and not outcome.record["verified_float32"]
 
 
+@pytest.mark.parametrize("by, turns_taken", [("bab", [0.1, 0]), ("hull", [0.1, 0.1, 0, 0])])
+def test_a_float32_margin_that_an_image_refutes_takes_no_more_time(by, turns_taken, monkeypatch):
+    """An image whose margin lies between 0 and the float32 error errs nowhere. But there is no proof of more than the
+    error, and what is left of its time is for the margin itself."""
+    image, turns = np.zeros((1, 1, 3)), []
+
+    class Endless:
+        def __init__(self, *problem, threshold, **told):
+            self.threshold, self.seconds, self.tree, self.nearest, self.margin = threshold, 0.0, None, None, np.inf
+
+        def run(self, *clocks):
+            turns.append(self.threshold)
+            self.seconds += 1.0
+            return self.tree or Tree("timeout", None, -np.inf, None, 1, self.seconds)
+
+    class Refuting(Endless):
+        def run(self, *clocks):
+            status = "proved" if self.threshold == 0 else "candidate"
+            self.tree = Tree(status, image, 0.0, {}, 1, 0.0)
+            return super().run(*clocks)
+
+    monkeypatch.setattr(schedule, "SEARCHES", {"bab": Endless, "hull": Endless} | {by: Refuting})
+    relus = [(np.full((1, 3), -1.0), np.ones((1, 3)))]
+    found = schedule.settle(
+        None, image[None], image[None], relus, np.ones(2), error=0.1, left=lambda: 100.0 - len(turns), limit=100.0,
+        solver=None, confirm=lambda image: None,
+    )  # fmt: skip
+    assert (found.verdict, found.stage, turns) == ("proved", by, turns_taken)
+
+
 def test_bounds_that_are_not_numbers_verify_nothing(monkeypatch):
     real = pipeline.lower
 

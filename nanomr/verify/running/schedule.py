@@ -74,8 +74,10 @@ class _Run:
         return self.clock() - self.solved
 
     def play(self, threshold: float, seconds: float, milp: bool = False) -> Answer | None:
-        """Turn after turn, each twice as long, for so many seconds; the Answer, if there is one."""
-        begin, searches, trees, due = self.left(), {}, {}, dict(self.slices)
+        """Turn after turn, each twice as long, for so many seconds; the Answer, if there is one.
+
+        ``milp``: it is the last play, and may take that, too."""
+        begin, searches, trees, due, last = self.left(), {}, {}, dict(self.slices), milp
 
         def left():
             return min(seconds - begin + self.left(), self.left())
@@ -91,7 +93,9 @@ class _Run:
                 answer = self._heard(stage, searches[stage], trees[stage])
                 if searches[stage].tree is not None:
                     active.remove(stage)
-                if answer is not None or not left() > 0:
+                if trees[stage].status == "candidate" and not last:
+                    active.clear()  # so large a margin cannot be proved; what errs is for the next play to find
+                if answer is not None or not active or not left() > 0:
                     break
             if answer is None and milp and self.left() < LATE * self.limit and _unstable(trees) <= UNITS:
                 milp, answer = False, self._milp(threshold)
