@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -515,6 +516,30 @@ def test_convolutions_stay_within_their_arrays(case, seed):
             *cpu.conv2d_weight_gradient(x, dy, w.shape, *geometry),
         ]
         assert not zones.broken() and all(np.isfinite(result).all() for result in results)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_some_numbers_of_a_vector_are_stored_and_no_others(dtype):
+    """By a mask, or without AVX-512 in pieces; 16 bits are those of bfloat16."""
+    simd = importlib.import_module("nanomr.ops.cpu.simd")
+    one, room = simd.Lanes(1), 2 * simd.WIDTH
+
+    @numba.njit
+    def put(source, out, ends, one):
+        value = simd.load_sums(source, 0, one)
+        for k in range(len(ends)):
+            simd.store(out, k * room + 5, value, ends[k, 0], ends[k, 1])
+
+    source = np.arange(1, 1 + simd.WIDTH, dtype=np.float32)
+    ends = np.array([(i, j) for i in range(-2, simd.WIDTH + 2) for j in range(-2, simd.WIDTH + 3)])
+    out = np.full(len(ends) * room, 999, dtype)
+    wanted = out.reshape(-1, room).copy()
+    for row, (first, last) in zip(wanted, ends, strict=True):
+        first, last = max(first, 0), max(last, 0)
+        numbers = source[first:last] if dtype == np.float32 else source[first:last].view(np.uint32) >> 16
+        row[5 + first : 5 + first + len(numbers)] = numbers
+    put(source, out, ends, one)
+    np.testing.assert_array_equal(out.reshape(-1, room), wanted)
 
 
 @given(sizes=st.tuples(*[st.sampled_from([1, 2, 7, 15, 16, 17, 33])] * 3), seed=seeds)

@@ -192,34 +192,55 @@ def test_only_infeasible_is_a_proof_and_a_candidate_must_err(status, monkeypatch
                 assert outcome.record["verdict"] == "unknown" and not outcome.record["verified_float32"]
 
 
-@pytest.mark.parametrize("by, turns_taken", [("bab", [0.1, 0]), ("hull", [0.1, 0.1, 0, 0])])
+def settled(monkeypatch, says, confirm=lambda image: None, **options):
+    """(The Answer about a margin with a float32 error of 0.1, [(search, threshold)] turn by turn). ``says``: what a
+    search's tree is in each of its turns, by (search, threshold); it gives up afterwards."""
+    turns = []
+
+    class Search:
+        def __init__(self, *problem, threshold, **told):
+            self.key, self.seconds = (self.name, threshold), 0.0
+            self.tree, self.nearest, self.margin, self.says = None, None, np.inf, iter(says.get(self.key, ()))
+
+        def run(self, *clocks):
+            turns.append(self.key)
+            self.seconds += 1.0
+            status = next(self.says, "timeout")
+            found = Tree(status.split()[0], np.full((1, 1, 3), len(turns)), self.key[1], {}, 1, self.seconds)
+            self.tree = None if status == "timeout" else found
+            return found
+
+    monkeypatch.setattr(schedule, "SEARCHES", {k: type(k, (Search,), {"name": k}) for k in ("bab", "hull")})
+    box, relus = np.zeros((1, 1, 1, 3)), [(np.full((1, 3), -1.0), np.ones((1, 3)))]
+    found = schedule.settle(
+        None, box, box, relus, np.ones(2), error=0.1, left=lambda: 100.0 - len(turns), limit=100.0,
+        solver=None, confirm=confirm, **options,
+    )  # fmt: skip
+    return found, turns
+
+
+@pytest.mark.parametrize("by, turns_taken", [("bab", 1), ("hull", 2)])
 def test_a_float32_margin_that_an_image_refutes_takes_no_more_time(by, turns_taken, monkeypatch):
     """An image whose margin lies between 0 and the float32 error errs nowhere. But there is no proof of more than the
     error, and what is left of its time is for the margin itself."""
-    image, turns = np.zeros((1, 1, 3)), []
+    found, turns = settled(monkeypatch, {(by, 0.1): ["candidate"], (by, 0): ["proved"]})
+    assert (found.verdict, found.stage) == ("proved", by)
+    assert turns == [(name, t) for t in (0.1, 0) for name in ("bab", "hull")[:turns_taken]]
 
-    class Endless:
-        def __init__(self, *problem, threshold, **told):
-            self.threshold, self.seconds, self.tree, self.nearest, self.margin = threshold, 0.0, None, None, np.inf
 
-        def run(self, *clocks):
-            turns.append(self.threshold)
-            self.seconds += 1.0
-            return self.tree or Tree("timeout", None, -np.inf, None, 1, self.seconds)
+def test_the_last_play_is_not_over_with_an_image_that_does_not_err(monkeypatch):
+    """The other search may find one that does. A margin that is proved, but for float32, has one play only."""
+    second, errs = ["timeout", "candidate"], lambda turn: lambda image: image if image.max() == turn else None
+    says = {("bab", 0.1): ["candidate"], ("bab", 0): ["candidate"], ("hull", 0): second}
+    found, turns = settled(monkeypatch, says, errs(turn=4))
+    assert (found.verdict, found.stage) == ("falsified", "hull") and turns[1:] == [("bab", 0), ("hull", 0), ("hull", 0)]
+    found, turns = settled(monkeypatch, {("bab", 0.1): ["candidate"], ("hull", 0.1): second}, errs(turn=3), proved=True)
+    assert (found.verdict, found.stage) == ("falsified", "hull") and turns == [("bab", 0.1), *[("hull", 0.1)] * 2]
 
-    class Refuting(Endless):
-        def run(self, *clocks):
-            status = "proved" if self.threshold == 0 else "candidate"
-            self.tree = Tree(status, image, 0.0, {}, 1, 0.0)
-            return super().run(*clocks)
 
-    monkeypatch.setattr(schedule, "SEARCHES", {"bab": Endless, "hull": Endless} | {by: Refuting})
-    relus = [(np.full((1, 3), -1.0), np.ones((1, 3)))]
-    found = schedule.settle(
-        None, image[None], image[None], relus, np.ones(2), error=0.1, left=lambda: 100.0 - len(turns), limit=100.0,
-        solver=None, confirm=lambda image: None,
-    )  # fmt: skip
-    assert (found.verdict, found.stage, turns) == ("proved", by, turns_taken)
+def test_a_search_that_gives_up_leaves_the_other_its_turns(monkeypatch):
+    found, turns = settled(monkeypatch, {("bab", 0.1): ["timeout for good"], ("hull", 0.1): ["timeout", "proved"]})
+    assert (found.verdict, found.stage, found.bound) == ("proved", "hull", 0.1) and len(turns) == 3
 
 
 def test_bounds_that_are_not_numbers_verify_nothing(monkeypatch):

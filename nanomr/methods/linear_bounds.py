@@ -234,23 +234,23 @@ class Units:
             self.coefficients.insert(0, one)
             one, more, _ = step.known.down(one, slice(None))
             constant = constant + more
-        self.rows, self.constants, self.points = one[0], constant[0], xp.zeros_like(one)
-        self.low, self.high = xp.zeros_like(constant), xp.zeros_like(constant)
+        self.rows, self.constants = one[0], constant[0]
+        self.points, self.total = xp.zeros_like(one), xp.zeros_like(constant)
 
     def down(self, units, at):
         constant = self.constants[units]
         return self.rows[units], constant, constant
 
     def up(self, z, units, low, high, at):
-        for of, *parts in zip(units, z, low, high, strict=True):
-            for total, part in zip((self.points, self.low, self.high), parts, strict=True):
-                total[0, of] += part
+        for of, points, total in zip(units, z, low + high, strict=True):
+            self.points[0, of] += points
+            self.total[0, of] += total
 
     def backward(self):
         """Add what all :meth:`up` have left to the gradients of the steps."""
         z = self.points
         for step, a in zip(self.steps, self.coefficients, strict=True):
-            z = step.known.up(z, a, self.low, self.high, slice(None))
+            z = step.known.up(z, a, self.total, 0 * self.total, slice(None))  # to affine maps low and high are one
 
 
 def _inner(a, b):
@@ -311,15 +311,18 @@ class Relaxed:
     def _better(self, low, high):
         """The bounds (N, ...) of the last step's output, those of unstable units made better by lines; and what
         :meth:`_at_relu` needs: the units, and of each group of images which units (n, R) of which images, where lines
-        are better below and above, the record. A group's images have nearly as many such units as each other: few rows
-        are in vain."""
+        are better below and above, the record; None where all are stable. A group's images have nearly as many
+        unstable units as each other: few rows are in vain."""
         xp, shape, n, groups = array_module(low), low.shape, len(low), []
         top = 1 + max(i for i, step in enumerate(self.steps) if isinstance(step.known, Lines))
         low, high = low.reshape(n, -1).copy(), high.reshape(n, -1).copy()
-        one = Units(self.steps[top:], xp.eye(low[0].size, dtype=low.dtype).reshape(1, -1, *shape[1:]))
-        unstable, down = (low < 0) & (high > 0), [*(step.known for step in self.steps[:top]), one]
+        unstable = (low < 0) & (high > 0)
         counts = to_numpy(unstable.sum(1))
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        if not len(order):
+            return low.reshape(shape), high.reshape(shape), None
+        one = Units(self.steps[top:], xp.eye(low[0].size, dtype=low.dtype).reshape(1, -1, *shape[1:]))
+        down = [*(step.known for step in self.steps[:top]), one]
         while len(order):
             most = int(counts[order[0]])
             size = np.count_nonzero(2 * counts[order] >= most)
@@ -390,12 +393,12 @@ class Relaxed:
         xp, n, shape = array_module(by_low), len(by_low), by_low.shape
         c, r = dz.points[n:], dz.radius
         ends = [d.reshape(n, -1) for d in (by_low + 0.5 * (c - r), by_high + 0.5 * (c + r))]
-        one, groups = found or (None, ())
-        for at, *better, record in groups:
-            self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
-            for d, lines_are in zip(ends, better, strict=True):
-                d[at] *= ~lines_are
-        if groups:
+        if found:
+            one, groups = found
+            for at, *better, record in groups:
+                self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
+                for d, lines_are in zip(ends, better, strict=True):
+                    d[at] *= ~lines_are
             one.backward()
         d_low, d_high = (d.reshape(shape) for d in ends)
         return Box(xp.concatenate([dz.points[:n], d_low + d_high]), d_high - d_low)

@@ -198,7 +198,7 @@ def lines_up(z, a, low, high, lower, upper, offset):
 def scale_down(a, scale, shift):
     """:func:`lines_down` for ``scale`` z + ``shift`` per channel, a batch norm: rows in front of it, what both bounds
     collect of the shift, (N, R)."""
-    return a * scale, (a * shift).reshape(*a.shape[:2], -1).sum(2)
+    return a * scale, (a * shift).sum(tuple(range(2, a.ndim)))
 
 
 def scale_up(z, a, total, scale, shift):

@@ -52,9 +52,9 @@ def settle(
     if tightened:
         run.slices = TIGHT_SLICES
     if float32 and 0 < error < np.inf:
-        answer = run.play(threshold + error, FLOAT32 * run.left())
+        answer = run.play(threshold + error, FLOAT32 * run.left(), last=proved)
     if answer is None and not proved:
-        answer = run.play(threshold, np.inf, milp=True)
+        answer = run.play(threshold, np.inf, last=True, milp=True)
     if answer is not None:
         return answer._replace(notes=run.notes, solver_seconds=run.solved)
     verdict = "timeout" if run.left() <= 0.02 * limit else "unknown"
@@ -73,11 +73,12 @@ class _Run:
     def left(self) -> float:
         return self.clock() - self.solved
 
-    def play(self, threshold: float, seconds: float, milp: bool = False) -> Answer | None:
+    def play(self, threshold: float, seconds: float, last: bool, milp: bool = False) -> Answer | None:
         """Turn after turn, each twice as long, for so many seconds; the Answer, if there is one.
 
-        ``milp``: it is the last play, and may take that, too."""
-        begin, searches, trees, due, last = self.left(), {}, {}, dict(self.slices), milp
+        ``last``: no other play follows. ``milp``: and this one may take that, too.
+        """
+        begin, searches, trees, due = self.left(), {}, {}, dict(self.slices)
 
         def left():
             return min(seconds - begin + self.left(), self.left())
