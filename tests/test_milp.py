@@ -188,6 +188,28 @@ def test_infeasible_if_and_only_if_the_least_margin_is_above_the_threshold(restr
     assert not above.bound > exact + 1e-6  # or nan
 
 
+def test_what_the_root_makes_stable_keeps_its_sign(monkeypatch):
+    """The root's bounds hold at images with margin <= threshold. Where a ReLU has another sign than they say, the
+    program knows nothing of the network: without the rows for that, images there are candidates for nothing."""
+    build, answers = milp.build, {}
+
+    def without_signs(*arguments):
+        program = build(*arguments)
+        stable = slice(program.binaries, len(program.row_low) - 2 * program.binaries - 1)
+        program.row_low[stable], program.row_high[stable] = -np.inf, np.inf
+        return program
+
+    for name, how in {"with": build, "without": without_signs}.items():
+        monkeypatch.setattr(milp, "build", how)
+        for seed in (14, 16, 57, 126, 139):
+            model, draw = mlp((1, 4, 3), seed, (1, 1, 1), (0.5,), (0.3,)), np.random.default_rng(seed)
+            model.astype(np.float64).weights *= 3
+            model.weights += draw.normal(0, 0.2, model.weights.shape)
+            case = Network((model, draw), 0.5, "loose")
+            answers.setdefault(name, []).append(milp.decide(*case.question, threshold=case.exact() - 1e-3).status)
+    assert answers == {"with": ["infeasible"] * 5, "without": ["candidate"] * 5}
+
+
 @given(network=networks(), eps=eps_values, kind=kinds)
 def test_the_models_minimum_is_the_networks_and_its_relaxations_are_below(network, eps, kind):
     case = Network(network, eps, kind)

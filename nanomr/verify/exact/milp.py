@@ -253,7 +253,8 @@ def build(net: Collapsed, low, high, threshold: float = 0.0) -> Program:
     """The big-M model of "margin <= threshold", from bounds (U,) of the unstable ReLUs' inputs.
 
     Variables: the pixels, as t in [-1, 1], their places in the box; of every unstable ReLU its output a in [0, up], the
-    slack s = a - z in [0, down] and a binary d, with a <= up d and s <= down (1 - d). One dense row a - s = z each.
+    slack s = a - z in [0, down] and a binary d, with a <= up d and s <= down (1 - d). One dense row a - s = z each, and
+    one for the sign of each that these bounds make stable: they may hold at images with margin <= threshold alone.
     """
     pixels = net.image.shape[1]
     weight = np.block([[net.image, net.between], [net.row_image, net.row_units]])
@@ -261,8 +262,11 @@ def build(net: Collapsed, low, high, threshold: float = 0.0) -> Program:
     on, unstable = low >= 0, (low < 0) & (high > 0)  # what these bounds make stable is folded in as well
     through = weight[:, pixels:][:, on] @ np.linalg.inv(np.eye(on.sum()) - net.between[np.ix_(on, on)])
     weight, bias = weight + through @ weight[:-1][on], bias + through @ bias[:-1][on]
-    weight = weight[np.append(unstable, True)][:, np.append(np.ones(pixels, bool), unstable)]
-    bias, low, high, units = bias[np.append(unstable, True)], low[unstable], high[unstable], int(unstable.sum())
+    order = np.concatenate([np.flatnonzero(unstable), np.flatnonzero(~unstable), [len(low)]])
+    weight, bias = weight[order][:, np.append(np.ones(pixels, bool), unstable)], bias[order]
+    signs, size = np.where(on, 1, -1)[~unstable], np.maximum(abs(low), abs(high))[~unstable]
+    low, high, units = low[unstable], high[unstable], int(unstable.sum())
+    kept = slice(units, len(order) - 1)
 
     # A wider big-M, a wider bound or a looser threshold is a relaxation: rounding cannot cut off an image.
     down, up = -low + SLACK * (1 - low), high + SLACK * (1 + high)
@@ -276,11 +280,13 @@ def build(net: Collapsed, low, high, threshold: float = 0.0) -> Program:
     below = np.minimum(small[:, pixels:], 0) @ up - by_pixels
     above = np.maximum(small[:, pixels:], 0) @ up + by_pixels
 
-    sums = np.concatenate([-weight[:units], np.zeros((units, units))], axis=1)  # a - s - weight . (t, a)
-    one = np.arange(units)
+    sums = np.concatenate([-weight[:-1], np.zeros((len(order) - 1, units))], axis=1)
+    one = np.arange(units)  # a - s - weight . (t, a), but without a - s for the stable ones
     sums[one, pixels + one] += 1
     sums[one, pixels + units + one] -= 1
-    margin = weight[units]
+    kept_low = np.where(signs > 0, -np.inf, bias[kept] + below[kept] - SLACK * (1 + size))
+    kept_high = np.where(signs < 0, np.inf, bias[kept] + above[kept] + SLACK * (1 + size))
+    margin = weight[-1]
     entries = sums != 0
     margin_at = np.flatnonzero(margin)
     a, s, d = (pixels + j * units + one for j in range(3))
@@ -289,12 +295,12 @@ def build(net: Collapsed, low, high, threshold: float = 0.0) -> Program:
     edge = np.ones(pixels)
     return Program(
         cost=np.concatenate([margin, none]),
-        offset=float(bias[units] + below[units]),
+        offset=float(bias[-1] + below[-1]),
         column_low=np.concatenate([-edge, np.zeros(3 * units)]),
         column_high=np.concatenate([edge, up, down, ones]),
-        row_low=np.concatenate([bias[:units] + below[:units], np.full(2 * units + 1, -np.inf)]),
-        row_high=np.concatenate([bias[:units] + above[:units], np.zeros(units), down,
-                                 [threshold - bias[units] - below[units]]]),
+        row_low=np.concatenate([bias[:units] + below[:units], kept_low, np.full(2 * units + 1, -np.inf)]),
+        row_high=np.concatenate([bias[:units] + above[:units], kept_high, np.zeros(units), down,
+                                 [threshold - bias[-1] - below[-1]]]),
         start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         index=np.concatenate([np.nonzero(entries)[1], np.stack([a, d], 1).ravel(), np.stack([s, d], 1).ravel(),
                               margin_at]).astype(np.int32),
