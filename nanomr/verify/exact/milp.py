@@ -231,7 +231,9 @@ def _prepare(chain, low, high, relus, row, threshold, cpu_limit):
         return done("error", "bounds that are not finite")
     net = collapse(chain, low, high, relus, row)
     program = build(net, *root.root, threshold)
-    for values in (program.value, program.column_low, program.column_high, program.cost, program.row_high):
+    for values in (
+        program.value, program.column_low, program.column_high, program.cost, -program.row_low, program.row_high,
+    ):  # fmt: skip
         if not (abs(values[values != np.inf]) < LARGE).all():
             return done("error", "the model's numbers are not finite, or too large")
     return program, low[0], high[0]
