@@ -210,6 +210,26 @@ def test_what_the_root_makes_stable_keeps_its_sign(monkeypatch):
     assert answers == {"with": ["infeasible"] * 5, "without": ["candidate"] * 5}
 
 
+@pytest.mark.parametrize("name", ["row_low", "row_high", "cost", "value", "column_low", "column_high"])
+@pytest.mark.parametrize("number", [np.nan, -1e16])
+def test_a_program_that_holds_no_numbers_is_an_error(name, number, monkeypatch):
+    build = milp.build
+
+    def broken(*arguments):
+        program = build(*arguments)
+        getattr(program, name)[0] = number
+        return program
+
+    model, draw = mlp((1, 4, 3), 126, (1, 1, 1), (0.5,), (0.3,)), np.random.default_rng(126)
+    model.astype(np.float64).weights *= 3
+    case = Network((model, draw), 0.5, "loose")
+    question = {"threshold": case.exact() + 1e-3}
+    without_restriction(monkeypatch)
+    assert milp.decide(*case.question, **question).status == "candidate"
+    monkeypatch.setattr(milp, "build", broken)
+    assert milp.decide(*case.question, **question).status == "error"
+
+
 @given(network=networks(), eps=eps_values, kind=kinds)
 def test_the_models_minimum_is_the_networks_and_its_relaxations_are_below(network, eps, kind):
     case = Network(network, eps, kind)
