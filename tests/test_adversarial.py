@@ -274,10 +274,10 @@ MASS = {"radius": 0.05, "factor": 1.5, "every": 2, "step_size": 0.15, "regulariz
 
 @pytest.fixture
 def exactly(monkeypatch):
-    """Projections until they stand still: ascend stops them at a thousandth, as the source does."""
+    """Projections until they stand still: the method stops them after a few iterations."""
     run = wasserstein_attack.project
     exact = dict(tolerance=1e-9, iterations=20000)
-    monkeypatch.setattr(wasserstein_attack, "project", lambda *args, **options: run(*args, **options, **exact))
+    monkeypatch.setattr(wasserstein_attack, "project", lambda *args, **options: run(*args, **options | exact))
 
 
 def mass_case():
@@ -307,6 +307,34 @@ def test_wassersteins_formula_with_another_constant_is_other_images(constant, ex
     other = MASS | {constant: 1 if constant == "every" else 0.8 * MASS[constant]}
     step("wasserstein", model, x, labels, **MASS)
     assert abs(learned_from[-1] - transported(model, x, labels, now("wasserstein", **other))).max() > 1e-4
+
+
+def test_two_iterations_a_projection_climb_nearly_as_high():
+    """Each goes on from the last one's prices. The negative control is a single one, which moves no price."""
+    images, labels = shapes10.generate(100, shapes10.SEED)
+    model, x = models.small_cnn(seed=1), images.astype(np.float32) / 255
+    labels, radii = logits(model, x).argmax(1), [0.01 * 1.5 ** (step // 2) for step in range(20)]
+
+    def climbed(iterations):
+        moved, _ = wasserstein_ascend(model, x, labels, radii, 0.1, 3000.0, iterations)
+        p = [softmax(logits(model, images))[range(len(x)), labels] for images in (x, moved)]
+        return np.log(p[0] / p[1]).mean()
+
+    high = climbed(400)
+    assert high > 0.01 and climbed(1) < 0.5 * high < 0.9 * high < climbed(2)
+
+
+@pytest.mark.parametrize("iterations", [2, 5])
+def test_wassersteins_projections_have_the_iterations_that_they_were_given(iterations, monkeypatch):
+    run, seen = wasserstein_attack.project, []
+
+    def counted(*args, **options):
+        seen.append(run(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(wasserstein_attack, "project", counted)
+    step("wasserstein", *mass_case(), **MASS, iterations=iterations)
+    assert max(found.iterations.max() for found in seen) == iterations
 
 
 def centres(classes):

@@ -275,6 +275,22 @@ def test_the_kernels_logarithm(rng):
     np.testing.assert_allclose(found, np.log(v), rtol=1e-15, atol=0)
 
 
+@njit
+def _exponentials(t, out):
+    for i in range(len(t)):
+        out[i] = sinkhorn._exp(t[i])
+
+
+def test_the_kernels_exponential(rng):
+    """Of all that beta may be, of nothing, and where the power of 2 changes."""
+    t = [rng.uniform(-500, 500, 4000), rng.uniform(-1, 1, 4000), rng.uniform(-1, 1, 4000) * 1e-9, [0.0, 500.0, -500.0]]
+    t += [(np.arange(-700, 700) + 0.5) * np.log(2)]
+    t = np.concatenate(t)
+    found = np.empty_like(t)
+    _exponentials(t, found)
+    np.testing.assert_allclose(found, np.exp(t), rtol=5e-16, atol=0)
+
+
 def test_dark_images_overflow_nothing(rng):
     """A single spark, steps a hundred times as bright as it: e^beta is e^3000 and more. The logarithms take over."""
     x = np.zeros((6, 5, 5, 3), np.float32)

@@ -9,12 +9,17 @@ import numpy as np
 from numba import njit, prange
 
 from ..ops.cpu.flags import FLAGS
+from .wasserstein import FARTHEST
 
 LOG2 = 0.6931471805599453
+LOG2_HIGH = 0.693145751953125  # 12 digits of it, so that a product with a number below 2^10 is exact
+LOG2_LOW = 1.4286068203094172e-06
 ROOT_HALF = int(np.float64(0.5**0.5).view(np.int64))  # as bits
 LIMIT = 500.0  # beyond e^500 we give up: products of two such numbers and a pixel must still be finite
 SMALLEST, LARGEST = np.exp(-LIMIT), np.exp(LIMIT)
 TINY = 1e-100  # less than this share of the image's mass counts as none
+TO_INTEGER = 1.5 * 2.0**52  # a number added to it is an integer, in the lowest bits
+ONE = int(np.float64(1).view(np.int64))
 
 # All of these loops are inlined into _image: beside the arrays that it makes itself, the compiler sees that no two of
 # them overlap. In functions of their own it would have to look, gives that up, and takes a number at a time.
@@ -34,8 +39,27 @@ def _log(v):
 
 
 @njit(inline="always")
-def _taps(v, near, length, a, b, s0, s1, s2):
-    """Sums of five taps along a row, weighted by K, C K and C^2 K; v begins two pixels of ``near`` numbers before."""
+def _exp(t):
+    """e^t for abs(t) <= LIMIT, in sums and products too."""
+    n = np.floor(t / LOG2 + 0.5)  # e^t = 2^n e^r
+    r = t - n * LOG2_HIGH - n * LOG2_LOW
+    e = 1 / 5040 + r * (1 / 40320 + r * (1 / 362880 + r * (1 / 3628800 + r * (1 / 39916800 + r / 479001600))))
+    e = 1 + r * (1 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r * e))))))
+    return e * np.int64((np.float64(n + TO_INTEGER).view(np.int64) << 52) + ONE).view(np.float64)
+
+
+@njit(inline="always")
+def _sums(v, near, length, a, b, s0):
+    """Sums of five taps along a row, weighted by K; v begins two pixels of ``near`` numbers before."""
+    v0, v1, v2 = v[:length], v[near : near + length], v[2 * near : 2 * near + length]
+    v3, v4 = v[3 * near : 3 * near + length], v[4 * near : 4 * near + length]
+    for j in range(length):
+        s0[j] = v2[j] + a * (v1[j] + v3[j]) + b * (v0[j] + v4[j])
+
+
+@njit(inline="always")
+def _sums_and_costs(v, near, length, a, b, s0, s1, s2):
+    """:func:`_sums`, and the same weighted by C K and C^2 K."""
     v0, v1, v2 = v[:length], v[near : near + length], v[2 * near : 2 * near + length]
     v3, v4 = v[3 * near : 3 * near + length], v[4 * near : 4 * near + length]
     for j in range(length):
@@ -125,29 +149,58 @@ def _moved(v, factor):
     return lost
 
 
+@njit(inline="always")
+def _total(row):
+    total = 0.0
+    for j in range(len(row)):
+        total += np.float64(row[j])
+    return total
+
+
+@njit(inline="always")
+def _begin(x0, y0, mass, beta, x, y, v):
+    """A row in shares of the mass, and e^beta; how many leave the range."""
+    lost = 0
+    for j in range(len(x0)):
+        x[j] = x0[j] / mass
+        y[j] = min(max(y0[j] / mass, -FARTHEST), FARTHEST)
+        lost += 0 if abs(beta[j]) < LIMIT else 1
+        v[j] = _exp(beta[j])
+    return lost
+
+
+@njit(inline="always")
+def _end(x, share, mass, out):
+    """A row of the image: ``share`` of the way to what the plan brings."""
+    for j in range(len(x)):
+        out[j] = (x[j] + share * (out[j] - x[j])) * mass
+
+
 @njit(**FLAGS)
-def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
+def _image(x0, y0, radius, strength, tolerance, most, channels, beta, psi, out):
     """One image: (iterations, psi, cost, residual); ``beta`` and ``out`` are written. 0 iterations: gave up.
 
-    x, y, beta, out (H, W C): rows of interleaved channels, so that a shift by a pixel is a shift by ``channels``.
+    x0, y0, beta, out (H, W C): rows of interleaved channels, so that a shift by a pixel is a shift by ``channels``.
     """
-    height, length = x.shape
+    height, length = x0.shape
     start, end = 2 * channels, 2 * channels + length
     u = np.zeros((height, length + 4 * channels))  # e^alpha, and e^beta, with two pixels of nothing on either side
     v = np.zeros((height, length + 4 * channels))
     s0 = np.zeros((height + 4, length))  # sums along rows, weighted by K, C K and C^2 K; two rows of nothing
     s1 = np.zeros((height + 4, length))
     s2 = np.zeros((height + 4, length))
-    factor = np.empty((height, length))
+    x, y, factor = np.empty((height, length)), np.empty((height, length)), np.empty((height, length))
+    mass = 0.0
     for i in range(height):
-        for j in range(length):
-            if not abs(beta[i, j]) < LIMIT:
-                return 0, psi, 0.0, 0.0
-            v[i, j + start] = np.exp(beta[i, j])
+        mass += _total(x0[i])
+    mass = mass if mass > 0 else 1.0
+    for i in range(height):
+        if _begin(x0[i], y0[i], mass, beta[i], x[i], y[i], v[i, start:end]):
+            return 0, psi, 0.0, 0.0
     for iteration in range(most):
         a, b = np.exp(-psi), np.exp(-4 * psi)  # K is separable: exp(-psi (r^2 + c^2)) = exp(-psi r^2) exp(-psi c^2)
         for i in range(height):
-            _taps(v[i], channels, length, a, b, s0[i + 2], s1[i + 2], s2[i + 2])
+            _sums_and_costs(v[i], channels, length, a, b, s0[i + 2], s1[i + 2], s2[i + 2])
         cost, square = 0.0, 0.0  # of the plan: the sums of C and of C^2
         for i in range(height):
             row_cost, row_square = _depart(x[i], s0, s1, s2, i, a, b, u[i, start:end])
@@ -158,7 +211,7 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
             psi = max(psi + np.log(cost / radius) * cost / square, 0.0) if cost > 1e-300 else 0.0
             a, b = np.exp(-psi), np.exp(-4 * psi)
         for i in range(height):
-            _taps(u[i], channels, length, a, b, s0[i + 2], s1[i + 2], s2[i + 2])
+            _sums(u[i], channels, length, a, b, s0[i + 2])
         residual = 0.0
         for i in range(height):
             missing, far = _arrive(y[i], v[i, start:end], s0, i, a, b, strength, out[i], beta[i], factor[i])
@@ -168,7 +221,11 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
                     return 0, psi, 0.0, 0.0
             residual += missing
         if last or (fits and residual <= tolerance * radius):
-            return iteration + 1, psi, cost, residual
+            # The ball is convex: a share of the way to a plan that costs too much.
+            share = min(1.0, radius / cost) if cost > 0 else 1.0
+            for i in range(height):
+                _end(x[i], share, mass, out[i])
+            return iteration + 1, psi, share * cost, residual
         for i in range(height):
             if _moved(v[i, start:end], factor[i]):
                 return 0, psi, 0.0, 0.0
@@ -177,7 +234,8 @@ def _image(x, y, radius, strength, tolerance, most, channels, beta, psi, out):
 
 @njit(parallel=True, **FLAGS)
 def project(x, y, radius, strength, tolerance, most, channels, beta, psi, out, cost, residual, iterations):
-    """:func:`_image` for each of x, y (N, H, W C) float64; writes beta, psi, out, cost, residual, iterations."""
+    """:func:`_image` for each of x, y (N, H, W C); writes beta, psi, out, cost, residual, iterations, all float64 but
+    the last."""
     for n in prange(len(x)):
         iterations[n], psi[n], cost[n], residual[n] = _image(
             x[n], y[n], radius, strength, tolerance, most, channels, beta[n], psi[n], out[n]

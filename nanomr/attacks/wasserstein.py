@@ -89,33 +89,31 @@ def wasserstein(
     return adversarial, xp.where(fooled, xp.where(found < float("inf"), found, start), float("inf"))
 
 
-def ascend(model, x, labels, radii, step_size, regularization, train=False):
+def ascend(model, x, labels, radii, step_size, regularization, iterations=400, train=False):
     """(images, radius) for images that the model gets right: each as it first fooled the model, and inf for one that
-    did not, as it came out of the last step. ``train``: the network in training mode, as adversarial training has it.
+    did not, as it came out of the last step. ``iterations``: of each projection, at most. ``train``: the network in
+    training mode, as adversarial training has it.
     """
     xp = array_module(x)
     adversarial, found = x.copy(), xp.full(len(x), float("inf"))
-    left, current, plan = xp.arange(len(x)), x, None
-    for step, radius in enumerate(radii):
-        if step == 0:
-            logits, cache = model.forward(current, train=train)
+    left, current, plan, stay = xp.arange(len(x)), x, None, xp.full(len(x), True)
+    logits, cache = model.forward(current, train=train)
+    for radius in radii:
         _, gradient = cross_entropy(logits, labels[left])
         gradient = model.backward(gradient, cache, param_grads=False)
+        if not stay.all():  # only now: the cache is of all that were there in the last step
+            left, current, gradient, *plan = (value[stay] for value in (left, current, gradient, *plan))
         lost = ~xp.isfinite(gradient).reshape(len(left), -1).all(1)
         moved = current + x.dtype.type(step_size) * xp.sign(xp.where(per_image(lost, x), 0, gradient))
-        projection = project(x[left], moved, radius, regularization=regularization, start=plan)
-        current = xp.clip(projection.images, 0, 1).astype(x.dtype)
+        projection = project(x[left], moved, radius, regularization=regularization, iterations=iterations, start=plan)
+        current, plan = xp.clip(projection.images, 0, 1).astype(x.dtype), (projection.psi, projection.beta)
         logits, cache = model.forward(current, train=train)
         hit = misclassified(logits, labels[left]) & ~lost
-        plan = projection.psi, projection.beta
-        gone = hit | lost
-        if gone.any():
-            adversarial[left[hit]], found[left[hit]] = current[hit], radius
-            left, current, plan = left[~gone], current[~gone], tuple(value[~gone] for value in plan)
-            if len(left) == 0:
-                break
-            logits, cache = model.forward(current, train=train)  # the cache is for those that are left
-    adversarial[left] = current
+        adversarial[left[hit]], found[left[hit]] = current[hit], radius
+        stay = ~(hit | lost)
+        if not stay.any():
+            break
+    adversarial[left[stay]] = current[stay]
     return adversarial, found
 
 
@@ -155,61 +153,43 @@ def project(
     xp = array_module(x0)
     if not bool(xp.isfinite(y).all()):
         raise ValueError("y holds numbers that are not finite: does the model's gradient?")
-    x, y = xp.ascontiguousarray(x0, np.float64), xp.ascontiguousarray(y, np.float64)
-    mass = per_image(x.reshape(len(x), -1).sum(1), x)
-    heavy = mass > 0
-    mass = xp.where(heavy, mass, 1)
-    x, y = x / mass, xp.clip(y / mass, -FARTHEST, FARTHEST)
     if start is None:
-        psi, beta = xp.ones(len(x)), xp.zeros(x.shape)
+        psi, beta = xp.ones(len(x0)), xp.zeros(x0.shape)
     else:
         psi, beta = (xp.array(value, np.float64, order="C") for value in start)
     solve = _project_numba if xp is np else _project_log
-    z, cost, residual, count, psi, beta = solve(
-        x, y, float(radius), float(regularization), tolerance, iterations, psi, beta
-    )
-    # The ball is convex: a share of the way to a plan that costs too much.
-    share = xp.minimum(1, radius / xp.maximum(cost, radius * 1e-9))
-    return Projection((x + per_image(share, x) * (z - x)) * mass, share * cost, residual, count, psi, beta)
+    return Projection(*solve(x0, y, float(radius), float(regularization), tolerance, iterations, psi, beta))
 
 
 def _project_numba(x, y, radius, strength, tolerance, most, psi, beta):
     from . import sinkhorn  # only now: it imports Numba
 
     n, height, width, channels = x.shape
-    rows, z = (n, height, width * channels), np.empty(x.shape)
+    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+    rows, images = (n, height, width * channels), np.empty(x.shape)
     cost, residual, count = np.zeros(n), np.zeros(n), np.zeros(n, np.int64)
-    sinkhorn.project(
-        x.reshape(rows),
-        y.reshape(rows),
-        radius,
-        strength,
-        tolerance,
-        most,
-        channels,
-        beta.reshape(rows),
-        psi,
-        z.reshape(rows),
-        cost,
-        residual,
-        count,
-    )
-    lost = np.flatnonzero(count == 0)
+    found = beta.reshape(rows), psi, images.reshape(rows), cost, residual, count
+    sinkhorn.project(x.reshape(rows), y.reshape(rows), radius, strength, tolerance, most, channels, *found)
+    found, lost = (images, cost, residual, count, psi, beta), np.flatnonzero(count == 0)
     if len(lost):
         cold = np.ones(len(lost)), np.zeros(x[lost].shape)  # not from numbers that were about to overflow
-        found = _project_log(x[lost], y[lost], radius, strength, tolerance, most, *cold)
-        for whole, part in zip((z, cost, residual, count, psi, beta), found, strict=True):
+        others = _project_log(x[lost], y[lost], radius, strength, tolerance, most, *cold)
+        for whole, part in zip(found, others, strict=True):
             whole[lost] = part
-    return z, cost, residual, count, psi, beta
+    return found
 
 
 def _project_log(x, y, radius, strength, tolerance, most, psi, beta):
-    """(z, cost, residual, iterations, psi, beta): the iteration in logarithms, which nothing can overflow.
+    """A :class:`Projection`'s values, by the iteration in logarithms, which nothing can overflow.
 
-    x, y (N, H, W, C) in shares of the mass; psi (N,) and beta like x are the start, and are overwritten. Each image
-    stops by itself, so that nobody's result depends on the others.
+    psi (N,) and beta like x are the start, and are overwritten. Each image stops by itself, so that nobody's result
+    depends on the others.
     """
     xp = array_module(x)
+    x, y = xp.ascontiguousarray(x, np.float64), xp.ascontiguousarray(y, np.float64)
+    mass = per_image(x.reshape(len(x), -1).sum(1), x)
+    mass = xp.where(mass > 0, mass, 1)
+    x, y = x / mass, xp.clip(y / mass, -FARTHEST, FARTHEST)
     z, count = x.copy(), xp.zeros(len(x), np.int64)
     cost, residual = xp.zeros(len(x)), xp.zeros(len(x))
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: no mass
@@ -240,7 +220,9 @@ def _project_log(x, y, radius, strength, tolerance, most, psi, beta):
             left = go
             if len(left) == 0:
                 break
-    return z, cost, residual, count, psi, beta
+    # The ball is convex: a share of the way to a plan that costs too much.
+    share = xp.minimum(1, radius / xp.maximum(cost, radius * 1e-9))
+    return (x + per_image(share, x) * (z - x)) * mass, share * cost, residual, count, psi, beta
 
 
 def _total(values):

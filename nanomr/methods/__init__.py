@@ -179,6 +179,7 @@ METHODS: dict[str, Method] = {
             "radius": Constant(0.01, "of the ball that it begins with", low=1e-6),
             "factor": Constant(1.5, "that the radius grows by", low=1), "every": Constant(5, "so many steps", low=1),
             "regularization": Constant(3000.0, "of the projection: larger blurs less", low=1),
+            "iterations": Constant(2, "of each projection, at most", low=2),
         }, recipe="steps",
     ),
 }  # fmt: skip

@@ -107,7 +107,8 @@ def wasserstein(model, x, labels, draw, now) -> dict:
     """Cross-entropy at the images of the Wasserstein adversary (Wong, Schmidt, Kolter 2019), in training mode.
 
     ``radius`` is what its ball begins with, and ``factor`` what it grows by after every ``every`` of ``steps`` steps.
-    Images that are wrong to begin with stay as they are; those that it does not fool are taken as it left them.
+    Images that are wrong to begin with stay as they are; those that it does not fool are taken as it left them. A few
+    ``iterations`` a projection do: the next goes on from its prices (``docs/derivations/sinkhorn.md``).
     """
     labels, xp = check_labels(labels, len(x)), array_module(x)
     radii = [now["radius"] * now["factor"] ** (step // int(now["every"])) for step in range(int(now["steps"]))]
@@ -115,8 +116,9 @@ def wasserstein(model, x, labels, draw, now) -> dict:
     moved = x.copy()
     if len(right) and radii:
         moved[right], _ = wasserstein_ascend(
-            model, x[right], labels[right], radii, now["step_size"], now["regularization"], train=True
-        )
+            model, x[right], labels[right], radii, now["step_size"], now["regularization"], int(now["iterations"]),
+            train=True,
+        )  # fmt: skip
     return standard_step(model, moved, labels)
 
 
