@@ -411,6 +411,37 @@ def test_rows_may_be_carried_in_parts(name, monkeypatch):
 
 
 @names
+@fewer(0.5)
+@given(seed=seeds)
+def test_rows_of_which_nothing_comes_stay_at_home(name, seed):
+    """The way up is linear in the bounds' gradients: what some rows leave, and what the others do, is what all do."""
+    model, g = network(name, seed % 1000)
+    x, _ = batch(g)
+    a, d = g.standard_normal((N, 5, CLASSES)), g.standard_normal((2, N, 5))
+    kept = g.random((2, N, 5)) < g.choice([0.0, 0.2, 0.7], (N, 1))  # of some images no row is left
+    found, carried = [], []
+
+    def left_by(gradients):
+        model.zero_grad()
+        network = relaxed(name, model, x)
+        _, _, record = network.bounds(a)
+        last = network.steps[-1].known
+        up = last.up
+        last.up = lambda z, *rest: carried.append(z.shape[1]) or up(z, *rest)
+        network.bounds_backward(record, *gradients)
+        features = network.features
+        network.backward(Box(0 * features.points, 0 * features.radius))
+        found.append(model.gradients.copy())
+
+    for gradients in (d, kept * d, ~kept * d, 0 * d):
+        left_by(gradients)
+    np.testing.assert_allclose(found[1] + found[2], found[0], rtol=1e-9, atol=1e-12)
+    assert not found[3].any() and found[0].any()
+    rows = [(part != 0).any(0).sum(1).max() for part in (d, kept * d, ~kept * d)]
+    assert carried == [n for n in rows if n]
+
+
+@names
 def test_a_step_on_a_device_is_the_cpus(cupy, name):
     here, g = network(name)
     there, (x, labels) = network(name)[0].to("gpu"), batch(g)

@@ -175,7 +175,7 @@ class Scale:
         self.norm, self.clean = norm, box.points[: len(box.radius)]
         self.scale = norm.params["weight"] * self.inv_std
         self.shift = norm.params["bias"] - self.mean * self.scale
-        self.d_scale, self.d_shift = 0.0, 0.0
+        self.d_scale, self.d_shift = 0 * self.scale, 0 * self.scale
 
     def down(self, a, at):
         rows, constant = ops_for(a).scale_down(a, self.scale, self.shift)
@@ -363,12 +363,20 @@ class Relaxed:
         up from there, and the coefficients are the upstream gradients. Points are weighted from the start, the corners
         of low and of high added.
         """
-        down, parts = record
+        xp, (down, parts) = array_module(d_low), record
         for part, at, (a, coefficients) in parts:
             low, high = d_low[part], d_high[part]
-            z = ops_for(a).lines_corner(a, low, high, self.centre[at], self.radius[at])
+            moving = (low != 0) | (high != 0)
+            most = int(moving.sum(1).max())
+            if most == 0:
+                continue
+            some = slice(None)
+            if most < low.shape[1]:  # of the other rows nothing comes
+                some = xp.arange(len(low))[:, None], xp.argsort(~moving, axis=1, kind="stable")[:, :most]
+            low, high = low[some], high[some]
+            z = ops_for(low).lines_corner(a[some], low, high, self.centre[at], self.radius[at])
             for known, a in zip(down, coefficients, strict=True):
-                z = known.up(z, a, low, high, at)
+                z = known.up(z, a[some], low, high, at)
 
     def backward(self, dz):
         """Add what the gradient by ``features`` makes, and all that :meth:`bounds_backward` has left at the steps."""
