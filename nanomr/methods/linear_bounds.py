@@ -325,7 +325,7 @@ class Relaxed:
         down = [*(step.known for step in self.steps[:top]), one]
         while len(order):
             most = int(counts[order[0]])
-            size = np.count_nonzero(2 * counts[order] >= most)
+            size = np.count_nonzero(8 * counts[order] >= 7 * most)
             images, order = xp.asarray(order[:size]), order[size:]
             units = xp.argsort(~unstable[images], axis=1, kind="stable")[:, :most]  # and stable ones, to be even
             at = images[:, None], units
