@@ -91,8 +91,10 @@ def wasserstein(
 
 def ascend(model, x, labels, radii, step_size, regularization, iterations=400, train=False):
     """(images, radius) for images that the model gets right: each as it first fooled the model, and inf for one that
-    did not, as it came out of the last step. ``iterations``: of each projection, at most. ``train``: the network in
-    training mode, as adversarial training has it.
+    did not, as it came out of the last step. ``iterations``: of each projection, at most.
+
+    ``train``: the network in training mode, as adversarial training has it. Batch norms then see the images that are
+    left, and those that were fooled a step ago.
     """
     xp = array_module(x)
     adversarial, found = x.copy(), xp.full(len(x), float("inf"))
@@ -165,15 +167,18 @@ def _project_numba(x, y, radius, strength, tolerance, most, psi, beta):
     from . import sinkhorn  # only now: it imports Numba
 
     n, height, width, channels = x.shape
-    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+    dtype = np.float32 if x.dtype == y.dtype == np.float32 else np.float64  # any other pair would be compiled anew
+    x, y = (np.require(image, dtype, ["C", "W"]) for image in (x, y))
     rows, images = (n, height, width * channels), np.empty(x.shape)
     cost, residual, count = np.zeros(n), np.zeros(n), np.zeros(n, np.int64)
-    found = beta.reshape(rows), psi, images.reshape(rows), cost, residual, count
-    sinkhorn.project(x.reshape(rows), y.reshape(rows), radius, strength, tolerance, most, channels, *found)
+    written = beta.reshape(rows), psi, images.reshape(rows), cost, residual, count
+    sinkhorn.project(x.reshape(rows), y.reshape(rows), radius, strength, tolerance, most, channels, *written)
     found, lost = (images, cost, residual, count, psi, beta), np.flatnonzero(count == 0)
     if len(lost):
-        cold = np.ones(len(lost)), np.zeros(x[lost].shape)  # not from numbers that were about to overflow
-        others = _project_log(x[lost], y[lost], radius, strength, tolerance, most, *cold)
+        # Prices out of the kernel's range are as they came, and go on; others are numbers that were about to overflow.
+        kept = abs(beta[lost]).reshape(len(lost), -1).max(1) >= sinkhorn.LIMIT
+        start = np.where(kept, psi[lost], 1), np.where(per_image(kept, x), beta[lost], 0)
+        others = _project_log(x[lost], y[lost], radius, strength, tolerance, most, *start)
         for whole, part in zip(found, others, strict=True):
             whole[lost] = part
     return found

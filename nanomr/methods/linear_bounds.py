@@ -175,7 +175,7 @@ class Scale:
         self.norm, self.clean = norm, box.points[: len(box.radius)]
         self.scale = norm.params["weight"] * self.inv_std
         self.shift = norm.params["bias"] - self.mean * self.scale
-        self.d_scale, self.d_shift = 0 * self.scale, 0 * self.scale
+        self.d_scale, self.d_shift = 0 * self.scale, 0 * self.scale  # arrays, even where no row comes up
 
     def down(self, a, at):
         rows, constant = ops_for(a).scale_down(a, self.scale, self.shift)
@@ -364,7 +364,7 @@ class Relaxed:
         of low and of high added.
         """
         xp, (down, parts) = array_module(d_low), record
-        for part, at, (a, coefficients) in parts:
+        for part, at, (at_box, coefficients) in parts:
             low, high = d_low[part], d_high[part]
             moving = (low != 0) | (high != 0)
             most = int(moving.sum(1).max())
@@ -374,7 +374,7 @@ class Relaxed:
             if most < low.shape[1]:  # of the other rows nothing comes
                 some = xp.arange(len(low))[:, None], xp.argsort(~moving, axis=1, kind="stable")[:, :most]
             low, high = low[some], high[some]
-            z = ops_for(low).lines_corner(a[some], low, high, self.centre[at], self.radius[at])
+            z = ops_for(low).lines_corner(at_box[some], low, high, self.centre[at], self.radius[at])
             for known, a in zip(down, coefficients, strict=True):
                 z = known.up(z, a[some], low, high, at)
 
