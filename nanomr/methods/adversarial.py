@@ -86,20 +86,22 @@ def msd(model, x, labels, draw, now) -> dict:
 def union_ascent(model, x, labels, generator, now):
     """The images (N, H, W, C) that :func:`msd` learns from: each in one of the three balls, and in the box."""
     xp = array_module(x)
-    rows, current, best, worst = xp.arange(len(x)), x, x, xp.full(len(x), -float("inf"))
+    current, best, highest = x, x.copy(), xp.full(len(x), -float("inf"))
     plain, eps_l1 = (Linf(now["eps"]), L2(now["ramp"] * now["eps_l2"])), now["ramp"] * now["eps_l1"]
     for _ in range(int(now["steps"])):
         gradient = input_gradient(model, current, lambda z: cross_entropy_each(z, labels)[1])
         balls = *plain, L1(eps_l1, int(generator.integers(5, 21)))
         sizes = *(now["step_size"] * ball.eps for ball in plain), now["ramp"] * now["step_l1"]
-        three = xp.stack(
-            [b.step(x, current, gradient, xp.full(len(x), size, x.dtype)) for b, size in zip(balls, sizes, strict=True)]
-        )
-        loss = xp.stack([cross_entropy_each(model.forward(images)[0], labels)[0] for images in three])
-        current, loss = three[loss.argmax(0), rows], loss.max(0)
-        better = loss > worst
-        best = xp.where(better.reshape(-1, *(1,) * (x.ndim - 1)), current, best)
-        worst = xp.maximum(worst, loss)
+        three = [
+            b.step(x, current, gradient, xp.full(len(x), size, x.dtype)) for b, size in zip(balls, sizes, strict=True)
+        ]
+        losses = xp.stack([cross_entropy_each(model.forward(images)[0], labels)[0] for images in three])
+        current, worst, loss = three[0], losses.argmax(0), losses.max(0)
+        for ball in (1, 2):
+            of = xp.flatnonzero(worst == ball)
+            current[of] = three[ball][of]
+        better = xp.flatnonzero(loss > highest)
+        best[better], highest[better] = current[better], loss[better]
     return best
 
 

@@ -100,13 +100,25 @@ def l2_step(x, gradient, size, x0, eps):
 
 
 @njit(**FLAGS)
-def _above(change, tau):
-    """(The sum of |change| - tau where that is positive, how many there are.)"""
-    total, count = 0.0, 0
-    for c in change:
-        rest = abs(c) - tau
-        total, count = total + (rest if rest > 0.0 else 0.0), count + (1 if rest > 0.0 else 0)
-    return total, count
+def _distances(x, x0, distances):
+    """|x - x0| of each pixel in ``distances``; their sum."""
+    total = 0.0
+    for j in range(len(x)):
+        distances[j] = abs(np.float64(x[j]) - np.float64(x0[j]))
+        total += distances[j]
+    return total
+
+
+@njit(**FLAGS)
+def _stay(sizes, count, tau):
+    """Those of the first ``count`` sizes that are above tau come first. (The sum of size - tau of theirs, how many.)"""
+    total, left = 0.0, 0
+    for k in range(count):  # without branches: half of the first sizes stay, and no processor foresees which
+        size = sizes[k]
+        sizes[left] = size
+        total += max(size - tau, 0.0)
+        left += 1 if size > tau else 0
+    return total, left
 
 
 @njit(**EXACT)
@@ -130,18 +142,16 @@ def _move_most(x, gradient, each, coordinates, moved):
 @njit(parallel=True, **EXACT)
 def _l1_step(x, gradient, size, x0, eps, coordinates, y):
     for i in prange(len(x)):
-        moved, change = y[i], np.empty(x.shape[1])
+        moved, sizes = y[i], np.empty(x.shape[1])
         _move_most(x[i], gradient[i], size[i] / np.float32(coordinates), coordinates, moved)
-        for j in range(x.shape[1]):
-            change[j] = np.float64(moved[j]) - np.float64(x0[i, j])
-        tau, before = 0.0, -1
-        total, count = _above(change, tau)
-        while total > eps and count != before:  # tau grows, and fewer stay, until none more leaves (Michelot 1986)
-            tau, before = tau + (total - eps) / count, count
-            total, count = _above(change, tau)
+        total = _distances(moved, x0[i], sizes)
+        tau, left, before = 0.0, x.shape[1], -1
+        while total > eps and left != before:  # tau grows, and fewer stay, until none more leaves (Michelot 1986)
+            tau, before = tau + (total - eps) / left, left
+            total, left = _stay(sizes, left, tau)
         scale = eps / (max(eps, 1e-300) if total < max(eps, 1e-300) else total)
         for j in range(x.shape[1]):
-            c = change[j]
+            c = np.float64(moved[j]) - np.float64(x0[i, j])
             rest = abs(c) - tau
             rest = 0.0 if rest < 0.0 else rest  # NaN stays NaN
             moved[j] = _within(x0[i, j], (rest if c > 0.0 else -rest) * scale)
