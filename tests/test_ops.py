@@ -222,6 +222,21 @@ def _rivals_backward_magnitude(d_gain, radius, weight, labels):
     return total * 2 * size, by_weight
 
 
+def _bounds(g, shape):
+    """Of ReLUs that are on, off, unstable, or at the border of that."""
+    low, high = np.sort([_normal(g, shape, special=True) for _ in range(2)], axis=0)
+    return low, high
+
+
+def _chord_backward(g, shape):
+    return _normal(g, shape), _normal(g, shape), *_bounds(g, shape)
+
+
+def _chord_backward_magnitude(d_upper, d_offset, low, high):
+    size = np.abs(d_upper) / np.where((low < 0) & (high > 0), high - low, 1) + np.abs(d_offset)
+    return size, size
+
+
 def _lines(g, shape):
     """Rows, and the lines of ReLUs of any kind: some rows are 0 there, where neither line counts."""
     n, features = shape[0], shape[1:]
@@ -514,6 +529,8 @@ OPERATIONS = {
         lambda points, r: (np.abs(points) + _to(points, r), np.abs(points[-len(r) :]) + r),
     ),
     "relu_box_backward": Operation(arguments(feature_maps, _box_backward), _box_backward_magnitude),
+    "chord": Operation(arguments(feature_maps, _bounds), lambda low, high: (np.ones_like(low), np.abs(low))),
+    "chord_backward": Operation(arguments(feature_maps, _chord_backward), _chord_backward_magnitude),
     "lines_down": Operation(arguments(feature_maps, _lines), _lines_down_magnitude),
     "lines_up": Operation(arguments(feature_maps, _lines_up), _lines_up_magnitude),
     "lines_reach": Operation(
@@ -787,6 +804,9 @@ def test_a_training_run_has_the_same_bits_for_any_number_of_threads(clip, monkey
         ("rivals_gain", ((2, 3), (4, 5), (2,))),
         ("rivals_gain", ((2, 3), (3, 1), (2,))),  # labels are ones: of a second class
         ("rivals_gain_backward", ((2, 4), (2, 3), (3, 5), (2,))),
+        ("chord", ((2, 3), (3, 3))),
+        ("chord_backward", ((2, 3), (2, 3), (2, 3), (2, 4))),
+        ("chord_backward", ((2, 3), (1, 3), (2, 3), (2, 3))),
         ("lines_down", ((2, 5, 4), (2, 4), (2, 4), (2, 3))),
         ("lines_down", ((2, 5, 4), (3, 4), (3, 4), (3, 4))),
         ("lines_up", ((2, 5, 4), (2, 6, 4), (2, 5), (2, 5), *[(2, 4)] * 3)),

@@ -86,7 +86,7 @@ def _worst_margins(model, x, labels, now, slopes, beta=1.0, most=0) -> dict:
 
 def adaptive(layer, chord):
     """CROWN's: 0 or 1, by which the smaller area is wasted. They do not move."""
-    return (chord > 0.5).astype(chord.dtype), lambda d: 0 * d
+    return (chord > 0.5).astype(chord.dtype), lambda d: 0
 
 
 def parallel(layer, chord):
@@ -142,13 +142,10 @@ class Lines:
     """
 
     def __init__(self, layer, low, high, slopes):
-        xp, self.unstable = array_module(low), (low < 0) & (high > 0)
-        self.low, self.high, self.width = low, high, xp.where(self.unstable, high - low, 1)
-        self.upper = xp.where(self.unstable, high / self.width, (low >= 0).astype(low.dtype))
-        self.offset = xp.where(self.unstable, -low * self.upper, 0)
-        lower, self.slopes_backward = slopes(layer, self.upper)
-        self.lower = xp.where(self.unstable, lower, self.upper)
-        self.gradients = [xp.zeros_like(low) for _ in range(3)]
+        self.low, self.high = low, high
+        self.upper, self.offset = ops_for(low).chord(low, high)
+        self.lower, self.slopes_backward = slopes(layer, self.upper)  # of a slope of 0 or 1 all make the same
+        self.gradients = [array_module(low).zeros_like(low) for _ in range(3)]
 
     def down(self, a, at):
         return ops_for(a).lines_down(a, self.lower[at], self.upper[at], self.offset[at])
@@ -161,10 +158,9 @@ class Lines:
 
     def backward(self):
         """The gradients by (low, high); what the slopes learn is added to their layer's."""
-        d_lower, d_upper, d_offset = (self.unstable * gradient for gradient in self.gradients)
-        d_chord = self.unstable * (d_upper + self.slopes_backward(d_lower)) / self.width
-        other = 1 - self.upper
-        return d_chord * self.upper - d_offset * self.upper**2, d_chord * other + d_offset * other**2
+        d_lower, d_upper, d_offset = self.gradients
+        d_upper = d_upper + self.slopes_backward(d_lower)  # where a ReLU is on or off, nothing comes of it
+        return ops_for(self.low).chord_backward(d_upper, d_offset, self.low, self.high)
 
 
 class Scale:

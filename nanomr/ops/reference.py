@@ -176,6 +176,23 @@ def relu_box_backward(dpoints, dradius, points, radius, gains=None):
     return np.concatenate([relu_backward(dpoints[:k], points[:k]), dc]), dr
 
 
+def chord(low, high):
+    """(upper, offset), both like ``low``: relu(z) <= ``upper`` z + ``offset`` for low <= z <= high. Of an unstable ReLU
+    that is the chord, of one that is on (off) the line z (0). ``docs/derivations/crown_ibp.md``."""
+    unstable = (low < 0) & (high > 0)
+    upper = np.where(unstable, high / np.where(unstable, high - low, 1), (low >= 0).astype(low.dtype))
+    return upper, np.where(unstable, -low * upper, 0)
+
+
+def chord_backward(d_upper, d_offset, low, high):
+    """The gradients by (low, high): 0 where the ReLU is stable."""
+    unstable = (low < 0) & (high > 0)
+    width = np.where(unstable, high - low, 1)
+    upper, other, d_upper = high / width, -low / width, d_upper / width
+    by_low, by_high = d_upper * upper - d_offset * upper**2, d_upper * other + d_offset * other**2
+    return np.where(unstable, by_low, 0), np.where(unstable, by_high, 0)
+
+
 def lines_down(a, lower, upper, offset):
     """Rows a (N, R, ...) behind a ReLU whose lines (N, ...) are ``lower`` z <= relu(z) <= ``upper`` z + ``offset``:
     those in front of it (N, R, ...), and what bounds below and above collect of the offsets, (N, R) each.

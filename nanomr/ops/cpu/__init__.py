@@ -42,7 +42,16 @@ from .elementwise import (  # noqa: F401
     relu_hamming_pair_backward,
 )
 from .gather_gemm import linear, linear_input_gradient, linear_weight_gradient  # noqa: F401
-from .lines import lines_corner, lines_down, lines_reach, lines_up, scale_down, scale_up  # noqa: F401
+from .lines import (  # noqa: F401
+    chord,
+    chord_backward,
+    lines_corner,
+    lines_down,
+    lines_reach,
+    lines_up,
+    scale_down,
+    scale_up,
+)
 from .memory import release  # noqa: F401
 from .normalization import (  # noqa: F401
     batchnorm,

@@ -6,9 +6,33 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .elementwise import _ZERO, _flat
+from .elementwise import _ONE, _ZERO, _flat
 from .flags import FLAGS
 from .memory import empty, ready
+
+
+@njit(parallel=True, **FLAGS)
+def _chord(low, high, upper, offset):
+    for i in prange(len(low)):
+        for j in range(low.shape[1]):
+            below, above = low[i, j], high[i, j]
+            unstable = below < _ZERO and above > _ZERO
+            slope = above / ((above - below) if unstable else _ONE)
+            upper[i, j] = slope if unstable else (_ONE if below >= _ZERO else _ZERO)
+            offset[i, j] = -below * slope if unstable else _ZERO
+
+
+@njit(parallel=True, **FLAGS)
+def _chord_backward(d_upper, d_offset, low, high, d_low, d_high):
+    for i in prange(len(low)):
+        for j in range(low.shape[1]):
+            below, above = low[i, j], high[i, j]
+            unstable = below < _ZERO and above > _ZERO
+            inverse = _ONE / ((above - below) if unstable else _ONE)
+            slope, other = above * inverse, -below * inverse
+            by_slope, by_offset = d_upper[i, j] * inverse, d_offset[i, j]
+            by_low, by_high = (by_slope - by_offset * slope) * slope, (by_slope + by_offset * other) * other
+            d_low[i, j], d_high[i, j] = by_low if unstable else _ZERO, by_high if unstable else _ZERO
 
 
 @njit(parallel=True, **FLAGS)
@@ -99,6 +123,25 @@ def _lines(a, *lines):
     if any(line.shape != (len(a), *a.shape[2:]) for line in lines):
         raise ValueError(f"lines {', '.join(str(line.shape) for line in lines)} do not fit rows {a.shape}")
     return _flat(*lines)
+
+
+def _of_each_relu(*arrays):
+    """The arrays for the kernels, and room for two results. ValueError unless all have one shape."""
+    if len({a.shape for a in arrays}) > 1:
+        raise ValueError(f"{', '.join(str(a.shape) for a in arrays)} do not fit each other")
+    return _flat(*arrays), [empty(arrays[0].shape) for _ in range(2)]
+
+
+def chord(low, high):
+    bounds, line = _of_each_relu(low, high)
+    _chord(*bounds, *_flat(*line))
+    return tuple(line)
+
+
+def chord_backward(d_upper, d_offset, low, high):
+    arrays, ends = _of_each_relu(d_upper, d_offset, low, high)
+    _chord_backward(*arrays, *_flat(*ends))
+    return tuple(ends)
 
 
 def lines_down(a, lower, upper, offset):

@@ -17,6 +17,8 @@ import numpy as np
 from .. import bfloat16  # noqa: F401  (offered from here)
 from ..reference import (  # noqa: F401  (as they are)
     adamw_update,
+    chord,
+    chord_backward,
     conv2d_shape,
     l1_step,
     l2_step,
