@@ -394,18 +394,19 @@ class Relaxed:
         by_low, by_high = lines.backward()
         if dz is None:
             return None
-        xp, n, shape = array_module(by_low), len(by_low), by_low.shape
-        c, r = dz.points[n:], dz.radius
-        ends = [d.reshape(n, -1) for d in (by_low + 0.5 * (c - r), by_high + 0.5 * (c + r))]
-        if found:
-            one, groups = found
-            for at, *better, record in groups:
-                self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
-                for d, lines_are in zip(ends, better, strict=True):
-                    d[at] *= ~lines_are
-            one.backward()
+        n, shape, c, r = len(by_low), by_low.shape, dz.points[len(by_low) :], dz.radius
+        if found is None:  # all of it is the intervals'
+            c += by_low + by_high
+            return Box(dz.points, r + (by_high - by_low))
+        ends, (one, groups) = [d.reshape(n, -1) for d in (by_low + 0.5 * (c - r), by_high + 0.5 * (c + r))], found
+        for at, *better, record in groups:
+            self.bounds_backward(record, *(d[at] * lines_are for d, lines_are in zip(ends, better, strict=True)))
+            for d, lines_are in zip(ends, better, strict=True):
+                d[at] *= ~lines_are
+        one.backward()
         d_low, d_high = (d.reshape(shape) for d in ends)
-        return Box(xp.concatenate([dz.points[:n], d_low + d_high]), d_high - d_low)
+        c[...] = d_low + d_high
+        return Box(dz.points, d_high - d_low)
 
 
 def _flat(layer):
