@@ -3,7 +3,7 @@
 
     python bench/table1.py rows.json --data-dir DIR                # a JSON line a row into bench/results/table1.jsonl
     python bench/table1.py trials.json --data-dir DIR --held-out   # judged on the images held out: to choose constants
-    python bench/table1.py --draw                                  # docs/img/table1.png and the table in docs/table1.md
+    python bench/table1.py --draw                                  # docs/img/table1.png, the tables in docs/table1.md
 
 ``rows.json`` is a list of {"method": "pgd", "constants": {"steps": 10}, "epochs": 100, "seed": 0, "eps": "8/255"}; all
 but the method have these defaults. "flags" are further ones of train_cifar.py ({"lr": 0.05}); "verify": only the first
@@ -35,7 +35,8 @@ from nanomr.train import Interrupted, Trainer
 from nanomr.verify.running import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE, PICTURE = ROOT / "bench/results/table1.jsonl", ROOT / "docs/table1.md", ROOT / "docs/img/table1.png"
+RESULTS, TRIALS = ROOT / "bench/results/table1.jsonl", ROOT / "bench/results/trials.jsonl"
+PAGE, PICTURE = ROOT / "docs/table1.md", ROOT / "docs/img/table1.png"
 DEFAULTS = {"constants": {}, "epochs": 100, "seed": 0, "eps": "8/255", "flags": {}, "verify": 0}
 FATAL = ("became NaN", "collapsed")  # how a run that will never get further says so
 
@@ -188,12 +189,15 @@ def shown(lines: list[dict]) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for line in lines:
         if line["judge"] == "test" and not line["quick"]:
-            row = line["row"]
-            options = [f"{k} {v}" for k, v in (row["constants"] | row["flags"]).items()]
-            options += [f"{row['epochs']} epochs"] + [f"eps {row['eps']}"] * (row["eps"] != DEFAULTS["eps"])
-            name = row.get("name") or f"{row['method']}, {', '.join(options)}"
-            groups.setdefault(name, []).append(line)
+            groups.setdefault(name_of(line["row"]), []).append(line)
     return groups
+
+
+def name_of(row: dict) -> str:
+    """What the tables call it: all seeds alike."""
+    options = [f"{k} {v}" for k, v in (row["constants"] | row["flags"]).items()]
+    options += [f"{row['epochs']} epochs"] + [f"eps {row['eps']}"] * (row["eps"] != DEFAULTS["eps"])
+    return row.get("name") or f"{row['method']}, {', '.join(options)}"
 
 
 def table(lines: list[dict]) -> str:
@@ -244,14 +248,40 @@ def generated(lines: list[dict]) -> str:
     return f"{table(lines)}\n\nTest images of {', '.join(names)}{copy}.\n\n{picture}"
 
 
-def into_page(text: str, lines: list[dict]) -> str:
-    """The page's text with a new table between its marks. Raises UserError where it has none."""
-    begin, end = "<!-- begin: bench/table1.py --draw -->\n", "<!-- end -->"
-    head, mark, rest = text.partition(begin)
-    _, stop, tail = rest.partition(end)
-    if not (mark and stop):
-        raise UserError(f"the page lacks the marks {begin.strip()} and {end}: restore them")
-    return f"{head}{mark}\n{generated(lines)}\n\n{stop}{tail}"
+def trials(lines: list[dict]) -> str:
+    """The held-out lines as a Markdown table. Of those that differ in constants and flags alone the best is bold: the
+    most proved where every image was to be proved, else the most left by PGD."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        if line["judge"] == "held out" and not line["quick"]:
+            row = line["row"]
+            groups.setdefault((line["data"], *(row[k] for k in ("method", "epochs", "seed", "eps"))), []).append(line)
+    out = ["| trial | clean % | PGD-20x10 % | verified % |", "|---|---:|---:|---:|"]
+    for group in groups.values():
+        alive = [line for line in group if "stopped" not in line]
+        proved = all(line["proofs"]["images"] == line["images"] for line in alive)
+        worth = {id(line): line["proofs"]["verified"] if proved else line["pgd"]["robust"] for line in alive}
+        for line in group:
+            name = name_of(line["row"])
+            if id(line) not in worth:
+                out.append(f"| {name} | {line['stopped']} | | |")
+                continue
+            name = f"**{name}**" if worth[id(line)] == max(worth.values()) else name
+            verified_ = f"{100 * line['proofs']['verified']:.2f}" if proved else ""
+            out.append(f"| {name} | {100 * line['clean']:.2f} | {100 * line['pgd']['robust']:.2f} | {verified_} |")
+    return "\n".join(out)
+
+
+def into_page(text: str, lines: list[dict], of_trials: list[dict]) -> str:
+    """The page's text with new tables between its marks. Raises UserError where it has none."""
+    for what, new in (("--draw", generated(lines)), ("--draw: trials", trials(of_trials))):
+        begin, end = f"<!-- begin: bench/table1.py {what} -->\n", "<!-- end -->"
+        head, mark, rest = text.partition(begin)
+        _, stop, tail = rest.partition(end)
+        if not (mark and stop):
+            raise UserError(f"the page lacks the marks {begin.strip()} and {end}: restore them")
+        text = f"{head}{mark}\n{new}\n\n{stop}{tail}"
+    return text
 
 
 def draw(lines: list[dict], path):
@@ -300,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     positive, natural = cli.number(int, low=1), cli.number(int, low=0)
     p.add_argument("rows", type=Path, nargs="?", help="a JSON file: the list of rows")
-    p.add_argument("--draw", action="store_true", help="the picture and the table from --out, and stop")
+    p.add_argument("--draw", action="store_true", help="the picture and the tables from --out and --trials, and stop")
     p.add_argument("--held-out", action="store_true", help="judge by the images that are held out, not by test images")
     p.add_argument("--part", type=common.shard, default=(0, 1), metavar="I/N", help="every N-th row, from the I-th")
     p.add_argument("--data", default="cifar10", help="as train_cifar.py has it (%(default)s)")
@@ -313,7 +343,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=positive, default=1, help="processes that verify (%(default)s)")
     p.add_argument("--work", type=Path, default=Path("runs/table1"), help="folder of the runs (%(default)s)")
     p.add_argument("--out", type=Path, default=RESULTS, help="a JSON line a row (%(default)s)")
-    p.add_argument("--page", type=Path, default=PAGE, help="with --draw: the page with the table")
+    p.add_argument("--trials", type=Path, default=TRIALS, help="with --draw: lines that held-out images judged")
+    p.add_argument("--page", type=Path, default=PAGE, help="with --draw: the page with the tables")
     p.add_argument("--picture", type=Path, default=PICTURE, help="with --draw: where it goes")
     p.add_argument("--quick", action="store_true", help="attacks with a tenth of their steps: a rehearsal, never drawn")
     return p
@@ -323,8 +354,8 @@ def main() -> int:
     p = parser()
     args = p.parse_args()
     if args.draw:
-        lines = checkpoint.read_jsonl(args.out) if args.out.exists() else []
-        checkpoint.write_atomic(args.page, into_page(args.page.read_text(encoding="utf-8"), lines))
+        lines, of_trials = (checkpoint.read_jsonl(p) if p.exists() else [] for p in (args.out, args.trials))
+        checkpoint.write_atomic(args.page, into_page(args.page.read_text(encoding="utf-8"), lines, of_trials))
         if shown(lines):
             draw(lines, args.picture)
         return 0

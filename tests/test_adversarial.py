@@ -589,6 +589,18 @@ def test_an_l1_step_gains_most(seed, k):
     assert (gradient * change).sum() == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_a_gradient_or_pixel_that_is_not_a_number_leaves_no_image(dtype, place):
+    """All of that image, and none of another: a step of NaN has no length."""
+    x0, gradient = np.full((2, 2, 2, 3), 0.5, dtype), np.arange(1, 25, dtype=dtype).reshape(2, 2, 2, 3)
+    for odd in (x0.copy(), gradient.copy()):
+        odd[0].ravel()[place] = np.nan
+        images = (odd, gradient) if (odd[1] == x0[1]).all() else (x0, odd)
+        moved = L1(1.0, 3).step(x0, *images, np.full(2, 0.3, dtype))
+        assert np.isnan(moved[0]).all() and np.isfinite(moved[1]).all()
+
+
 def test_an_l1_step_leaves_out_pixels_without_room():
     x, gradient = np.array([[[[1.0], [0.5], [0.5], [0.0]]]]), np.array([[[[9.0], [1.0], [-2.0], [-8.0]]]])
     moved = L1(10.0, 2).step(x, x, gradient, np.array([0.2]))

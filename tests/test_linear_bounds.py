@@ -336,6 +336,35 @@ def test_lines_hold_the_relu_between_their_bounds(seed):
         assert (np.maximum(z, 0) <= above + 1e-12).all() and (abs(above - np.maximum(z, 0)).min(0) < 1e-9).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shift", [0.0, 3.0, -100.0, 1e30])
+def test_a_relu_that_is_on_or_off_is_that_line_and_does_not_move(dtype, shift):
+    """Whatever the slopes of unstable ones are: z or 0, to the last bit, and no gradient by the bounds."""
+    low, high = np.array([[0, 1e-3, 2, -1e-3, -2, -0.0]], dtype), np.array([[1, 1, 2, 0, -1e-6, -0.0]], dtype)
+    layer = ReLU()
+    layer.params = {"predictor": np.full((2, 6), shift, dtype)}
+    layer.grads = {"predictor": np.zeros((2, 6), dtype)}
+    for slopes in SLOPES.values():
+        found = linear_bounds.Lines(layer, low, high, slopes)
+        for line in (found.lower, found.upper):
+            np.testing.assert_array_equal(line, np.array([[1, 1, 1, 0, 0, 1]], dtype))
+        np.testing.assert_array_equal(found.offset, 0)
+        found.gradients = [np.ones_like(low)] * 3
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(found.backward(), 0)
+    np.testing.assert_array_equal(layer.grads["predictor"], 0)
+
+
+def test_the_narrowest_chord_is_a_line():
+    """A width whose inverse float32 does not hold."""
+    low, high = np.float32([[-1e-39]]), np.float32([[1e-39]])
+    for d, expected in ((0.0, [-0.25, 0.25]), (1e-30, [2.5e8, 2.5e8])):
+        found = linear_bounds.Lines(ReLU(), low, high, linear_bounds.parallel)
+        assert found.upper == 0.5
+        found.gradients = [np.float32([[d]]), np.zeros_like(low), np.ones_like(low)]
+        np.testing.assert_allclose(np.ravel(found.backward()), expected, rtol=1e-5)
+
+
 def test_lines_far_from_the_chord_are_numbers():
     """What is learned may grow beyond what an exponential can hold, and bounds may be as narrow as can be."""
     low, high = np.float32([[-1e-30, -1, -1e-7]]), np.float32([[1, 1e-30, 1e-7]])

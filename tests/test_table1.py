@@ -320,11 +320,33 @@ def test_a_row_that_was_stopped_or_verified_in_part_says_so():
     assert {row.count("|") for row in table1.table([stopped, part]).splitlines()} == {10}
 
 
+def test_trials_are_compared_by_proofs_where_all_images_had_one_and_by_pgd_elsewhere():
+    held = {"judge": "held out"}
+    proved = [made_up(constants={"kappa": k}, clean=c, verified=v) | held for k, c, v in ((0, 0.4, 0.3), (1, 0.5, 0.2))]
+    attacked = [made_up("pgd", constants={"steps": s}, clean=c, verified=0.1) | held for s, c in ((3, 0.5), (9, 0.6))]
+    attacked[0]["proofs"] = attacked[0]["proofs"] | {"images": 20, "verified": 0.5}
+    alone = made_up("pgd", epochs=10) | held  # is compared with none of these
+    stopped = {
+        k: v for k, v in (made_up(constants={"kappa": 2}) | held | {"stopped": "it fell"}).items() if k != "proofs"
+    }
+    hidden = [made_up("hidden"), made_up("hidden") | held | {"quick": True}]
+    mixed = [attacked[0], proved[0], *hidden, proved[1], attacked[1], stopped, alone]
+    assert table1.trials(mixed).splitlines()[2:] == [
+        "| pgd, steps 3, 100 epochs | 50.00 | 40.00 |  |",
+        "| **pgd, steps 9, 100 epochs** | 60.00 | 50.00 |  |",
+        "| **ibp, kappa 0, 100 epochs** | 40.00 | 30.00 | 30.00 |",
+        "| ibp, kappa 1, 100 epochs | 50.00 | 40.00 | 20.00 |",
+        "| ibp, kappa 2, 100 epochs | it fell | | |",
+        "| **pgd, 10 epochs** | 40.00 | 30.00 | 25.00 |",
+    ]
+
+
 def test_the_page_is_what_the_results_say():
     """docs/table1.md has the table of bench/results/table1.jsonl, and says so where there is none."""
     results = checkpoint.read_jsonl(table1.RESULTS) if table1.RESULTS.exists() else []
     text = table1.PAGE.read_text(encoding="utf-8")
-    assert table1.into_page(text, results) == text
+    of_trials = checkpoint.read_jsonl(table1.TRIALS) if table1.TRIALS.exists() else []
+    assert table1.into_page(text, results, of_trials) == text
     assert ("Nothing has been run yet." in text) == (not table1.shown(results))
     for name, network, clean, verified in table1.PUBLISHED:
         assert f"| {name} | {network} | {clean} | {verified} |" in text
@@ -345,14 +367,17 @@ def test_draw_writes_page_and_picture_and_changes_no_other_line(run, monkeypatch
     page = Path("page.md")
     page.write_text(table1.PAGE.read_text(encoding="utf-8"))
     call = programs.caller_of(table1.main, "table1.py", monkeypatch, capsys)
-    flags = ("--draw", "--page", page, "--picture", "picture.png", "--out", "made_up.jsonl")
+    flags = ("--draw", "--page", page, "--picture", "picture.png", "--out", "made_up.jsonl", "--trials", "trials.jsonl")
     assert call(*flags)[0] == 0
     assert "Nothing has been run yet." in page.read_text() and not Path("picture.png").exists()
     checkpoint.write_jsonl("made_up.jsonl", [made_up(), made_up("pgd", verified=0.0, upper=0.2)])
+    checkpoint.write_jsonl("trials.jsonl", [made_up("sabr") | {"judge": "held out"}])
     assert call(*flags)[0] == 0
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
     before, after = (p.read_text(encoding="utf-8").split("<!-- ") for p in (table1.PAGE, page))
-    assert before[0] == after[0] and before[-1] == after[-1] and "| ibp, 100 epochs | 1 |" in after[1]
+    assert len(before) == len(after) == 5  # before, between and behind two tables
+    assert before[::2] == after[::2]
+    assert "| ibp, 100 epochs | 1 |" in after[1] and "| **sabr, 100 epochs** | 40.00 |" in after[3]
     page.write_text("no marks")
     programs.assert_one_error_line(call(*flags), "marks")
 

@@ -11,7 +11,7 @@ from .elementwise import _flat
 from .flags import FLAGS
 from .memory import empty, ready
 
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
 EXACT = {**FLAGS, "fastmath": False}  # a ball holds to the last bit
 
 
@@ -130,7 +130,7 @@ def _move_most(x, gradient, each, coordinates, moved):
         moved[j] = x[j]
         gain = abs(g) if ((_ONE - x[j]) if g > _ZERO else x[j]) > each else _ZERO
         if not gain <= worth[least]:  # NaN is worth more than all
-            worth[least], at[least] = gain, j
+            worth[least], at[least] = (gain if gain == gain else _INFINITE), j
             for k in range(coordinates):
                 least = k if worth[k] < worth[least] else least
     for k in range(coordinates):

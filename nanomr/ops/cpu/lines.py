@@ -10,8 +10,10 @@ from .elementwise import _ONE, _ZERO, _flat
 from .flags import FLAGS
 from .memory import empty, ready
 
+DIVIDE = {**FLAGS, "fastmath": False}  # the inverse of a width that has a chord may be infinite
 
-@njit(parallel=True, **FLAGS)
+
+@njit(parallel=True, **DIVIDE)
 def _chord(low, high, upper, offset):
     for i in prange(len(low)):
         for j in range(low.shape[1]):
@@ -22,15 +24,15 @@ def _chord(low, high, upper, offset):
             offset[i, j] = -below * slope if unstable else _ZERO
 
 
-@njit(parallel=True, **FLAGS)
+@njit(parallel=True, **DIVIDE)
 def _chord_backward(d_upper, d_offset, low, high, d_low, d_high):
     for i in prange(len(low)):
         for j in range(low.shape[1]):
             below, above = low[i, j], high[i, j]
             unstable = below < _ZERO and above > _ZERO
-            inverse = _ONE / ((above - below) if unstable else _ONE)
-            slope, other = above * inverse, -below * inverse
-            by_slope, by_offset = d_upper[i, j] * inverse, d_offset[i, j]
+            width = (above - below) if unstable else _ONE
+            slope, other = above / width, -below / width
+            by_slope, by_offset = d_upper[i, j] / width, d_offset[i, j]
             by_low, by_high = (by_slope - by_offset * slope) * slope, (by_slope + by_offset * other) * other
             d_low[i, j], d_high[i, j] = by_low if unstable else _ZERO, by_high if unstable else _ZERO
 
