@@ -117,6 +117,8 @@ def measure(row: dict, config, dataset, args) -> dict:
         "config": {k: v for k, v in asdict(config).items() if k != "architecture"},
     }
     trainer = Trainer(config, dataset, folder, args.device)
+    trainer.open_folder()
+    trainer.save_config()  # what is interrupted says that train_cifar.py --resume goes on, too
     if (folder / "last.safetensors").exists():
         trainer.resume()
     elif "init" in row["flags"]:

@@ -344,6 +344,11 @@ class Trainer:
         with checkpoint.locked(self.folder) if self.writes else nullcontext():
             yield
 
+    def save_config(self):
+        """config.json, by which ``train_cifar.py --resume`` goes on. The folder is there."""
+        said = {"config": asdict(self.config), "source": self.dataset.source}
+        checkpoint.write_json(self.folder / "config.json", said)
+
     @property
     def writes(self) -> bool:
         """Is it this rank that writes and prints?"""

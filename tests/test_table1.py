@@ -207,6 +207,20 @@ def test_a_killed_row_goes_on_and_nothing_is_done_twice(run, monkeypatch, place)
     assert without_clocks(lines()[0]) == without_clocks(lines("straight.jsonl")[0])
 
 
+def test_a_killed_row_may_be_trained_on_by_train_cifar(run, monkeypatch, capsys):
+    run([ROW], "--work", "straight", out="straight.jsonl")
+    with monkeypatch.context() as patch:
+        _signal_in_training(patch)
+        _, out, _ = run([ROW])
+    (said,) = re.findall(r"--resume (\S+)", out)
+    train = programs.caller_of(table1.training.main, "train_cifar.py", monkeypatch, capsys)
+    assert train("--resume", said, "--test-images", 0)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", programs.stop)
+        assert run([ROW])[0] == 0
+    assert without_clocks(lines()[0]) == without_clocks(lines("straight.jsonl")[0])
+
+
 def test_what_an_attack_broke_is_not_at_most_verified_and_a_contradiction_stops_it(run):
     run([ROW])
     line, (folder,) = lines()[0], Path("runs/table1").iterdir()

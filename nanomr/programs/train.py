@@ -315,7 +315,7 @@ def _main(args, ranks: parallel.Ranks) -> int:
                     f"{folder} holds a run already: --resume {folder} goes on with it, --out chooses another folder"
                 )
             elif trainer.writes:
-                checkpoint.write_json(folder / "config.json", {"config": asdict(config), "source": dataset.source})
+                trainer.save_config()
             if args.init and not resume:
                 begin_with(trainer, args.init)
             return train(trainer, args.test_images)
