@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
     "mtl-ibp": Method(
         certified.mtl_ibp, "ibp with adversarial images beside the bounds (De Palma et al.)",
         {
-            "alpha_end": Constant(0.6, "weight of the bounds at the end", high=1.0),
+            "alpha_end": Constant(0.95, "weight of the bounds at the end", high=1.0),
             "steps": Constant(1, "of the attack", low=1), "step_size": Constant(10.0, "of the attack, in eps"),
         } | _START | _BALANCE, reports=("interval", "balance", "adversarial"), **_CERTIFIED,
     ),
