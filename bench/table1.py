@@ -356,7 +356,7 @@ def main() -> int:
     p = parser()
     args = p.parse_args()
     if args.draw:
-        lines, of_trials = (checkpoint.read_jsonl(p) if p.exists() else [] for p in (args.out, args.trials))
+        lines, of_trials = (checkpoint.read_jsonl(file) if file.exists() else [] for file in (args.out, args.trials))
         checkpoint.write_atomic(args.page, into_page(args.page.read_text(encoding="utf-8"), lines, of_trials))
         if shown(lines):
             draw(lines, args.picture)

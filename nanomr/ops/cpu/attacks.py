@@ -8,11 +8,10 @@ from numba import njit, prange
 from ..balls import radius_within
 from ..reference import linf_bounds  # noqa: F401  (as it is)
 from .elementwise import _flat
-from .flags import FLAGS
+from .flags import EXACT, FLAGS
 from .memory import empty, ready
 
 _ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
-EXACT = {**FLAGS, "fastmath": False}  # a ball holds to the last bit
 
 
 @njit(**EXACT)

@@ -26,3 +26,4 @@ def _can_cache() -> bool:
 # Sums may be reordered, but NaN and infinity stay what they are; a division by zero makes them, as in NumPy (to look
 # for one would keep a loop from becoming vectors).
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy", cache=_can_cache())
+EXACT = {**FLAGS, "fastmath": False}  # where the last bit counts, or the inverse of a divisor may be infinite

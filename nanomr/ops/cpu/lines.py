@@ -7,13 +7,11 @@ import numpy as np
 from numba import njit, prange
 
 from .elementwise import _ONE, _ZERO, _flat
-from .flags import FLAGS
+from .flags import EXACT, FLAGS
 from .memory import empty, ready
 
-DIVIDE = {**FLAGS, "fastmath": False}  # the inverse of a width that has a chord may be infinite
 
-
-@njit(parallel=True, **DIVIDE)
+@njit(parallel=True, **EXACT)
 def _chord(low, high, upper, offset):
     for i in prange(len(low)):
         for j in range(low.shape[1]):
@@ -24,7 +22,7 @@ def _chord(low, high, upper, offset):
             offset[i, j] = -below * slope if unstable else _ZERO
 
 
-@njit(parallel=True, **DIVIDE)
+@njit(parallel=True, **EXACT)
 def _chord_backward(d_upper, d_offset, low, high, d_low, d_high):
     for i in prange(len(low)):
         for j in range(low.shape[1]):
