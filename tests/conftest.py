@@ -14,10 +14,9 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # of which _one_thread leaves one, but where a test is about them
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # A cache of compiled kernels for each worker: two processes that add to one index may give two kernels one file.
-    cache = Path(__file__).parent.parent / ".pytest_cache" / "numba" / worker
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache))
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # What one worker has compiled the others need not; and what a test breaks in it is not what a user runs.
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "numba"))
 
 import hypothesis
 import numba

@@ -210,4 +210,4 @@ def test_an_installation_that_cannot_be_written_to_runs(writable, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'nanomr' / '__init__.py'}\n[[0. 2.]]\n"), done.stderr
     said = "" if writable else "NUMBA_CACHE_DIR may name a folder that can"
     assert done.stderr.count("RuntimeWarning") == (not writable) and said in done.stderr
-    assert any((tmp_path / "cache").rglob("*.nbi")) == writable
+    assert any((tmp_path / "cache").rglob("*.nbc")) == writable

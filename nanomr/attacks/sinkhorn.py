@@ -8,7 +8,7 @@ leave the range of a float64; for images where they would, it gives up. ``deriva
 import numpy as np
 from numba import njit, prange
 
-from ..ops.cpu.flags import FLAGS
+from ..ops.cpu.flags import FLAGS, kernel
 from .wasserstein import FARTHEST
 
 LOG2 = 0.6931471805599453
@@ -174,7 +174,7 @@ def _end(x, share, mass, out):
         out[j] = (x[j] + share * (out[j] - x[j])) * mass
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _image(x0, y0, radius, strength, tolerance, most, channels, beta, psi, out):
     """One image: (iterations, psi, cost, residual); ``beta`` and ``out`` are written. 0 iterations: gave up.
 
@@ -230,7 +230,7 @@ def _image(x0, y0, radius, strength, tolerance, most, channels, beta, psi, out):
     return 0, psi, 0.0, 0.0
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def project(x, y, radius, strength, tolerance, most, channels, beta, psi, out, cost, residual, iterations):
     """:func:`_image` for each of x, y (N, H, W C); writes beta, psi, out, cost, residual, iterations, all float64 but
     the last."""

@@ -26,7 +26,7 @@ from numba.core import types
 from numba.extending import NativeValue, intrinsic, models, overload, register_model, typeof_impl, unbox
 
 from . import simd
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 
 IMAGES = 32  # side by side
 SUMS = 32  # x 32 of them in four tiles
@@ -287,7 +287,7 @@ def _one_product(a, b, out, tiles, config):
 # --- the sums of gather_gemm ------------------------------------------------------------------------------------------
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _place_row(x, n, count, padded, place, r, words, vector):
     """Row r of the padded images n to n + count, x (N, H, W words): pixel by pixel, image by image."""
     top, left, row, _ = place
@@ -303,7 +303,7 @@ def _place_row(x, n, count, padded, place, r, words, vector):
                 simd.copy(flat, source + w + k, padded, target + k, vector)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def gather(x, words, place, w, bias, plus, out, a, o, pixels, b, taps, run, chunks, tiles, config, vector):
     """``gather_gemm.gather_gemm`` for x (N, H, W words), a multiple of 16 words a pixel, w in panels of 32 columns,
     all of them channels. ``run`` pixels at a time meet each panel. Rows are placed as pixels come to need them."""
@@ -344,7 +344,7 @@ def gather(x, words, place, w, bias, plus, out, a, o, pixels, b, taps, run, chun
         end(tiles)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _place_pairs(x, n, count, padded, start, place, channels, turned):
     """Images n to n + count of x (N, H, W C), 16-bit numbers, at their pixels of a padded image, 16 words for each
     channel: word j is the number of images 2 j and 2 j + 1. By channel and then by word (``turned``), or the other way.
@@ -362,7 +362,7 @@ def _place_pairs(x, n, count, padded, start, place, channels, turned):
                     padded[begins + c * step] = word
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def reduce(x, channels, place, dy, taps, pixels, dw, db, tiles, config, lanes):
     """``gather_gemm.gather_gemm_reduce_pairs`` for x (N, H, W C), channels C a multiple of 32, and dy (N, pixels, C'),
     C' too. ``taps`` and ``pixels`` are those of one image; dw (parts, taps, C')."""

@@ -3,18 +3,18 @@
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from ..balls import radius_within
 from ..reference import linf_bounds  # noqa: F401  (as it is)
 from .elementwise import _flat
-from .flags import EXACT, FLAGS
+from .flags import EXACT, FLAGS, kernel
 from .memory import empty, ready
 
 _ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
 
 
-@njit(**EXACT)
+@kernel(**EXACT)
 def _highest(x0, eps):
     """The largest float32 that is not above float64 x0 + eps; ``reference._highest``."""
     total = x0 + eps
@@ -26,7 +26,7 @@ def _highest(x0, eps):
     return np.int32(bits + above * (np.int32(1) if bits < 0 else np.int32(-1))).view(np.float32)
 
 
-@njit(parallel=True, **EXACT)
+@kernel(parallel=True, **EXACT)
 def _linf_step(x, gradient, size, x0, eps, y):
     for i in prange(len(x)):
         for j in range(x.shape[1]):
@@ -52,7 +52,7 @@ def linf_step(x, gradient, size, x0, eps):
     return y
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _length(values):
     """The l2 norm, in float64."""
     total = 0.0
@@ -61,7 +61,7 @@ def _length(values):
     return math.sqrt(total)
 
 
-@njit(**EXACT)
+@kernel(**EXACT)
 def _within(x0, exact):
     """One pixel of ``reference._within``; x0 in [0, 1]."""
     change = np.float32(exact)
@@ -74,7 +74,7 @@ def _within(x0, exact):
     return _ONE if moved > _ONE else moved
 
 
-@njit(parallel=True, **EXACT)
+@kernel(parallel=True, **EXACT)
 def _l2_step(x, gradient, size, x0, eps, y):
     for i in prange(len(x)):
         moved, largest = y[i], _ZERO
@@ -98,7 +98,7 @@ def l2_step(x, gradient, size, x0, eps):
     return y
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _distances(x, x0, distances):
     """|x - x0| of each pixel in ``distances``; their sum."""
     total = 0.0
@@ -108,7 +108,7 @@ def _distances(x, x0, distances):
     return total
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _stay(sizes, count, tau):
     """Those of the first ``count`` sizes that are above tau come first. (The sum of size - tau of theirs, how many.)"""
     total, left = 0.0, 0
@@ -120,7 +120,7 @@ def _stay(sizes, count, tau):
     return total, left
 
 
-@njit(**EXACT)
+@kernel(**EXACT)
 def _move_most(x, gradient, each, coordinates, moved):
     """x in ``moved``, and ``each`` further up the gradient in those coordinates that gain most and have room."""
     worth, at, least = np.zeros(coordinates, np.float32), np.full(coordinates, -1), 0
@@ -138,7 +138,7 @@ def _move_most(x, gradient, each, coordinates, moved):
             moved[at[k]] += each * (_ONE if g > _ZERO else (-_ONE if g < _ZERO else g))
 
 
-@njit(parallel=True, **EXACT)
+@kernel(parallel=True, **EXACT)
 def _l1_step(x, gradient, size, x0, eps, coordinates, y):
     for i in prange(len(x)):
         moved, sizes = y[i], np.empty(x.shape[1])
@@ -162,7 +162,7 @@ def l1_step(x, gradient, size, x0, eps, coordinates):
     return y
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _plane_step(points, w, b, by_weight, d):
     for i in prange(len(points)):
         top, excess, total = _ZERO, 0.0, _ZERO

@@ -5,10 +5,10 @@ all of that behind a batch norm, whose own result is computed on the way and nev
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .elementwise import _ONE, _ZERO, _flat, _max0
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .memory import can_be_written, empty, ready
 from .normalization import _along, _parts, _rows, _slopes, sum_up
 from .simd import narrow, widen
@@ -16,7 +16,7 @@ from .simd import narrow, widen
 _HALF = np.float32(0.5)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _box_around(x, eps, scale, shift, points, radius, sums):
     """scale times the box around x, plus shift, all (N, rows, row); and the sums of its radii."""
     n = len(x)
@@ -37,7 +37,7 @@ def _box_around(x, eps, scale, shift, points, radius, sums):
         sums[i] = total
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_box(points, radius, y, out):
     n = len(radius)
     k = len(points) - n
@@ -51,7 +51,7 @@ def _relu_box(points, radius, y, out):
             y[k + i, j], out[i, j] = narrow(_HALF * (low + high), y), narrow(_HALF * (high - low), out)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _box_sums(points, radius, sums):
     n = len(radius)
     k = len(points) - n
@@ -70,7 +70,7 @@ def _box_sums(points, radius, sums):
         row[4], row[5], row[6], row[7] = off1, off2, every, size
 
 
-@njit(inline="always", **{**FLAGS, "cache": False})
+@kernel(inline="always", **{**FLAGS, "cache": False})
 def _ends_backward(dc, dd, c, r, gains):
     """The gradient by c and by r, from those (dc, dd) by the centre and radius of the ReLU of c - r to c + r."""
     on0, on1, off0, off1, every, grown = gains
@@ -80,7 +80,7 @@ def _ends_backward(dc, dd, c, r, gains):
     return low + high + (every + of_sums), high - low + grown
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_box_backward(dpoints, dradius, points, radius, gains, dp, dr):
     n = len(radius)
     k = len(points) - n
@@ -94,7 +94,7 @@ def _relu_box_backward(dpoints, dradius, points, radius, gains, dp, dr):
             dp[k + i, j], dr[i, j] = narrow(at_c, dp), narrow(at_r, dr)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _batchnorm_relu_box(points, radius, mean, scale, shift, y, out, sums):
     """:func:`_relu_box` of scale (points - mean) + shift and |scale| radius, all (N, rows, row); and its sums."""
     n, row = len(radius), radius.shape[2]
@@ -122,7 +122,7 @@ def _batchnorm_relu_box(points, radius, mean, scale, shift, y, out, sums):
         sums[i] = total
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _box_channel_gradients(dpoints, dradius, points, radius, mean, scale, shift, gains, parts):
     """parts[t] = over part t of the batch, the sums of dz (z - mean) and dz as in ``normalization``, of all points, and
     with those of the radii, whose gradients have the sign of the scale."""
@@ -150,7 +150,7 @@ def _box_channel_gradients(dpoints, dradius, points, radius, mean, scale, shift,
             sum_up(first, second, parts[t])
 
 
-@njit(inline="always", **{**FLAGS, "cache": False})
+@kernel(inline="always", **{**FLAGS, "cache": False})
 def _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dp, dr):
     """scale times the gradient before the ReLU, and of the clean points as in ``normalization._normalize_backward``."""
     k, row = len(points) - len(radius), radius.shape[2]
@@ -168,20 +168,20 @@ def _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slo
 
 
 # Two kernels: LLVM is told that no two arguments of one share memory.
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _batchnorm_relu_box_backward(dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dp, dr):
     for i in prange(len(radius)):
         _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dp, dr)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _batchnorm_relu_box_backward_over(dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains):
     """The same, written over dpoints and dradius."""
     for i in prange(len(radius)):
         _image_backward(i, dpoints, dradius, points, radius, mean, scale, shift, slope, offset, gains, dpoints, dradius)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _times_sign(x, y, adds, out):
     """out = x sign(y), or ``adds`` that to what is there."""
     for i in prange(len(x)):
@@ -191,7 +191,7 @@ def _times_sign(x, y, adds, out):
             out[i, j] = out[i, j] + signed if adds else signed
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _rivals_gain(radius, rows, labels, gain):
     for n in prange(len(radius)):
         own = labels[n]
@@ -202,7 +202,7 @@ def _rivals_gain(radius, rows, labels, gain):
             gain[n, k] = total
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _rivals_gain_backward(d_gain, radius, rows, labels, d_radius, parts):
     """parts[t] = the gradient by ``rows``, the weight's columns, of part t of the batch."""
     blocks, features = len(parts), rows.shape[1]

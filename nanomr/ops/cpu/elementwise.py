@@ -6,9 +6,9 @@ Each is written once for float32 and bfloat16: what is loaded is widened, what i
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .memory import BFLOAT16, empty, numbers, ready
 from .simd import narrow, widen
 
@@ -32,7 +32,7 @@ _Q = tuple(
 )
 
 
-@njit(inline="always", **{**FLAGS, "cache": False})
+@kernel(inline="always", **{**FLAGS, "cache": False})
 def _tanh(x):
     x = -_EIGHT if x < -_EIGHT else (_EIGHT if x > _EIGHT else x)
     s = x * x
@@ -40,26 +40,26 @@ def _tanh(x):
     return top / (_ONE + s * (_Q[0] + s * (_Q[1] + s * (_Q[2] + s * _Q[3]))))
 
 
-@njit(inline="always", **{**FLAGS, "cache": False})
+@kernel(inline="always", **{**FLAGS, "cache": False})
 def _max0(z):
     return _ZERO if z <= _ZERO else z  # NaN stays NaN
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu(z, y):
     for i in prange(len(z)):
         for j in range(z.shape[1]):
             y[i, j] = narrow(_max0(widen(z[i, j])), y)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_backward(dy, z, dz):
     for i in prange(len(z)):
         for j in range(z.shape[1]):
             dz[i, j] = narrow(widen(dy[i, j]) if widen(z[i, j]) > _ZERO else _ZERO, dz)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_hamming(z, alpha, y, squares):
     n = len(squares)
     for i in prange(n):
@@ -73,7 +73,7 @@ def _relu_hamming(z, alpha, y, squares):
         squares[i] = total
 
 
-@njit(inline="always", **{**FLAGS, "cache": False})
+@kernel(inline="always", **{**FLAGS, "cache": False})
 def _relu_hamming_gradients(dy_plus, dy_minus, plus, minus, alpha, scale):
     """(dz+, dz-) of one pair."""
     t_plus, t_minus = _tanh(alpha * plus), _tanh(alpha * minus)
@@ -82,7 +82,7 @@ def _relu_hamming_gradients(dy_plus, dy_minus, plus, minus, alpha, scale):
     return d_plus, (dy_minus if minus > _ZERO else _ZERO) - d * (_ONE - t_minus * t_minus)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_hamming_backward(dy, z, alpha, weight, dz):
     n = len(weight)
     for i in prange(n):
@@ -95,7 +95,7 @@ def _relu_hamming_backward(dy, z, alpha, weight, dz):
             dz[n + i, j], dz[2 * n + i, j] = narrow(d_plus, dz), narrow(d_minus, dz)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_hamming_pair(u, v, alpha, y, squares):
     n = len(squares)
     for i in prange(n):
@@ -110,7 +110,7 @@ def _relu_hamming_pair(u, v, alpha, y, squares):
         squares[i] = total
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _relu_hamming_pair_backward(dy, u, v, alpha, weight, du, dv):
     n = len(weight)
     for i in prange(n):
@@ -193,7 +193,7 @@ def relu_hamming_pair_backward(dy, u, v, alpha, weight):
 # --- pairs, pooling, conversions --------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _expand_pair(u, v, y):
     n = len(u)
     for i in prange(n):
@@ -210,7 +210,7 @@ def expand_pair(u, v):
     return y
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _contract_pair(dy, du, dv):
     n = len(du)
     for i in prange(n):
@@ -226,7 +226,7 @@ def contract_pair(dy):
     return du, dv
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _average_pool(x, window, y):
     """x (N, H, W, C), y (N, H / window, W / window, C)."""
     scale = np.float32(1 / (window * window))
@@ -250,7 +250,7 @@ def average_pool(x, window):
     return y
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _average_pool_backward(dy, window, dx):
     scale = np.float32(1 / (window * window))
     for i in prange(len(dx)):
@@ -267,7 +267,7 @@ def average_pool_backward(dy, window):
     return dx
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _cast(x, y):
     for i in prange(len(x)):
         for j in range(x.shape[1]):
@@ -283,7 +283,7 @@ def cast(x, dtype):
     return y
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _scale_shift(x, scale, shift, y):
     for i in prange(len(x)):
         for j in range(x.shape[1]):

@@ -5,6 +5,8 @@ import warnings
 
 from numba import njit
 
+from ...compiling import keep
+
 
 def _can_cache() -> bool:
     """Does Numba find a folder for its cache: $NUMBA_CACHE_DIR, ``__pycache__`` here, or the user's own?"""
@@ -27,3 +29,14 @@ def _can_cache() -> bool:
 # for one would keep a loop from becoming vectors).
 FLAGS = dict(fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy", cache=_can_cache())
 EXACT = {**FLAGS, "fastmath": False}  # where the last bit counts, or the inverse of a divisor may be infinite
+
+
+def kernel(**options):
+    """A decorator: numba.njit with ``options``, FLAGS or EXACT among them; what it compiles is kept by
+    :func:`nanomr.compiling.keep`."""
+
+    def compiled(function):
+        dispatcher = njit(**options)(function)
+        return keep(dispatcher) if options.get("cache") else dispatcher
+
+    return compiled

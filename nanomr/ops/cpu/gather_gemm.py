@@ -24,10 +24,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from . import simd
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .memory import BFLOAT16, can_be_written, empty, ready
 from .simd import MAX_LANES, ROWS, WIDTH
 
@@ -46,7 +46,7 @@ def sum_parts(size):
 # --- the gather-GEMM --------------------------------------------------------------------------------------------------
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def place_image(image, padded, start, place):
     """Copy an image (H, W C) into the middle of a padded one that begins at ``start``: place = (top, left, row, size)
     in elements, of which a row has ``row``.
@@ -63,7 +63,7 @@ def place_image(image, padded, start, place):
             into[j] = image[h, j]
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _place_pair(x, n, padded, start, place):
     """Images n and n + 1 of x (N, H, W C), 16-bit numbers, side by side: word (h, j) is the two of them. Behind the
     last image there is a black one."""
@@ -80,7 +80,7 @@ def _place_pair(x, n, padded, start, place):
                 into[j] = np.int32(x[n, h, j])
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def window(sums, plus, n, out, place):
     """Image n of ``out`` (N, H, W C) from the middle of a padded one, inverse of :func:`place_image`; and ``plus``."""
     top, left, row, _ = place
@@ -93,7 +93,7 @@ def window(sums, plus, n, out, place):
             out[n, h, j] = simd.narrow(source[j] + more, out)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def sweep(x, a, first, last, b, r0, r1, w, bias, plus, out, start, o, channels, parts, step, lanes):
     """out[start + o_i + c] = bias[c] + sum over r0 <= r < r1 of x[a_i + b_r] w[r, c], for first <= i < last; and plus
     what ``plus`` has there, unless it is empty.
@@ -128,7 +128,7 @@ def sweep(x, a, first, last, b, r0, r1, w, bias, plus, out, start, o, channels, 
                 simd.tile_store(simd.tile_rows(out, o, i), at, sums, p * piece - c, (p + 1) * piece - c)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def gather_gemm(x, place, w, bias, plus, out, wide, images, a, o, pixels, b, taps, channels, parts, chunks, lanes):
     """The gather-GEMM of each image: out[n, o_i + c] = bias[c] + sum_r padded(x[n])[a_i + b_r] w[r, c] (+ plus).
 
@@ -157,7 +157,7 @@ def gather_gemm(x, place, w, bias, plus, out, wide, images, a, o, pixels, b, tap
                 window(margins, plus, n, out, wide)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def reduce(padded, taps, dy, first, columns, pixels, dw, at, db, at_db, stored, lanes):
     """dw[at + k columns + c] += sum over pixels r of padded[taps_k + pixels_r] dy[first + r columns + c], and
     db[at_db + c] += the sum of dy. ``taps`` as :func:`runs_of` gives them."""
@@ -176,7 +176,7 @@ def reduce(padded, taps, dy, first, columns, pixels, dw, at, db, at_db, stored, 
             simd.tile_store(stored, corner, sums, 0, width)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def gather_gemm_reduce(x, place, images, dy, taps, pixels, steps, dw, db, lanes):
     """dw[t, k, c] += sum over images and pixels r of padded(x[n])[taps_k + pixels_r] dy[n, r, c]; db[t, c] += dy.
 
@@ -199,7 +199,7 @@ def gather_gemm_reduce(x, place, images, dy, taps, pixels, steps, dw, db, lanes)
             reduce(padded, taps, flat_dy, at, columns, now, flat_dw, *where, stored, lanes)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def gather_gemm_reduce_pairs(x, place, pairs, dy, columns, taps, pixels, steps, dw, db, lanes):
     """The same for 16-bit numbers, x (N, H, W C) and dy (N, pixels, C'), whose words are the same number of two images;
     ``pairs`` pairs of images at a time. C' is filled up with zeros to ``columns``."""
@@ -293,7 +293,7 @@ def bias_of(b, channels):
 _STRIP = 4 * ROWS
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lanes):
     """out (M, channels) = x W + bias with W = w or its transpose; out flat. In parallel: each panel of W, of which
     its thread makes a copy in its row of ``panels``, times each of ``groups`` of the rows of x (M, K)."""
@@ -321,7 +321,7 @@ def _gather_gemm_rows(x, w, transposed, bias, out, channels, groups, panels, lan
             sweep(flat_x, a, *rows, b, 0, k, panel, bias[c : c + width], no_plus, out, c, o, count, 1, 0, lanes)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _gather_gemm_columns(x, w, bias, adds, out, channels, chunks, lanes):
     """out (M, channels) = x^T w + bias, or ``adds`` that to what is there; the columns of x (K, M) in parallel, a strip
     of them at a time: copied, since rows that lie a power of two apart would not fit the cache together."""

@@ -4,14 +4,14 @@ points on the way up. Rows (N, R, ...), R of each image; lines (N, ...)."""
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .elementwise import _ONE, _ZERO, _flat
-from .flags import EXACT, FLAGS
+from .flags import EXACT, FLAGS, kernel
 from .memory import empty, ready
 
 
-@njit(parallel=True, **EXACT)
+@kernel(parallel=True, **EXACT)
 def _chord(low, high, upper, offset):
     for i in prange(len(low)):
         for j in range(low.shape[1]):
@@ -22,7 +22,7 @@ def _chord(low, high, upper, offset):
             offset[i, j] = -below * slope if unstable else _ZERO
 
 
-@njit(parallel=True, **EXACT)
+@kernel(parallel=True, **EXACT)
 def _chord_backward(d_upper, d_offset, low, high, d_low, d_high):
     for i in prange(len(low)):
         for j in range(low.shape[1]):
@@ -35,7 +35,7 @@ def _chord_backward(d_upper, d_offset, low, high, d_low, d_high):
             d_low[i, j], d_high[i, j] = by_low if unstable else _ZERO, by_high if unstable else _ZERO
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _lines_down(a, lower, upper, offset, rows, below, above):
     for i in prange(len(a)):
         for r in range(a.shape[1]):
@@ -48,7 +48,7 @@ def _lines_down(a, lower, upper, offset, rows, below, above):
             below[i, r], above[i, r] = low, high
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _lines_up(z, a, low, high, lower, upper, offset, points, d_lower, d_upper, d_offset):
     for i in prange(len(a)):
         for j in range(a.shape[2]):
@@ -65,7 +65,7 @@ def _lines_up(z, a, low, high, lower, upper, offset, points, d_lower, d_upper, d
                 points[i, r, j] = (below if v > _ZERO else above) * point + side * offset[i, j]
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _scale_down(a, scale, shift, rows, constants):
     for i in prange(len(a)):
         for r in range(a.shape[1]):
@@ -77,7 +77,7 @@ def _scale_down(a, scale, shift, rows, constants):
             constants[i, r] = constant
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _scale_up(z, a, total, scale, shift, points, d_scale, d_shift):
     for i in prange(len(a)):
         for j in range(a.shape[2]):
@@ -90,7 +90,7 @@ def _scale_up(z, a, total, scale, shift, points, d_scale, d_shift):
                 points[i, r, j] = scale[j] * z[i, r, j] + g * shift[j]
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _lines_reach(a, centre, radius, least, largest):
     for i in prange(len(a)):
         for r in range(a.shape[1]):
@@ -101,7 +101,7 @@ def _lines_reach(a, centre, radius, least, largest):
             least[i, r], largest[i, r] = middle - width, middle + width
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _lines_corner(a, low, high, centre, radius, points):
     for i in prange(len(a)):
         for r in range(a.shape[1]):

@@ -6,10 +6,10 @@ and bfloat16 pictures; what belongs to channels is float32, and sums over the ba
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .elementwise import _max0, _relu_hamming_gradients, _tanh, per_sample
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .memory import empty, numbers
 from .simd import narrow, widen
 
@@ -44,7 +44,7 @@ def _parts(x):
     return np.zeros((max(1, min(BLOCKS, len(x))), 2, x.shape[-1]))
 
 
-@njit(inline="always", **{**FLAGS, "cache": False})
+@kernel(inline="always", **{**FLAGS, "cache": False})
 def sum_up(first, second, part):
     """The two sums of an image along a row are added to those by channel."""
     channels = part.shape[1]
@@ -55,7 +55,7 @@ def sum_up(first, second, part):
             part[1, c] += two[c]
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _moments(x, shift, parts):
     """parts[t] = sums of x - shift and of its square, x (N, rows, row), over part t of the batch."""
     blocks, row = len(parts), x.shape[2]
@@ -79,7 +79,7 @@ def batchnorm_statistics(x):
     return (shift + first).astype(np.float32), np.maximum(second - first * first, 0).astype(np.float32)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _activate(x, mean, scale, shift, is_relu, plus, y):
     for n in prange(len(x)):
         for h in range(x.shape[1]):
@@ -89,7 +89,7 @@ def _activate(x, mean, scale, shift, is_relu, plus, y):
                 y[n, h, j] = narrow((_max0(v) if is_relu else v) + more, y)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _activate_hamming(x, mean, scale, shift, alpha, y, squares):
     count = len(squares)
     for n in prange(count):
@@ -139,7 +139,7 @@ def batchnorm_relu_hamming(x, gamma, beta, mean, inv_std, alpha):
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _channel_gradients(dy, x, mean, scale, shift, is_relu, parts):
     """parts[t] = sums of dz (x - mean) and of dz over part t of the batch, dz being the gradient before ReLU."""
     blocks, row = len(parts), x.shape[2]
@@ -156,7 +156,7 @@ def _channel_gradients(dy, x, mean, scale, shift, is_relu, parts):
             sum_up(first, second, parts[t])
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _channel_gradients_hamming(dy, x, mean, scale, shift, alpha, weight, parts):
     blocks, row, count = len(parts), x.shape[2], len(weight)
     for t in prange(blocks):
@@ -177,7 +177,7 @@ def _channel_gradients_hamming(dy, x, mean, scale, shift, alpha, weight, parts):
             sum_up(first, second, parts[t])
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _normalize_backward(dy, x, mean, scale, shift, slope, offset, is_relu, plus, dx):
     """dx = scale dz - slope (x - mean) - offset, plus ``plus``."""
     for n in prange(len(x)):
@@ -189,7 +189,7 @@ def _normalize_backward(dy, x, mean, scale, shift, slope, offset, is_relu, plus,
                 dx[n, h, j] = narrow(dz * scale[j] - d * slope[j] - offset[j] + more, dx)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _normalize_backward_hamming(dy, x, mean, scale, shift, slope, offset, alpha, weight, plus, dx):
     count = len(weight)
     for n in prange(count):

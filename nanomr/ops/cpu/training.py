@@ -1,16 +1,16 @@
 """The optimiser's pass, and what is drawn for a batch, on the CPU."""
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .gather_gemm import threads
 from .memory import empty
 
 _ZERO = np.float32(0)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _sgd_update(w, g, velocity, lr, momentum, weight_decay, chunks):
     for t in prange(chunks):
         part = slice(len(w) * t // chunks, len(w) * (t + 1) // chunks)
@@ -24,7 +24,7 @@ def sgd_update(w, g, velocity, lr, momentum, weight_decay):
     _sgd_update(w, g, velocity, *(np.float32(v) for v in (lr, momentum, weight_decay)), threads())
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _adamw_update(w, g, mean, square, keep, take1, take2, rate, debias, eps, chunks):
     for t in prange(chunks):
         part = slice(len(w) * t // chunks, len(w) * (t + 1) // chunks)
@@ -41,7 +41,7 @@ def adamw_update(w, g, mean, square, t, lr, beta1, beta2, weight_decay, eps=1e-8
     _adamw_update(w, g, mean, square, *(np.float32(v) for v in scalars), threads())
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _sum_squares(x, partial):
     for t in prange(len(partial)):
         total, part = _ZERO, x[len(x) * t // len(partial) : len(x) * (t + 1) // len(partial)]
@@ -56,7 +56,7 @@ def norm(x):
     return np.float32(partial.sum(dtype=np.float64) ** 0.5)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _crop_flip(images, index, top, left, flip, pad, channels, out):
     """Rows are W C numbers, of which ``first`` to ``last`` have a pixel behind them before the row is turned round."""
     n, height, width = out.shape
@@ -91,7 +91,7 @@ def crop_flip(images, index, top, left, flip, pad=4):
     return out
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _corners(words, eps, rho):
     for k in prange(len(words)):
         word = words[k]

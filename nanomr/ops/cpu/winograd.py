@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit, prange
 
 from . import simd
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .gather_gemm import bias_of, lanes_of, place_image, reduce, runs_of, sum_parts, sweep, threads
 from .memory import empty, ready
 from .simd import ROWS, WIDTH
@@ -99,7 +99,7 @@ def _pick(columns, i):
     return columns[0][i], columns[1][i], columns[2][i], columns[3][i]
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _tile_of_input(x, at, row, channels, v, to, step, lanes):
     """v[to + e step + c] = entry e of B^T d B, d the tile at x[at], whose rows are ``row`` numbers apart."""
     for c in range(0, channels, WIDTH):
@@ -132,7 +132,7 @@ def two_by_two(dy, at, row, inside, channels, lanes):
     return y00, y01, y10, y11
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _tile_of_gradient(dy, at, row, inside, channels, m, to, step, lanes):
     """m[to + e step + c] = entry e of A dy A^T, of the :func:`two_by_two` at dy[at]."""
     for c in range(0, channels, WIDTH):
@@ -152,7 +152,7 @@ def _finish(value, plus, out, at):
     simd.store(out, at, value, 0, WIDTH)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _tile_to_output(m, start, step, bias, plus, out, at, row, inside, channels, lanes):
     """The inverse: out[at ...] = bias + A^T M A (+ plus), what is ``inside`` of it."""
     below, right = inside
@@ -176,7 +176,7 @@ def _tile_to_output(m, start, step, bias, plus, out, at, row, inside, channels, 
                 _finish(simd.total(y11, b), plus, out, k + row + channels)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _row_of_weights(w, k, c_in, c_out, u, step, width, lanes):
     """u[e step ...] = entry e of G g G^T, g = w[:, :, k, c], for all c; in panels of ``width`` columns."""
     q = c_in * c_out
@@ -204,7 +204,7 @@ def add_parts(du, at, step, entries, parts, lanes):
         simd.store(du, at + e * step, total, 0, WIDTH)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _row_to_weights(du, k, rows, c_in, c_out, parts, dw, lanes):
     """The transpose: dw[:, :, k, c] = G^T (the sum over the parts of du) G, for all c."""
     step, q = rows * c_out, c_in * c_out
@@ -231,7 +231,7 @@ def where_tile(t, grid):
     return t // (grid[0] * grid[1]), t % (grid[0] * grid[1]) // grid[1], t % grid[1]
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _input_block(x, first, count, grid, place, channels, v, step, lanes):
     """V of the tiles first to first + count of the padded images x: v[e step + t channels + c]."""
     for t in range(count):
@@ -240,7 +240,7 @@ def _input_block(x, first, count, grid, place, channels, v, step, lanes):
         _tile_of_input(x, at, place[2], channels, v, t * channels, step, lanes)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _gradient_block(dy, first, count, grid, shape, m, step, lanes):
     """dM of those of dy, images of ``shape`` (H, W, C)."""
     height, width, channels = shape
@@ -250,7 +250,7 @@ def _gradient_block(dy, first, count, grid, shape, m, step, lanes):
         _tile_of_gradient(dy, at, width * channels, inside, channels, m, t * channels, step, lanes)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _output_block(m, step, first, count, grid, shape, bias, plus, out, lanes):
     """The outputs of those, from M."""
     height, width, channels = shape
@@ -263,21 +263,21 @@ def _output_block(m, step, first, count, grid, shape, bias, plus, out, lanes):
 # --- the passes -------------------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _transform_weights(w, u, width, lanes):
     """u (16, C Cout), of w (3, 3, C, Cout)."""
     for k in prange(w.shape[2]):
         _row_of_weights(w.reshape(-1), k, w.shape[2], w.shape[3], u.reshape(-1), u.shape[1], width, lanes)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _transform_back(du, dw, lanes):
     """dw (3, 3, C, Cout), of du (parts, 16, K, Cout), of whose rows the first C are real."""
     for k in prange(dw.shape[2]):
         _row_to_weights(du.reshape(-1), k, du.shape[2], dw.shape[2], dw.shape[3], len(du), dw.reshape(-1), lanes)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _convolve_images(x, begin, end, place, grid, u, bias, plus, out, images, v, m, a, o, b, lanes, one):
     """Images begin <= n < end of :func:`_convolve`; v (16, step), m (16, step'): room for a block."""
     shape, tiles = out.shape[1:], grid[0] * grid[1]
@@ -297,7 +297,7 @@ def _convolve_images(x, begin, end, place, grid, u, bias, plus, out, images, v, 
             _output_block(m.reshape(-1), m.shape[1], first, count, grid, shape, bias, more, these, one)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _convolve(x, place, grid, u, bias, plus, out, images, v, m, a, o, b, lanes, one):
     """out (N, H', W', C') = bias + the convolution of x (N, H, W C) (+ plus), ``images`` at a time; v[t], m[t]: room
     for thread t."""
@@ -307,7 +307,7 @@ def _convolve(x, place, grid, u, bias, plus, out, images, v, m, a, o, b, lanes, 
         _convolve_images(x, begin, end, place, grid, u, bias, plus, out, images, v[t], m[t], a, o, b, lanes, one)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, steps, du, db, lanes, one):
     """Images begin <= n < end of :func:`_reduce_parts`, one part of it: du (16, K, C'), db (16, C')."""
     shape, tiles = dy.shape[1:], grid[0] * grid[1]
@@ -329,7 +329,7 @@ def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, s
                 reduce(*rows, pixels[:count], flat_du, *where, stored, lanes)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _reduce_parts(x, place, grid, dy, images, v, m, taps, pixels, steps, du, db, lanes, one):
     """du (parts, 16, K, C') = for each part of the images the sum of V * dM; db (parts, 16, C') that of dM."""
     n, parts, chunks = len(x), len(du), len(v)

@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit, prange
 
 from . import simd
-from .flags import FLAGS
+from .flags import FLAGS, kernel
 from .gather_gemm import lanes_of, place_image, reduce, runs_of, sum_parts, sweep, threads, window
 from .memory import empty, ready
 from .simd import ROWS, WIDTH
@@ -83,7 +83,7 @@ def _pick(columns, i):
     return columns[0][i], columns[1][i], columns[2][i]
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _tile_of_input(x, at, row, channels, v, to, step, lanes):
     """v[to + e step + c] = entry e of B^T d B, d the tile at x[at] in the padded image, a row of which has ``row``
     numbers and a pixel ``channels``; c counts (p, q, channel)."""
@@ -109,7 +109,7 @@ def _add(x, at, step, values, lanes):
     _store(x, at, step, sums)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _tile_to_input(m, start, step, x, at, row, channels, lanes):
     """The transpose: B M B^T is added to the tile at x[at]."""
     for p in range(2):
@@ -126,7 +126,7 @@ def _tile_to_input(m, start, step, x, at, row, channels, lanes):
             _add(x, k + 4 * row, 2 * channels, _b_transposed(_pick(columns, 2)), lanes)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _tile_of_gradient(dy, at, row, inside, channels, m, to, step, lanes):
     """m[to + e step + c] = entry e of G dy G^T, of the :func:`two_by_two` at dy[at]."""
     for c in range(0, channels, WIDTH):
@@ -138,7 +138,7 @@ def _tile_of_gradient(dy, at, row, inside, channels, m, to, step, lanes):
         _store(m, k + 6 * step, step, _g((left[2], other[2])))
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _row_to_weights(du, k, rows, channels, c_out, parts, dw, lanes):
     """dw[p, q] of channel k % channels for (p, q) = k // channels, in the two rows and columns of the window that have
     them: G^T (the sum over the parts of du) G, for all c."""
@@ -162,7 +162,7 @@ def _row_to_weights(du, k, rows, channels, c_out, parts, dw, lanes):
 # --- blocks of tiles --------------------------------------------------------------------------------------------------
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _gradient_block(dy, first, count, grid, shape, m, step, lanes):
     """dM of the tiles first to first + count of dy, images of ``shape`` (H, W, C): m[e step + t C + c]."""
     height, width, channels = shape
@@ -182,7 +182,7 @@ def _corner(t, grid, place, channels):
 # --- the passes -------------------------------------------------------------------------------------------------------
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _input_gradient_of(dy, begin, end, u, place, grid, plus, dx, images, v, m, a, o, b, lanes, one):
     """Images begin <= n < end of :func:`_input_gradient`; v (9, step), m (9, step'): room for a block."""
     shape, tiles = dy.shape[1:], grid[0] * grid[1]
@@ -206,7 +206,7 @@ def _input_gradient_of(dy, begin, end, u, place, grid, plus, dx, images, v, m, a
             window(padded[k * place[3] :], plus, n + k, dx, place)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _input_gradient(dy, u, place, grid, plus, dx, images, v, m, a, o, b, lanes, one):
     """dx (N, H, W C) from dy (N, H', W', C') and U (9, C' 4 C) (+ plus), ``images`` at a time; v[t], m[t]: room for
     thread t."""
@@ -216,7 +216,7 @@ def _input_gradient(dy, u, place, grid, plus, dx, images, v, m, a, o, b, lanes, 
         _input_gradient_of(dy, begin, end, u, place, grid, plus, dx, images, v[t], m[t], a, o, b, lanes, one)
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, steps, du, db, lanes, one):
     """Images begin <= n < end of :func:`_reduce_parts`, one part of it: du (9, K, C'), db (9, C')."""
     shape, tiles, channels = dy.shape[1:], grid[0] * grid[1], pixels[1] // 4  # pixels are 4 C numbers apart
@@ -240,7 +240,7 @@ def _reduce_images(x, begin, end, place, grid, dy, images, v, m, taps, pixels, s
                 reduce(*rows, pixels[:count], flat_du, *where, stored, lanes)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _reduce_parts(x, place, grid, dy, images, v, m, taps, pixels, steps, du, db, lanes, one):
     """du (parts, 9, K, C') = for each part of the images the sum of V * dM; db (parts, 9, C') that of dM."""
     n, parts, chunks = len(x), len(du), len(v)
@@ -251,7 +251,7 @@ def _reduce_parts(x, place, grid, dy, images, v, m, taps, pixels, steps, du, db,
             _reduce_images(x, begin, end, place, grid, dy, images, *room, taps, pixels, steps, du[t], db[t], lanes, one)
 
 
-@njit(parallel=True, **FLAGS)
+@kernel(parallel=True, **FLAGS)
 def _transform_back(du, dw, lanes):
     """dw (4, 4, C, C'), of du (parts, 9, K, C'), of whose rows the first 4 C, (p, q, c), are real."""
     channels = dw.shape[2]

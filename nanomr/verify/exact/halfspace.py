@@ -3,12 +3,11 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ...ops.cpu.flags import FLAGS
+from ...ops.cpu.flags import FLAGS, kernel
 
 STEPS = 10  # of bisection
-_jit = njit(**FLAGS)
+_jit = kernel(**FLAGS)
 
 
 class Rows(NamedTuple):

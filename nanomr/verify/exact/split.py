@@ -9,9 +9,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ...ops.cpu.flags import FLAGS
+from ...ops.cpu.flags import FLAGS, kernel
 from ..chain import Chain
 from .bab import Tree
 
@@ -45,7 +44,7 @@ class Units(NamedTuple):
     rows: np.ndarray
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _carry(row, constant, count, inputs, units):
     """``row`` (on the inputs and ``count`` units' outputs), in place, on the inputs alone: a lower bound of it, by the
     units' lines; its constant."""
@@ -62,14 +61,14 @@ def _carry(row, constant, count, inputs, units):
     return constant
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _least(row, constant, radius):
     for d in range(len(radius)):
         constant -= abs(row[d]) * radius[d]
     return constant
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _mix(weight, rows, constants, row):
     """The sum of rows, weighted, into ``row``; its constant."""
     constant = 0.0
@@ -82,7 +81,7 @@ def _mix(weight, rows, constants, row):
     return constant
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _line_search(row, constant, change, change_of_constant, radius, most, best):
     """(t in [0, most] at which the least of row + t change in the box is largest, that): piecewise linear, so a kink or
     an end. ``best``: what is there at t = 0, or so far."""
@@ -102,7 +101,7 @@ def _line_search(row, constant, change, change_of_constant, radius, most, best):
     return at, best
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _choose_weights(coefficients, constants, radius, weight, row, change):
     """Climb: move ``weight`` (M,), which adds up to 1, between two rows at a time; the bound of the weighted sum."""
     inputs = len(radius)
@@ -127,7 +126,7 @@ def _choose_weights(coefficients, constants, radius, weight, row, change):
     return best
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _improve(z, z_constant, count, units, radius, weight, coefficients, constants, changed, best, scratch):
     """Climb in the lower slopes of the few units that err most, and in the weights, in turn; the bound."""
     inputs, columns = len(radius), z.shape[1]
@@ -166,7 +165,7 @@ def _improve(z, z_constant, count, units, radius, weight, coefficients, constant
     return best
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _product(weight, bias, active, columns, a, a_constant, z, z_constant):
     """z[:, :columns] = weight[:, active] a[active, :columns], with the constants."""
     n = len(active) - len(active) % 4
@@ -187,7 +186,7 @@ def _product(weight, bias, active, columns, a, a_constant, z, z_constant):
         z_constant[i] = total
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _bound_of_unit(row, constant, count, radius, units, scratch):
     """(low, high) of a ReLU's input: the unstable outputs below it anywhere in [0, high]; CROWN, if that leaves it
     unstable."""
@@ -212,7 +211,7 @@ def _bound_of_unit(row, constant, count, radius, units, scratch):
     return low, high
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _bound_all(low, high, widths, numbers, biases, units, bound, rows, weights, slopes, score):
     """The bound of every box [low, high] (S, D): of weights . (the last map's output), where a choice of ``weights``
     (S, M) and of ``slopes`` (S, R), NaN where they are as always, is made for it; into ``bound`` (S,), with the linear
@@ -296,7 +295,7 @@ def _bound_all(low, high, widths, numbers, biases, units, bound, rows, weights, 
             _score(row, count, radius, units, scratch[1], score[s])
 
 
-@njit(**FLAGS)
+@kernel(**FLAGS)
 def _score(row, count, radius, units, scratch, score):
     """The errors of the units' lines, shared out to the inputs that move them, most to the one that moves most."""
     inputs = len(radius)
