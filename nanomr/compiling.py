@@ -3,7 +3,7 @@
 Numba itself numbers a function's files and keeps an index. Two processes that add to an index at the same time may give
 two kernels one number, and one that is killed between the index and the file leaves the number of whatever was there:
 then a kernel is called with arguments that it was not compiled for. Nor does Numba see that something has changed that
-a kernel takes from another file. :func:`keep` gives each kernel a file of its own, which says what it was made of.
+a kernel takes from another module. :func:`keep` gives each kernel a file of its own, which says what it was made of.
 """
 
 import sys
@@ -12,10 +12,12 @@ from contextlib import suppress
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 import numpy as np
 from numba.core import caching, event
+from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 
 class _Watch(event.Listener):
@@ -50,26 +52,36 @@ def announce(say: Callable[[], object]):
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
-PACKAGE = Path(__file__).parent
-# As they are when they are imported: what is compiled an hour later has been read now.
-SOURCES = {str(file): sha256(file.read_bytes()).hexdigest() for file in sorted(PACKAGE.rglob("*.py"))}
 CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic)
+SOURCES: dict[str, str] = {}  # of each module, a hash of its source as it was imported
 
 
 def keep(dispatcher):
-    """``dispatcher``, of numba.njit(cache=True), whose compiled code is from now on in files of :class:`Kept`."""
-    cache = dispatcher._cache
-    cache._cache_file = Kept(dispatcher, cache._cache_path, cache._impl.filename_base)
+    """``dispatcher``, of numba.njit(cache=True): what is compiled of it goes, from now on, into files of :class:`Kept`.
+    Numba's own remain where the module's source cannot be read."""
+    _read_sources()
+    if isinstance(dispatcher, Dispatcher) and dispatcher.__module__ in SOURCES:  # NUMBA_DISABLE_JIT leaves a function
+        cache = dispatcher._cache
+        cache._cache_file = Kept(dispatcher.__module__, cache._cache_path, cache._impl.filename_base)
     return dispatcher
 
 
-class Kept(caching.IndexDataCacheFile):
-    """A function's compiled code: a file for each signature, named by a hash of what it is compiled from, which it
-    holds as well. A file of another kernel, a damaged one, or one that another process has removed, is none."""
+def _read_sources():
+    """As they are just after they were imported: what is compiled an hour later is made of these, not of the files."""
+    package = f"{__package__}."
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package) and name not in SOURCES:
+            with suppress(AttributeError, OSError):  # it has no source, or none that can be read
+                SOURCES[name] = sha256(module.__spec__.loader.get_data(module.__file__)).hexdigest()
 
-    def __init__(self, dispatcher, folder, base):
+
+class Kept(caching.IndexDataCacheFile):
+    """What was compiled of a function of ``module``: a file for each signature, named by a hash of all that it is made
+    of, which is in it, too. A file of something else, or one that cannot be read, is none."""
+
+    def __init__(self, module, folder, base):
         super().__init__(folder, base, None)
-        self._dispatcher, self._base = dispatcher, base
+        self._module, self._base = module, base
 
     def load(self, key):
         name, wanted = self._named(key)
@@ -80,58 +92,48 @@ class Kept(caching.IndexDataCacheFile):
         return data if found == wanted else None
 
     def save(self, key, data):
-        name, made_of = self._named(key)
-        self._save_data(name, (made_of, data))
-        fresh = name.rsplit(".", 2)[0]
-        for other in Path(self._cache_path).glob(f"{escape(self._base)}.*"):
-            if not other.name.startswith(f"{fresh}.") and ".tmp." not in other.name:  # of sources that are no more
+        name, parts = self._named(key)
+        self._save_data(name, (parts, data))
+        self._remove(all_but=name.rsplit(".", 2)[0])  # of sources that are no more
+
+    def flush(self):
+        self._remove()
+
+    def _remove(self, all_but=None):
+        for file in Path(self._cache_path).glob(f"{escape(self._base)}.*"):
+            if not file.name.startswith(f"{all_but}.") and ".tmp." not in file.name:  # another process writes those
                 with suppress(OSError):
-                    other.unlink()
+                    file.unlink()
 
     def _named(self, key) -> tuple[str, tuple]:
-        """(the file's name, what is in it)."""
-        sources, constants = made_of(self._dispatcher.py_func)
-        options = sorted((name, repr(_sorted(value))) for name, value in self._dispatcher.targetoptions.items())
-        rest = self._version, constants, options, key
+        """(the file's name, what it is made of)."""
+        parts = made_of(self._module)
+        sources = {name: SOURCES[name] for name in parts}
+        rest = self._version, parts, key
         return f"{self._base}.{_short(sources)}.{_short(rest)}.nbc", (sources, *rest)
 
 
-def made_of(function) -> tuple[list, list]:
-    """(the files of this package, with a hash of each, and the constants) that ``function`` and all that it calls is
-    compiled from: Numba takes globals as they are, and inlines."""
-    files, constants, seen, todo = set(), set(), set(), [function]
+def made_of(module: str) -> dict[str, tuple]:
+    """The modules whose code may be in a kernel of ``module``, its own among them, each with its constants (Numba takes
+    globals as they are; some depend on the CPU) and with how its kernels are compiled."""
+    parts, todo = {}, [module]
     while todo:
-        function = todo.pop()
-        if function in seen:
+        name = todo.pop()
+        if name in parts or name not in SOURCES:
             continue
-        seen.add(function)
-        files.add(function.__code__.co_filename)
-        names = _names(function.__code__)
-        found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
-        for _, module in [pair for pair in found if isinstance(pair[1], ModuleType)]:
-            if getattr(module, "__file__", None) in SOURCES:
-                files.add(module.__file__)
-                found += [(name, getattr(module, name)) for name in names if hasattr(module, name)]
-        for name, value in found:
-            if isinstance(value, CONSTANTS):
-                constants.add((name, repr(value)))
-            elif isinstance(value, np.ndarray):
-                constants.add((name, f"{value.dtype} {value.shape} {sha256(value.tobytes()).hexdigest()}"))
-            elif hasattr(value, "py_func"):
-                todo.append(value.py_func)
-            else:  # an intrinsic, a class
-                files.add(getattr(sys.modules.get(getattr(value, "__module__", None)), "__file__", None))
-    return sorted((Path(file).name, SOURCES[file]) for file in files & SOURCES.keys()), sorted(constants)
-
-
-def _names(code: CodeType) -> set[str]:
-    """The globals and attributes that a function speaks of, with its inner functions'."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*inner)
-
-
-def _sorted(value):
-    return sorted(value) if isinstance(value, set) else value
+        constants, options = [], []
+        for key, value in vars(sys.modules[name]).items():
+            if isinstance(value, CONSTANTS) and not key.startswith("__"):
+                constants.append((key, repr(value)))
+            elif isinstance(value, ModuleType):
+                todo.append(value.__name__)
+            elif isinstance(value, Dispatcher | _Intrinsic):
+                todo.append(value.__module__)
+            if isinstance(value, Dispatcher):
+                chosen = ((k, sorted(v) if isinstance(v, set) else v) for k, v in value.targetoptions.items())
+                options.append((key, repr(sorted(chosen))))
+        parts[name] = tuple(sorted(constants)), tuple(sorted(options))
+    return dict(sorted(parts.items()))
 
 
 def _short(value) -> str:
