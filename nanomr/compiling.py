@@ -57,11 +57,11 @@ SOURCES: dict[str, str] = {}  # of each module, a hash of its source as it was i
 
 
 def keep(dispatcher):
-    """``dispatcher``, of numba.njit(cache=True): what is compiled of it goes, from now on, into files of :class:`Kept`.
-    Numba's own remain where the module's source cannot be read."""
+    """``dispatcher``, of numba.njit: where Numba would keep what is compiled of it, that goes, from now on, into files of
+    :class:`Kept`. Numba's own remain where the module's source cannot be read."""
     _read_sources()
-    if isinstance(dispatcher, Dispatcher) and dispatcher.__module__ in SOURCES:  # NUMBA_DISABLE_JIT leaves a function
-        cache = dispatcher._cache
+    cache = getattr(dispatcher, "_cache", None)  # NUMBA_DISABLE_JIT leaves a plain function
+    if isinstance(cache, caching.FunctionCache) and dispatcher.__module__ in SOURCES:
         cache._cache_file = Kept(dispatcher.__module__, cache._cache_path, cache._impl.filename_base)
     return dispatcher
 

@@ -185,6 +185,12 @@ def test_numba_keeps_what_has_no_source_that_can_be_read(monkeypatch):
     assert type(kernel._cache._cache_file) is caching.IndexDataCacheFile
 
 
+def test_nothing_is_kept_of_what_numba_would_not_keep():
+    """No folder can be written to, or a tool compiles kernels in its own way (test_borders checks their indices)."""
+    kernel = compiling.keep(njit(add_one.py_func))
+    assert kernel(1) == 2 and isinstance(kernel._cache, caching.NullCache)
+
+
 def test_every_kernel_is_kept_so():
     """Also with this version of Numba, of which this asks for more than it promises."""
     modules = [module for name, module in sys.modules.items() if name.startswith("nanomr.")]

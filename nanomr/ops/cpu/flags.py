@@ -34,9 +34,4 @@ EXACT = {**FLAGS, "fastmath": False}  # where the last bit counts, or the invers
 def kernel(**options):
     """A decorator: numba.njit with ``options``, FLAGS or EXACT among them; what it compiles is kept by
     :func:`nanomr.compiling.keep`."""
-
-    def compiled(function):
-        dispatcher = njit(**options)(function)
-        return keep(dispatcher) if options.get("cache") else dispatcher
-
-    return compiled
+    return lambda function: keep(njit(**options)(function))
