@@ -57,8 +57,8 @@ SOURCES: dict[str, str] = {}  # of each module, a hash of its source as it was i
 
 
 def keep(dispatcher):
-    """``dispatcher``, of numba.njit: where Numba would keep what is compiled of it, that goes, from now on, into files of
-    :class:`Kept`. Numba's own remain where the module's source cannot be read."""
+    """``dispatcher``, of numba.njit. Where Numba would keep what is compiled of it, that goes, from now on, into files
+    of :class:`Kept`; Numba's own remain where the module's source cannot be read."""
     _read_sources()
     cache = getattr(dispatcher, "_cache", None)  # NUMBA_DISABLE_JIT leaves a plain function
     if isinstance(cache, caching.FunctionCache) and dispatcher.__module__ in SOURCES:

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint, rng, shapes10
+from .backend import cache_folder
 from .borders import check_labels
 from .errors import UserError
 
@@ -170,7 +171,7 @@ def load_cifar10(
 
     A download goes to ``data_dir``, or to the cache if that is None. ``size`` (bytes) and ``md5`` are the archive's.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanomr"
+    cache = cache_folder()
     places = [Path(p).expanduser() for p in (data_dir, os.environ.get("NANOMR_DATA"), cache) if p]
     folder = next((f for f in map(_data_folder, places) if f), None)
     if folder is None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nanomr import cli, models, shapes10
+from nanomr.programs import common
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,11 +109,20 @@ def assert_refused(module, result, flags):
 
 def assert_one_error_line(result, *words):
     code, _, err = result
+    err = err.removeprefix(f"{common.COMPILES}\n")  # where no test before has used these kernels
     assert code == 2, (code, err)
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
     for word in words:
         assert str(word) in err
     return err
+
+
+def documented(section, file):
+    """The names in the first column of docs/files.md's table of this file, in the section of ``nanomr SECTION``."""
+    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    part = next(part for part in text.split("\n## ") if f"`nanomr {section}`" in part.splitlines()[0])
+    table = next(block for block in part.split("\n\n") if block.startswith(f"| in `{file}` |"))
+    return {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
 
 
 def images_of(n):

@@ -79,7 +79,6 @@ def test_the_profile_is_a_table():
 
 @pytest.mark.parametrize("limit", ["1", pytest.param("120", marks=pytest.mark.slow)])
 def test_the_verifiers_last_line_is_json(tmp_path, limit):
-    pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
     script = TRAIN_STEP.parent / "verify.py"
     flags = ["--quick", "--eps", "1", "--time-limit", limit, "--json", str(tmp_path / "result.json")]
     result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)

@@ -22,8 +22,6 @@ from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.bounds import crown, rounding
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact.bab import branch_and_bound
-
-pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
 from nanomr.verify.proofs import checker as certificate
 from nanomr.verify.proofs import network as certificate_network
 from nanomr.verify.proofs import results as certificate_results

@@ -3,12 +3,6 @@
 import numpy as np
 import pytest
 from hypothesis import given
-
-from nanomr.layers import Flatten, Linear, ReLU
-from nanomr.models import Model
-from nanomr.testing.strategies import fewer, seeds
-
-pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
 from test_certificate import (
     NETWORKS,
     changed,
@@ -23,6 +17,9 @@ from test_certificate import (
 )
 from test_split import hard
 
+from nanomr.layers import Flatten, Linear, ReLU
+from nanomr.models import Model
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.bounds import crown
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact.bab import branch_and_bound

@@ -7,11 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from nanomr.testing.strategies import fewer, seeds
-
-pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_bab import TOLERANCE, Problem
 from test_certificate import (
     NETWORKS,
@@ -31,6 +26,7 @@ from test_certificate import (
 )  # fmt: skip
 
 from nanomr import models
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.bounds import crown
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact import hull

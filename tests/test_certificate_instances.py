@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 pytest.importorskip("onnx", reason="onnx is not installed (nanomr[onnx])")
 pytest.importorskip("nanomr.verify.proofs.witness")
 from test_certificate import randomise

@@ -3,6 +3,7 @@
 import itertools
 from fractions import Fraction
 
+import highspy
 import numpy as np
 import pytest
 from hypothesis import given
@@ -447,7 +448,7 @@ class Relaxation:
     """
 
     def __init__(self, setting, i):
-        self.highspy = pytest.importorskip("highspy", reason="highspy is not installed (pip install highspy)")
+        self.highspy = highspy
         self.maps = [matrix_of(stage.apply, stage.in_shape) for stage in setting.chain.stages]
         sizes = [len(offset) for _, offset in self.maps[:-1]]
         self.x = setting.low[i].size
@@ -545,7 +546,6 @@ def test_crown_alpha_crown_relaxation_exact_minimum_are_in_this_order(seed):
 
 def test_that_order_is_not_one_of_equals():
     """In some of these networks each of the four differs from the next by far more than what the test allows."""
-    pytest.importorskip("highspy", reason="highspy is not installed (pip install highspy)")
     gaps = np.zeros(3)
     for seed in range(4):
         draw = np.random.default_rng(seed)

@@ -2,17 +2,14 @@
 
 import itertools
 
+import highspy
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
-from nanomr.testing.strategies import fewer, seeds
-
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
-import highspy
 from test_bab import BAND, LARGE, NETWORKS, TOLERANCE, Problem, linear_program, mlp
 
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.bounds.crown import Box, Lines, alpha_crown, crown, image_box, lower, margin_rows
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact import bab, hull

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import highspy
 import numpy as np
 import programs
 import pytest
@@ -23,9 +24,6 @@ from nanomr.verify.formats.vnnlib import read_vnnlib
 from nanomr.verify.proofs import witness
 from nanomr.verify.proofs.network import CertificateError, read_network
 from nanomr.verify.running import instances
-
-highspy = pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
-pytest.importorskip("scipy", reason="the checker needs scipy (pip install 'nanomr[verify]')")
 
 
 def network(sizes, weights, biases):

@@ -7,9 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-
-pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_bab import TOLERANCE, Problem
 from test_certificate import NETWORKS, changed, picture, randomise, read, replaced
 from test_instances import box, decide, head, network, solver  # noqa: F401  (fixtures)

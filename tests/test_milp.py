@@ -4,17 +4,16 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
+import highspy
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomr.errors import UserError
 from nanomr.layers import Conv2d, Flatten, Linear, Normalize, ReLU
 from nanomr.models import Model, mlp
 from nanomr.testing.strategies import fewer, seeds
@@ -22,8 +21,6 @@ from nanomr.verify.bounds import crown
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact import bab, milp
 from nanomr.verify.exact.collapsed import collapse
-
-highspy = pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 
 # --- tiny networks ----------------------------------------------------------------------------------------------------
 
@@ -469,13 +466,6 @@ def test_a_model_that_highs_refuses_is_an_error(wide, monkeypatch):
     without_restriction(monkeypatch)
     assert "refused" in milp.decide(*wide.question).message
     assert milp.decide(*wide.question).status == "error"
-
-
-def test_without_highspy_the_message_says_what_to_install(wide, monkeypatch):
-    monkeypatch.setitem(sys.modules, "highspy", None)
-    for call in (lambda: milp.decide(*wide.question), milp.Solver):
-        with pytest.raises(UserError, match=r"pip install 'nanomr\[verify\]'"):
-            call()
 
 
 # --- time limits, and the child process -------------------------------------------------------------------------------

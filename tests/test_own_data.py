@@ -170,8 +170,6 @@ def test_train_attack_and_verify(monkeypatch, capsys, model, kind):
 
 
 def test_verify(monkeypatch, capsys):
-    pytest.importorskip("highspy")
-    pytest.importorskip("scipy")
     from nanomr.programs import verify
 
     np.savez("mine.npz", **arrays())

@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from nanomr.testing.strategies import fewer, seeds
-
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_milp import Network, networks
 
 from nanomr import checkpoint, models
 from nanomr.attacks.common import Linf
 from nanomr.attacks.pgd import pgd
+from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.bounds.crown import Bound, image_box
 from nanomr.verify.exact import milp
 from nanomr.verify.exact.bab import Tree

@@ -5,8 +5,6 @@ import time
 
 import numpy as np
 import pytest
-
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 from test_bab import BAND, Problem, audit
 
 from nanomr.verify.exact import milp

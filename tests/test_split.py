@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 from hypothesis import given
+from scipy import optimize
+from test_certificate import randomise, read
 
 from nanomr import models
 from nanomr.layers import Conv2d, Flatten, Linear, ReLU
@@ -12,11 +14,6 @@ from nanomr.models import Model
 from nanomr.testing.strategies import fewer, seeds
 from nanomr.verify.chain import Chain
 from nanomr.verify.exact import split
-
-pytest.importorskip("scipy", reason="SciPy is not installed (nanomr[verify])")
-from scipy import optimize
-from test_certificate import randomise, read
-
 from nanomr.verify.proofs.boxes import ARRAYS
 from nanomr.verify.proofs.checker import check_case
 from nanomr.verify.proofs.network import CertificateError

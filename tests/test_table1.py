@@ -19,7 +19,6 @@ from nanomr.programs import verify as verifying
 from nanomr.train import Trainer
 from nanomr.verify.running import pipeline
 
-pytest.importorskip("highspy", reason="the exact verifier needs highspy (pip install 'nanomr[verify]')")
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("table1", ROOT / "bench" / "table1.py")
 table1 = importlib.util.module_from_spec(SPEC)

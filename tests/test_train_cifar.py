@@ -16,6 +16,7 @@ import pytest
 from programs import assert_one_error_line
 
 from nanomr import backend, checkpoint, data, models, shapes10, train
+from nanomr.methods import METHODS
 from nanomr.programs import train as train_cifar
 from nanomr.train import Config
 
@@ -56,6 +57,15 @@ def finished(tmp_path_factory):
 
 def start(place, *arguments, **options):
     return programs.start("train", place, *arguments, train=400, test=60, **options)
+
+
+def test_every_name_in_the_log_is_documented(finished):
+    names = set().union(*map(set, checkpoint.read_jsonl(finished[0] / "log.jsonl")))
+    names |= {name for method in METHODS.values() for name in method.reports}
+    documented = programs.documented("train", "log.jsonl")
+    assert names <= documented, names - documented
+    rest = {"fgsm", "warning", "ranks", "plain_kernels", "graph", "tiles", "ibp_verified", "ramp"}  # of other runs
+    assert documented == names | rest
 
 
 def test_a_run_leaves_everything_and_says_so(finished):
@@ -229,6 +239,14 @@ def test_flags_that_the_model_has_no_use_for_are_refused(program, flags):
     flag = next(word for word in flags.split() if word in ("--jin-v1", "--kernel"))
     code, _, err = program("--hold-out", 100, "--batch-size", 50, *flags.split())
     assert_one_error_line((code, "", err), flag, "leave it out")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["--gamma-i", "--gamma-h"])
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].corners])
+def test_the_papers_weights_are_for_the_papers_methods(program, method, flag):
+    words = ["--constant"] if method in ("worst-corner", "ibp-manifold") else ["leave"]
+    assert_one_error_line(program("--method", method, flag, 5), flag, *words)
     assert not Path("runs").exists()
 
 

@@ -17,11 +17,8 @@ from programs import assert_one_error_line
 from nanomr import checkpoint, models, plots
 from nanomr.attacks import pgd
 from nanomr.errors import UserError
-from nanomr.verify.running import pipeline, results
-
-pytest.importorskip("highspy", reason="verify_small.py needs highspy (pip install 'nanomr[verify]')")
-pytest.importorskip("scipy", reason="verify_small.py needs scipy (pip install 'nanomr[verify]')")
 from nanomr.programs import verify as verify_small
+from nanomr.verify.running import pipeline, results
 
 N = 40  # test images
 FLAGS = "--data shapes10 --n 40 --eps 1/255 --jobs 1 --weights model.safetensors --out v".split()
@@ -65,6 +62,9 @@ def test_a_run_decides_every_image_and_check_agrees(program):
     assert {"verified", "attacked"} <= kinds and not kinds & set(pipeline.UNFINISHED), kinds
     assert {"crown", "pgd"} <= {record["stage"] for record in found.values()}
     report = json.loads(Path("v/report.json").read_text())
+    assert programs.documented("verify", "report.json") == set(report)
+    names = set().union(*map(set, found.values()))
+    assert programs.documented("verify", "results.jsonl") == names | {"solver", "error"}  # of harder images
     count = sum(record["verdict"] == "verified" for record in found.values())
     assert report["verified"] == count / N and report["images"] == N and report["warnings"] == []
     assert report["verified_float32"] <= report["verified"] <= report["upper"] <= report["pgd_strong"] <= report["pgd"]
@@ -214,9 +214,12 @@ def test_several_eps_make_a_curve_and_more_of_it_is_less(program):
 
 
 def test_an_estimate_is_of_images_all_over_the_set_and_counts(program):
-    code, out, err = program(*FLAGS, "--estimate")
+    code, out, err = program(*FLAGS, "--n", "0", "--estimate")
     assert code == 0, err
-    assert "about" in out and "minutes" in out
+    assert f"all {N} images: about" in out and "minutes" in out
+    shutil.rmtree("v")
+    code, out, err = program(*FLAGS, "--n", N - 1, "--estimate")
+    assert code == 0 and f"all {N - 1} images: about" in out and set(records()) <= set(range(N - 1)), err
     assert program(*FLAGS, "--resume")[0] == 0 and len(records()) == N
 
 
@@ -234,6 +237,9 @@ def test_instances_for_other_verifiers_come_back_to_ours(program):
     Path("ex/instances.csv").write_text("one,two\n")
     assert_one_error_line(program("--instances", "ex/instances.csv"), "instances.csv")
     assert_one_error_line(program("--instances", "nowhere.csv"), "nowhere.csv")
+    for flags in ("--eps 8/255", "--n 5", "--estimate", "--weights model.safetensors", "--executor processes"):
+        code, out, err = program("--instances", "ex/instances.csv", *flags.split())
+        assert (code, out) == (2, "") and f"{flags.split()[0]} is for images" in err.splitlines()[-1]
 
 
 BAD = [

@@ -409,7 +409,6 @@ def test_lambert_w_of_some_numbers():
 @fewer(0.3)
 @given(seed=seeds, radius=st.floats(-6, 0).map(np.exp), channels=st.integers(1, 2))
 def test_the_least_cost_is_the_cost_of_the_flow(seed, radius, channels):
-    pytest.importorskip("highspy", reason="needs highspy (pip install 'nanomr[verify]')")
     x, y = pile(np.random.default_rng(seed), (2, 4, 3, channels))
     z = project(x, y, radius).images
     x, z = (0.3 * a / x.max((1, 2, 3), keepdims=True) for a in (x, z))  # nothing is at 1
@@ -425,7 +424,6 @@ def test_the_least_cost_is_the_cost_of_the_flow(seed, radius, channels):
 
 
 def test_least_costs_that_are_known():
-    pytest.importorskip("highspy", reason="needs highspy (pip install 'nanomr[verify]')")
     x = np.zeros((6, 4, 4, 2))
     x[:, 1, 1, 0], x[:, 2, 2, 1] = 0.75, 0.25
     y = x.copy()
@@ -439,7 +437,6 @@ def test_least_costs_that_are_known():
 
 
 def test_the_attacks_radii_bear_the_exact_distances_out():
-    pytest.importorskip("highspy", reason="needs highspy (pip install 'nanomr[verify]')")
     model, x = network(), pictures()
     adversarial, radius = wasserstein(model, x, own(model, x), **FAST)
     cost, hit = least_cost(x, adversarial), np.isfinite(radius)

@@ -1,5 +1,6 @@
 """The exact Wasserstein distance of two images, by linear programs: what the attack's radii are checked against."""
 
+import highspy
 import numpy as np
 
 from .wasserstein import REACH
@@ -12,11 +13,7 @@ def least_cost(x, y):
 
     x, y (N, H, W, C) in [0, 1], NumPy. The attack clips: a pixel of y that is 1 may stand for more, and pixels are
     rounded to float32. A linear program for each image and channel, solved by HiGHS to its tolerance of 1e-7.
-
-    Raises ImportError without highspy.
     """
-    import highspy
-
     height, width = x.shape[1:3]
     pixels, row, column = height * width, *(i.ravel() for i in np.indices((height, width)))
     ways = [(down, right) for down in range(-REACH, REACH + 1) for right in range(-REACH, REACH + 1)]

@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,6 @@ ALL = ("pgd", "autoattack+", "wasserstein")  # AutoAttack+ breaks whatever AutoA
 WASSERSTEIN = {"steps": 400, "every": 10}  # ten steps at each radius: up to 0.1 (the paper's) it takes 300
 EPS = {"linf": 8 / 255, "l2": 0.5}
 PRECISIONS = {"fp32": lambda model: None, "tf32": models.InTf32, "bf16": models.InBfloat16}
-MEASURED = find_spec("highspy") is not None  # can --check measure Wasserstein distances?
 FREE = ("batch_size", "device")  # what a resumed run may change: no result depends on the first
 EARLIER = {
     "precision": "fp32",
@@ -489,10 +487,8 @@ def check(args, device: str) -> int:
     wrong = disagreements(model, saved, report, records, dataset, weights, args.batch_size, device)
     if wrong:
         raise UserError(f"{args.check} does not bear out the report: {'; '.join(wrong)}")
-    what = "ball, box, prediction"
-    if report["norm"] == "wasserstein" and not MEASURED:
-        what = "box and prediction; for the ball: pip install 'nanomr[verify]'"
-    print(f"{args.check}: {len(records)} images agree with the report ({what}); accuracy {report['robust']:.2%}")
+    said = f"{len(records)} images agree with the report (ball, box, prediction)"
+    print(f"{args.check}: {said}; accuracy {report['robust']:.2%}")
     return 0
 
 
@@ -526,7 +522,7 @@ def disagreements(model, saved, report, records, dataset, weights, batch_size, d
     wrong = to_numpy(predictions(model, on_device[0], batch_size)) != truth
     note(wrong != clean, "are classified otherwise before the attack")
     note(~clean & ~robust & ~fooled, "are not broken: not misclassified, or outside ball or box")
-    if report["norm"] == "wasserstein" and MEASURED:
+    if report["norm"] == "wasserstein":
         radius = np.array([np.nan if r.get("radius") is None else r["radius"] for r in records], float)
         note(~clean & ~robust & ~(radius <= report["eps"]), "have a radius beyond the report's")
         cost = np.zeros(n)

@@ -14,11 +14,12 @@ from ..attacks.common import logits_of
 from ..backend import to_device, to_numpy
 from ..errors import NoClass, UserError
 
+COMPILES = "compiling the kernels: about half a minute, once"
+
 
 def announce_compilation():
     """Say so when kernels are compiled, as they are when a program is first used."""
-    text = "compiling the kernels: about half a minute, once"
-    compiling.announce(lambda: tqdm.write(text, file=sys.stderr))
+    compiling.announce(lambda: tqdm.write(COMPILES, file=sys.stderr))
 
 
 def arguments(parser, flag: str, among_ranks) -> argparse.Namespace:

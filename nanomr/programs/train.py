@@ -4,7 +4,7 @@ nanomr train                     # shapes10, offline: two minutes
 nanomr train --data cifar10      # 100 epochs of the small network
 nanomr train --data cifar10 --device gpu   # PreActResNet18
 nanomr train --data mine.npz     # images and labels of your own
-nanomr train --method standard   # another method: they are listed below
+nanomr train --method standard   # another method: they are listed above
 nanomr train --resume runs/small-shapes10-manifold-0
 mpiexec -n 2 python -m mpi4py -m nanomr train   # on two ranks
 """
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--constant", type=_constant, action="append", metavar="NAME=VALUE", help=text)
     text = "begin with the weights of another run of the same network, as its last.safetensors has them"
     g.add_argument("--init", type=Path, metavar="RUN", help=text)
-    text = "with --init: channels that no box around 1,000 training images turns on get part of the live ones' work"
+    text = "with --init: channels that no box around 1,000 training images turns on share the live ones' work; on a CPU"
     g.add_argument("--revive", action="store_true", help=text)
     seed = cli.number(int, low=0, high=2**63 - 1)
     g.add_argument("--seed", type=seed, default=0, help="of weights, shuffling, augmentation and corners")
@@ -112,9 +112,9 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("regularisers", "eps is every method's, the others the paper's")
     g.add_argument(
-        "--eps", type=cli.linf_radius, default=8 / 255, help="radius of the Linf ball at the end, pixels in [0, 1]"
+        "--eps", type=cli.linf_radius, default="8/255", help="radius of the Linf ball at the end, pixels in [0, 1]"
     )
-    g.add_argument("--eps-start", type=cli.linf_radius, default=2 / 255, help="at the beginning, by --recipe paper")
+    g.add_argument("--eps-start", type=cli.linf_radius, default="2/255", help="at the beginning, by --recipe paper")
     g.add_argument("--gamma-i", type=non_negative, default=None, help="intrinsic; default: " + _defaults("gamma_i"))
     g.add_argument("--gamma-h", type=non_negative, default=None, help="Hamming; default: " + _defaults("gamma_h"))
     g.add_argument("--gamma-factor", type=non_negative, default=10.0, help="both grow by this factor")
@@ -125,7 +125,10 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="where to compute")
-    text = "of the activations; weights are float32. default: bf16 on a GPU, fp32 on a CPU; tf32 on a GPU alone"
+    text = (
+        "of the activations; weights are float32. default: bf16 on a GPU for the paper's methods and standard, else "
+        "fp32; of the other methods worst-corner may have bf16, none tf32, which is for a GPU"
+    )
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help=text)
     text = "on a GPU: start every kernel of a step by itself instead of a CUDA graph of them all (bf16 alone has one)"
     g.add_argument("--no-graph", action="store_true", help=text)
@@ -214,6 +217,8 @@ def configure(args, device: str, dataset) -> Config:
         name = "gamma_h" if args.gamma_i is None else "gamma_i"
         flag = f"--{name.replace('_', '-')}"
         raise UserError(f"{flag} is for the paper's methods: with --method {args.method} it is --constant {name}=X")
+    if not (method.corners or "gamma_i" in constants) and (args.gamma_i, args.gamma_h) != (None, None):
+        raise UserError(f"--gamma-i and --gamma-h are for the paper's methods: leave them out with {args.method}")
     paired = method.corners is not None
     if args.precision not in (None, *method.precisions):
         able = " or ".join(method.precisions)

@@ -36,6 +36,7 @@ from ..verify.running import instances, pipeline, results
 from . import common
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches
+OF_IMAGES = set("weights data data_dir no_download n eps estimate export executor".split())  # no list heeds these
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     text = "decide the lines network.onnx,property.vnnlib,seconds of a VNN-COMP list: sat, unsat, timeout, ..."
     g.add_argument("--instances", type=Path, metavar="CSV", help=text)
     g.add_argument("--wall", action="store_true", help="its seconds are wall-clock time, not CPU time")
-    g.add_argument("--estimate", action="store_true", help="50 images spread over the test set; what all would take")
+    g.add_argument("--estimate", action="store_true", help="50 of the images, spread over them; what all would take")
 
     g = p.add_argument_group("network and images")
     g.add_argument("--weights", type=Path, metavar="FILE", help="the network: a .safetensors file, or a run folder")
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("verification")
     text = "linf radius, pixels in [0, 1]; several: a folder each, and a curve (default: 8/255)"
-    g.add_argument("--eps", type=cli.linf_radius, nargs="+", default=[8 / 255], help=text)
+    g.add_argument("--eps", type=cli.linf_radius, nargs="+", help=text)
     seconds = cli.number(float, above=0)
     g.add_argument(
         "--time-limit",
@@ -481,12 +482,16 @@ def main() -> int:
     common.announce_compilation()
     if args.retry:
         args.resume = True
+    args.eps = args.eps or [8 / 255]
     if args.report:
         return show_lists(args.report) if all(map(is_list, args.report)) else show(args.report)
     if args.instances:
         if args.resume and not args.out:
             p.error("--resume needs --out: the folder of the run")
-        args.time_limit = args.time_limit if "time_limit" in cli.given(parser()) else None  # else the lines' own
+        given = cli.given(parser())
+        if unused := sorted(given & OF_IMAGES):
+            p.error(f"--{unused[0].replace('_', '-')} is for images: leave it out with --instances, whose lines say it")
+        args.time_limit = args.time_limit if "time_limit" in given else None  # else the lines' own
         return run_instances(args)
     if args.check and is_list(args.check):
         return check_list(args.check)
@@ -502,7 +507,7 @@ def main() -> int:
     model, weights = common.load_network(args.weights, dataset, "cpu")
     Chain(model)  # refuses, by name, what cannot be verified
     total = len(dataset.test_labels)
-    ids = np.arange(min(args.n, total) if args.n else total)
+    everything = ids = np.arange(min(args.n, total) if args.n else total)
     if args.export:
         return export(args, dataset, model, ids)
     if args.estimate:
@@ -522,8 +527,9 @@ def main() -> int:
         print(cli.fold(results.lines(reports[-1])))
     curve(reports, out)
     if args.estimate:
-        hours = (time.monotonic() - start) / len(ids) / len(args.eps) * total / 3600
-        text = f"all {total} images: about {hours * 60:.0f} minutes with {args.jobs} processes, by these {len(ids)}"
+        hours = (time.monotonic() - start) / len(ids) / len(args.eps) * len(everything) / 3600
+        rest = f"about {hours * 60:.0f} minutes with {args.jobs} processes, by these {len(ids)}"
+        text = f"all {len(everything)} images: {rest}"
         print(cli.fold([text]))
     files = f"{out}: results.jsonl, report.json, proofs/, counterexamples/; --check {out} re-evaluates them"
     print("\n" + cli.fold([files]))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
+import highspy
 import numpy as np
 
 from ..bounds.crown import Box, Found, Lines, inner
@@ -96,15 +97,11 @@ def branch(net: Collapsed, signs, values, target: float, chords=None):
 
 def _solve_leaf(net: Collapsed, sign, threshold: float, seconds: float):
     """(values (U,), y (D,)): the best beta of a domain in which every unit is split, and the minimiser; either or both
-    None where HiGHS is not installed, fails, or takes longer than ``seconds``.
+    None where HiGHS fails, or takes longer than ``seconds``.
 
     Such a domain is a linear program, and the betas are its dual solution. If no point is in it, they are a multiple
     of the duals of "how far is every point from it", large enough to prove anything.
     """
-    try:
-        import highspy
-    except ImportError:
-        return None, None
     z, constant = np.zeros_like(net.image), np.zeros_like(net.bias)  # z_j = z[j] . y + constant[j], by layers
     on = (sign > 0).astype(np.float64)
     for at in net.layers:
@@ -238,8 +235,8 @@ def branch_and_bound(
     :func:`~nanomr.verify.bounds.crown.crown` gives them. ``options``: of :class:`Search`.
 
     Gives up after ``cpu_limit`` seconds of CPU time (of the whole process), after ``max_domains`` domains, at a bound
-    that is not a number, and at a domain in which every ReLU is split if `highspy`, which would decide it, is not
-    installed or its answer lies within rounding of the threshold.
+    that is not a number, and at a domain in which every ReLU is split if HiGHS, which would decide it, fails or its
+    answer lies within rounding of the threshold.
     """
     end = time.process_time() + cpu_limit
     return Search(chain, low, high, relus, row, **options).run(

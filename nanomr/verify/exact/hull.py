@@ -15,6 +15,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
+import highspy
 import numpy as np
 
 from ..bounds.crown import Box, Lines, inner
@@ -226,8 +227,6 @@ class Program:
     """
 
     def __init__(self, problem: Problem, low, high, cuts: Cuts, sides=()):
-        import highspy
-
         self.problem, self.low, self.high = problem, low, high
         net, (v_low, v_high), lines = problem.net, problem.box(low, high), Lines.around(low, high)
         free, on = np.flatnonzero(lines.unstable), low >= 0

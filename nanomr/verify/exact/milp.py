@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import highspy
 import numpy as np
 
-from ...errors import UserError
 from ..chain import Chain
 from .bab import branch_and_bound
 from .collapsed import Collapsed, collapse
@@ -82,8 +82,7 @@ def decide(
     (of this process); ``left()``: seconds of another clock, which must be above 0 as well. ``options``: of HiGHS, over
     those of ``OPTIONS``.
 
-    "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a row of another length,
-    UserError if highspy is not installed.
+    "infeasible" is proved up to HiGHS's tolerance, 1e-9. Raises ValueError for a row of another length.
     """
     begin = time.process_time()
     task = _prepare(chain, low, high, relus, row, threshold, cpu_limit)
@@ -103,7 +102,6 @@ class Solver:
     """
 
     def __init__(self, allowance: float | None = None):
-        _highspy()
         self.allowance = allowance
         self._process = self._connection = None
 
@@ -196,7 +194,6 @@ def _serve(connection):
 
 def _prepare(chain, low, high, relus, row, threshold, cpu_limit):
     """(program, low, high (H, W, C)), or the Answer where no solver is needed."""
-    _highspy()
     if chain.dtype != np.float64:
         raise ValueError(f"a proof needs a chain in float64, not {chain.dtype}")
     row = np.asarray(row, np.float64)
@@ -315,20 +312,11 @@ def build(net: Collapsed, low, high, threshold: float = 0.0) -> Program:
 # --- HiGHS ------------------------------------------------------------------------------------------------------------
 
 
-def _highspy():
-    try:
-        import highspy
-    except ImportError:
-        raise UserError("the exact verifier needs the solver HiGHS: pip install 'nanomr[verify]'") from None
-    return highspy
-
-
 def solve(program: Program, cpu_limit: float, options: dict | None = None, left=None) -> Answer:
     """Give the program to HiGHS, for at most ``cpu_limit`` CPU seconds; ``image`` are the columns' first values, t.
 
     ``left``: as :func:`decide` takes it.
     """
-    highspy = _highspy()
     ok, model_status = highspy.HighsStatus.kOk, highspy.HighsModelStatus
     begin = time.process_time()
     highs = highspy.Highs()
@@ -348,7 +336,7 @@ def solve(program: Program, cpu_limit: float, options: dict | None = None, left=
 
     for callback in (highs.cbMipInterrupt, highs.cbSimplexInterrupt, highs.cbIpmInterrupt):
         callback.subscribe(interrupt)
-    if highs.passModel(_model(highspy, program)) != ok:
+    if highs.passModel(_model(program)) != ok:
         return answer("error", "the model was refused or changed")
     highs.run()
     status, info = highs.getModelStatus(), highs.getInfo()
@@ -367,7 +355,7 @@ def solve(program: Program, cpu_limit: float, options: dict | None = None, left=
     return answer("error", message, None, bound, nodes)
 
 
-def _model(highspy, program):
+def _model(program):
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(program.cost), len(program.row_low)
     model.col_cost_, model.offset_ = program.cost, program.offset
