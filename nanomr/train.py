@@ -156,7 +156,7 @@ class Trainer:
             gpu.set_tf32(False)  # whatever CUPY_TF32 says
         if ranks.size > 1 and not METHODS[config.method].ranks:
             able = ", ".join(name for name, method in METHODS.items() if method.ranks)
-            advice = "leave out --exact" if config.exact else "use --parallel none"
+            advice = ("leave out --exact, and " if config.exact else "") + "use --parallel none"
             raise UserError(f"--method {config.method} cannot be divided among ranks ({able} can): {advice}")
         if config.augment and dataset.train_images.dtype != np.uint8:
             raise UserError("crops and flips are made of uint8 images, and these are floats: use --no-augment")

@@ -5,14 +5,13 @@ of the terms of a sum (see ``test_ops.py``). The inputs are bfloat16 to begin wi
 rounded. Each check takes the module, ``ops``, and its array module, ``xp``.
 """
 
+import ml_dtypes
 import numpy as np
-import pytest
 from test_ops import OPERATIONS, TOLERANCE, as_tuple
 
 from nanomr.backend import to_numpy
 from nanomr.ops import reference
 
-ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 ROUNDING = 2.0**-8
 ALL_ROUND = (1, 1, 1, 1)

@@ -25,7 +25,6 @@ from nanomr import layers, models
 from nanomr.attacks.autoattack import STAGES, Stage
 from nanomr.ops.gpu import cuda
 
-pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
 ROOT = Path(__file__).resolve().parent.parent
 
 

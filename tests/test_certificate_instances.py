@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnx", reason="onnx is not installed (nanomr[onnx])")
-pytest.importorskip("nanomr.verify.proofs.witness")
 from test_certificate import randomise
 
 from nanomr import checkpoint, models

@@ -448,7 +448,6 @@ class Relaxation:
     """
 
     def __init__(self, setting, i):
-        self.highspy = highspy
         self.maps = [matrix_of(stage.apply, stage.in_shape) for stage in setting.chain.stages]
         sizes = [len(offset) for _, offset in self.maps[:-1]]
         self.x = setting.low[i].size
@@ -501,23 +500,23 @@ class Relaxation:
         return np.inf if found is None else found + row @ offset
 
     def solve(self, cost, rows, row_low, row_high):
-        program, solver = self.highspy.HighsLp(), self.highspy.Highs()
+        program, solver = highspy.HighsLp(), highspy.Highs()
         solver.setOptionValue("output_flag", False)
         for name in ("primal_feasibility_tolerance", "dual_feasibility_tolerance"):
             solver.setOptionValue(name, 1e-9)
         program.num_col_, program.num_row_ = len(cost), len(rows)
         program.col_cost_, program.col_lower_, program.col_upper_ = cost, self.low, self.high
         program.row_lower_, program.row_upper_ = np.array(row_low, float), np.array(row_high, float)
-        program.a_matrix_.format_ = self.highspy.MatrixFormat.kRowwise
+        program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         program.a_matrix_.start_ = np.concatenate([[0], np.cumsum((rows != 0).sum(1))]).astype(np.int32)
         program.a_matrix_.index_ = np.nonzero(rows)[1].astype(np.int32)
         program.a_matrix_.value_ = rows[rows != 0]
         solver.passModel(program)
         solver.run()
         status = solver.getModelStatus()
-        if status == self.highspy.HighsModelStatus.kInfeasible:
+        if status == highspy.HighsModelStatus.kInfeasible:
             return None
-        assert status == self.highspy.HighsModelStatus.kOptimal, status
+        assert status == highspy.HighsModelStatus.kOptimal, status
         return solver.getInfo().objective_function_value
 
     def exact(self, row):

@@ -9,6 +9,7 @@ import copy
 
 import numpy as np
 import pytest
+import test_kernels
 from test_layers import TINY, applies, make_case
 from test_losses import LOSSES
 from test_losses import make as make_loss
@@ -42,10 +43,7 @@ def moved(cupy, case: Case, dtype) -> Case:
 
 
 def dtype_of(name):
-    if name != "bfloat16":
-        return np.dtype(name)
-    pytest.importorskip("ml_dtypes", reason="bfloat16 arrays need pip install ml_dtypes")
-    return gpu.bfloat16()
+    return gpu.bfloat16() if name == "bfloat16" else np.dtype(name)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -252,9 +250,8 @@ gpu_alone = pytest.mark.parametrize("cupy", [pytest.param("gpu", marks=pytest.ma
 @pytest.fixture
 def tiny(monkeypatch):
     """Helpers of test_kernels.py, and its network by name."""
-    tests = pytest.importorskip("test_kernels", reason="training in bfloat16 needs pip install ml_dtypes")
-    monkeypatch.setitem(models.BUILDERS, "tiny", tests.tiny_model)
-    return tests
+    monkeypatch.setitem(models.BUILDERS, "tiny", test_kernels.tiny_model)
+    return test_kernels
 
 
 @gpu_alone

@@ -2,7 +2,6 @@
 
 import itertools
 
-import highspy
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -86,7 +85,7 @@ class Case(Problem):
             rows = [(z, constant - lower_), (-z, upper - constant)]
             cost = net.row_image + (net.row_units * on) @ z
             edge = np.ones(self.pixels)
-            found = linear_program(highspy, cost, -edge, edge, rows)
+            found = linear_program(cost, -edge, edge, rows)
             least = min(least, found + net.row_bias + (net.row_units * on) @ constant)
         return least
 
@@ -332,7 +331,7 @@ def whole_program(case, low, high, cuts):
     rows.append((c - np.hstack([none, one])[cuts.units], offset))
     a_low, a_high = np.maximum(low, 0), np.maximum(high, 0)
     cost, edge = np.append(net.row_image, net.row_units), np.ones(d)
-    return linear_program(highspy, cost, np.append(-edge, a_low), np.append(edge, a_high), rows) + net.row_bias
+    return linear_program(cost, np.append(-edge, a_low), np.append(edge, a_high), rows) + net.row_bias
 
 
 def some_stable(case):

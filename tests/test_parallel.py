@@ -297,12 +297,11 @@ def test_local_batch_norms_are_another_algorithm_with_one_running_statistic():
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - set(DIVIDED)))
-def test_what_cannot_be_divided_is_refused_before_it_begins(method, tmp_path):
-    config = replace(CONFIG, method=method)
-    with pytest.raises(
-        UserError, match=rf"--method {method} cannot be divided among ranks \(manifold, .*\): use --par"
-    ):
-        run(tmp_path / "x", 2, config)
+@pytest.mark.parametrize(("exact", "advice"), [(False, "use --par"), (True, "leave out --exact, and use --par")])
+def test_what_cannot_be_divided_is_refused_before_it_begins(method, exact, advice, tmp_path):
+    said = rf"--method {method} cannot be divided among ranks \(manifold, .*\): {advice}"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / "x", 2, replace(CONFIG, method=method, exact=exact))
     assert not (tmp_path / "x").exists()
 
 

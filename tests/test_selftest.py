@@ -12,13 +12,13 @@ import fake_cupy
 import numpy as np
 import pytest
 import shim
+import test_kernels as kernels
 
 from nanomr import backend, models
 from nanomr.errors import UserError
 from nanomr.ops import gpu
 from nanomr.ops.gpu import conv, normalization, plain, probes, selftest
 
-kernels = pytest.importorskip("test_kernels", reason="bfloat16 arrays need pip install ml_dtypes")
 CHILD = [sys.executable, str(Path(__file__).with_name("stand_in_child.py"))]
 
 

@@ -5,10 +5,10 @@ Every step function has one face:
     step(model, x, labels, draw, now) -> {"loss", "cross_entropy", ...}
 
 It adds the gradient of the loss to ``model.gradients``, and returns floats or 0-d arrays: the loss, the cross-entropy
-of the clean images, and what else its ``Method.reports`` names. x (N, H, W, C), labels (N,). ``draw(stream)`` is a
-NumPy generator of (seed, stream, step), see :mod:`nanomr.rng`: a step draws from nothing else. ``now`` holds what the
-schedule says ("eps", "lr", and "ramp", how far eps has come, from 0 to 1; of the paper's methods "gamma_i" and
-"gamma_h" instead), the method's constants by name, and "eps_end".
+of the images that it trains on (clean, but in adversarial training), and what else its ``Method.reports`` names.
+x (N, H, W, C), labels (N,). ``draw(stream)`` is a NumPy generator of (seed, stream, step), see :mod:`nanomr.rng`: a
+step draws from nothing else. ``now`` holds what the schedule says ("eps", "lr", and "ramp", how far eps has come, from
+0 to 1; of the paper's methods "gamma_i" and "gamma_h" instead), the method's constants by name, and "eps_end".
 
 A method is a function with this face in a file of this package, and a line here.
 """

@@ -490,7 +490,7 @@ def main() -> int:
             p.error("--resume needs --out: the folder of the run")
         given = cli.given(parser())
         if unused := sorted(given & OF_IMAGES):
-            p.error(f"--{unused[0].replace('_', '-')} is for images: leave it out with --instances, whose lines say it")
+            p.error(f"--{unused[0].replace('_', '-')} is for images: leave it out with --instances")
         args.time_limit = args.time_limit if "time_limit" in given else None  # else the lines' own
         return run_instances(args)
     if args.check and is_list(args.check):
