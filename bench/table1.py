@@ -10,7 +10,7 @@ but the method have these defaults. "flags" are further ones of train_cifar.py (
 so many images; "name": what the table calls the row, if its settings are too many to be read. Kill it where you like:
 the same command goes on, and leaves out the rows that the file has.
 
-The last training images (5,000 of CIFAR-10's) are held out of every run. Test images never choose: without
+The last training images (5,000 of CIFAR-10's) are held out of every run. Test images are not to choose: without
 ``--held-out`` a row is judged on them, so that is for rows whose constants are chosen.
 """
 

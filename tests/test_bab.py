@@ -383,6 +383,8 @@ def test_no_number_restricts_nothing():
 def test_where_highs_fails_it_gives_up_if_it_must_and_is_never_wrong(monkeypatch):
     problems = [Problem("mlp", seed) for seed in range(12)]
     minima = [problem.minima() for problem in problems]
+    leaves, solve = [], bab._solve_leaf
+    monkeypatch.setattr(bab, "_solve_leaf", lambda *args: leaves.append(solve(*args)) or leaves[-1])
     monkeypatch.setattr(highspy.Highs, "getModelStatus", lambda _: highspy.HighsModelStatus.kUnknown)
     gave_up = 0
     for problem, truth in zip(problems, minima, strict=True):
@@ -394,6 +396,7 @@ def test_where_highs_fails_it_gives_up_if_it_must_and_is_never_wrong(monkeypatch
         else:
             audit(problem, tree, truth, threshold)
     assert 0 < gave_up < len(problems)
+    assert leaves and all(part is None for leaf in leaves for part in leaf)  # nothing of a solver that failed is used
 
 
 def test_slopes_to_begin_with_are_used():
