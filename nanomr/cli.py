@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -43,7 +44,7 @@ def parser(doc: str) -> Parser:
 def given(parser: argparse.ArgumentParser) -> set[str]:
     """The destinations of the flags that were typed, whatever their values: defaults are not among them."""
     for action in parser._actions:
-        action.default = argparse.SUPPRESS
+        action.default, action.type, action.choices = argparse.SUPPRESS, None, None  # what they warn of was said
     return set(vars(parser.parse_args()))
 
 
@@ -120,8 +121,10 @@ def fold(lines: Iterable[str]) -> str:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: 0 or what it returns; 2 for a UserError, 130 for Ctrl-C, 141 for a closed pipe.
 
-    A UserError, full memory (2) and Ctrl-C print one line on stderr. Others are bugs and keep their traceback.
+    A UserError, full memory (2) and Ctrl-C print one line on stderr. Others are bugs and keep their traceback. SIGTERM,
+    which batch systems send, is as Ctrl-C.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             code = main()

@@ -26,6 +26,7 @@ N = 60  # test images
 FILES = {"config.json", "report.json", "per_image.jsonl", "examples.npz"}
 # about half of the images fall to AutoAttack
 FLAGS = "--data shapes10 --n 40 --chunk 10 --eps 1/255 --quick --device cpu --weights model.safetensors".split()
+WASSERSTEIN = [*FLAGS[:6], *FLAGS[8:], "--attack", "wasserstein"]  # which has no use for --eps
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +220,8 @@ def test_a_wasserstein_run_takes_radii_on_trust_but_no_prediction_and_check_take
     monkeypatch.setattr(attack_cifar, "wasserstein", fake)
     model, (x, labels) = models.load("model.safetensors"), programs.images_of(N)
     assert np.array_equal(model.forward(x[:6])[0].argmax(1), labels[:6])
-    flags = [f for f in FLAGS if f != "--quick"]
-    assert program(*flags, "--attack", "wasserstein", "--n", 6, "--out", "a", "--seed", 5)[0] == 0
+    flags = [f for f in WASSERSTEIN if f != "--quick"]
+    assert program(*flags, "--n", 6, "--out", "a", "--seed", 5)[0] == 0
     assert given == [(5, list(range(6)), 400, 10, 0.1, 250, 6)]
     report, lines = result("a"), records("a")
     assert [r["by"] for r in lines] == ["wasserstein"] * 3 + [None] * 3
@@ -245,11 +246,9 @@ def test_l2(program, attack):
     assert program("--check", "a/examples.npz", "--weights", "model.safetensors")[0] == 0
 
 
-def test_n_zero_is_all_and_individual_is_for_autoattack_alone(program):
-    flags = [*FLAGS, "--attack", "pgd", "--n", 0, "--individual", "--out", "a"]
-    assert program(*flags)[0] == 0
-    config = checkpoint.read_json(Path("a/config.json"))
-    assert config["n"] == N == len(records("a")) and config["individual"] is False
+def test_n_zero_is_all(program):
+    assert program(*FLAGS, "--attack", "pgd", "--n", 0, "--out", "a")[0] == 0
+    assert checkpoint.read_json(Path("a/config.json"))["n"] == N == len(records("a"))
 
 
 @pytest.mark.parametrize(("hurry", "steps"), [([], 100), (["--quick"], 10)])
@@ -344,14 +343,15 @@ def test_a_killed_run_resumes_with_what_it_had_finished(program, finished, weigh
     assert not Path("run/parts").exists()
 
 
-def test_an_interrupt_says_how_to_go_on(program, finished, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_how_to_go_on(program, finished, monkeypatch, number):
     flags = [*FLAGS, "--attack", "autoattack", "--out", "run"]
     real, calls = attack_cifar.cascade, []
 
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return real(*args, **options)
 
     monkeypatch.setattr(attack_cifar, "cascade", interrupted)
@@ -453,11 +453,13 @@ def test_a_run_is_resumed_with_its_own_settings_only(program, change):
     assert program(*flags, "--batch-size", 3, "--resume")[0] == 0  # decides nothing
 
 
-@pytest.mark.parametrize("attack", ["autoattack --individual", "wasserstein --steps 20"])
+@pytest.mark.parametrize(
+    "attack", [[*FLAGS, "--attack", "autoattack", "--individual"], [*WASSERSTEIN, "--steps", "20"]], ids=lambda x: x[-2]
+)
 @pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed"])
 def test_resume_with_more_images_goes_on(program, monkeypatch, attack, killed):
     """The same as all of them at once, and nothing is attacked twice."""
-    flags = [*FLAGS, "--attack", *attack.split(), "--chunk", 4]
+    flags = [*attack, "--chunk", 4]
     assert program(*flags, "--n", 12, "--out", "whole")[0] == 0
     if killed:
         with monkeypatch.context() as patch:
@@ -739,8 +741,8 @@ def test_a_network_whose_answers_are_not_finite_is_one_line(program, monkeypatch
     model = models.load("model.safetensors")
     model.weights *= 1e20
     model.save("other.safetensors")
-    flags = [*FLAGS, "--attack", attack, "--weights", "other.safetensors", "--out", "a"]
-    assert_one_error_line(program(*flags), "NaN or infinite for 1 of 1")
+    flags = WASSERSTEIN if attack == "wasserstein" else [*FLAGS, "--attack", attack]
+    assert_one_error_line(program(*flags, "--weights", "other.safetensors", "--out", "a"), "NaN or infinite for 1 of 1")
     assert not Path("a").exists()
 
     forward, taken = models.Model.forward, programs.images_of(N)[0][7]
@@ -751,7 +753,7 @@ def test_a_network_whose_answers_are_not_finite_is_one_line(program, monkeypatch
         return logits, cache
 
     monkeypatch.setattr(models.Model, "forward", sometimes)
-    assert_one_error_line(program(*FLAGS, "--attack", attack, "--out", "a"), "NaN or infinite for 1 of 10")
+    assert_one_error_line(program(*flags, "--out", "a"), "NaN or infinite for 1 of 10")
 
 
 def test_few_classes_leave_stages_out_and_the_report_says_so(program):
@@ -781,6 +783,31 @@ def test_eps_without_255_is_asked_about(program):
     assert code == 0 and "warning: a linf radius of 0.75: " in err and "did you mean 0.75/255?" in err
     code, _, err = program(*flags, "--norm", "l2", "--out", "b")
     assert code == 0 and "warning" not in err
+
+
+@pytest.mark.parametrize(
+    ("attack", "flag"),
+    [("wasserstein", "--norm l2"), ("wasserstein", "--eps 1/255"), ("wasserstein", "--individual")]
+    + [(attack, "--radius 0.02") for attack in ("pgd", "autoattack", "autoattack+")] + [("pgd", "--individual")],
+)  # fmt: skip
+def test_a_flag_that_the_attack_does_not_heed_is_refused(program, attack, flag):
+    flags = [*WASSERSTEIN, "--attack", attack, *flag.split(), "--out", "a"]
+    code, _, err = program(*flags)
+    name = flag.split()[0]
+    assert code == 2 and f"{name} is for" in err.splitlines()[-1] and f"--attack {attack}: leave it out" in err
+    assert not Path("a").exists()
+
+
+def test_what_reads_a_run_refuses_flags_of_one_that_attacks(program):
+    assert program(*FLAGS, "--attack", "pgd", "--n", 4, "--out", "a")[0] == 0
+    reads = [["--table", "a"], ["--check", "a/examples.npz", "--weights", "model.safetensors"]]
+    for words, flag in [
+        (words, flag) for words in reads for flag in ("--attack pgd", "--eps 1/255", "--out b", "--n 4")
+    ]:
+        code, out, err = program(*words, *flag.split())
+        assert (code, out) == (2, "") and f"{flag.split()[0]} changes nothing with {words[0]}" in err.splitlines()[-1]
+        assert program(*words)[0] == 0
+    assert program(*reads[1], "--batch-size", 3, "--data", "shapes10", "--device", "cpu", "--kernels", "plain")[0] == 0
 
 
 def test_no_gpu(program, monkeypatch):

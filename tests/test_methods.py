@@ -11,6 +11,7 @@ from test_train import CONFIG, assert_same, log, stop_at, trainer
 from nanomr import models
 from nanomr.errors import UserError
 from nanomr.methods import METHODS
+from nanomr.optim import RECIPES
 from nanomr.programs import train as program
 from nanomr.train import EARLIER, Config, Interrupted
 
@@ -36,6 +37,54 @@ def test_a_stopped_run_of_every_method_goes_on_bit_for_bit(tmp_path, monkeypatch
     assert np.array_equal(saved.weights, final.weights)
     if METHODS[method].finish is models.fold:
         assert not any(name.startswith("bn") for name in saved.children)
+
+
+CHANGED = {
+    **{"gamma_i": 7.0, "gamma_h": 7.0, "gamma_factor": 3.0, "alpha": 2.0, "hamming_norm": "sample"},
+    **{"eps_start": 1 / 255, "ramp_from": 0.05, "ramp_to": 0.9, "momentum": 0.5, "pad": 1},
+}
+OF_METHODS = list(CHANGED)[:5]
+
+
+def test_flags_that_may_change_nothing_are_all_tried():
+    assert CHANGED.keys() == program.USES.keys()
+
+
+def after_some_steps(folder, config):
+    run = trainer(folder, config)
+    run.step = 3  # of 12: epsilon and the regularisers' weights are on their ways
+    for _ in range(2):
+        run.train_step()
+    return run.model.weights.tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_no_use_for_a_flag_that_is_refused_and_one_for_the_others(tmp_path, method):
+    constants = {"steps": 1} if "steps" in METHODS[method].constants else {}
+    config = replace(RAMP, method=method, gamma_i=1.0, constants=constants)
+    plain = after_some_steps(tmp_path / "plain", config)
+    for flag in OF_METHODS:
+        changed = after_some_steps(tmp_path / flag, replace(config, **{flag: CHANGED[flag]})) != plain
+        assert changed == program.USES[flag][1](config), flag
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_has_no_use_for_a_flag_that_is_refused_and_one_for_the_others(tmp_path, recipe, optimizer, augment):
+    config = replace(RAMP, method="manifold", recipe=recipe, optimizer=optimizer, augment=augment, gamma_i=1.0)
+    plain = after_some_steps(tmp_path / "plain", config)
+    for flag in CHANGED:
+        changed = after_some_steps(tmp_path / flag, replace(config, **{flag: CHANGED[flag]})) != plain
+        assert changed == program.USES[flag][1](config), flag
+
+
+@pytest.mark.parametrize("flag", program.USES)
+def test_a_flag_that_would_change_nothing_is_refused(flag):
+    config = replace(RAMP, method="pgd", augment=False, recipe="cyclic")
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is for .*leave it out"):
+        program.refuse_unused({"method", flag}, config)
+    program.refuse_unused({"method", "lr", "eps"}, config)
 
 
 def test_a_configuration_of_before_these_fields_loads():

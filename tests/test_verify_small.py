@@ -225,7 +225,8 @@ def test_an_estimate_is_of_images_all_over_the_set_and_counts(program):
 
 def test_instances_for_other_verifiers_come_back_to_ours(program):
     pytest.importorskip("onnx", reason="onnx is not installed (pip install 'nanomr[onnx]')")
-    code, out, err = program(*FLAGS, "--export", "ex", "--n", "12", "--time-limit", "50")
+    flags = [*FLAGS[:6], *FLAGS[8:10]]  # without --jobs and --out
+    code, out, err = program(*flags, "--export", "ex", "--n", "12", "--time-limit", "50")
     assert code == 0 and "12 VNN-LIB files" in out, err
     assert Path("ex/instances.csv").read_text().splitlines()[3] == "model.onnx,vnnlib/img_3.vnnlib,50"
     assert program(*FLAGS, "--n", "12")[0] == 0
@@ -239,7 +240,30 @@ def test_instances_for_other_verifiers_come_back_to_ours(program):
     assert_one_error_line(program("--instances", "nowhere.csv"), "nowhere.csv")
     for flags in ("--eps 8/255", "--n 5", "--estimate", "--weights model.safetensors", "--executor processes"):
         code, out, err = program("--instances", "ex/instances.csv", *flags.split())
-        assert (code, out) == (2, "") and f"{flags.split()[0]} is for images" in err.splitlines()[-1]
+        assert (code, out) == (2, "") and f"{flags.split()[0]} changes nothing with --instances" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("--report v", "--n 5,--weights model.safetensors,--out w,--estimate,--check v"),
+        ("--check v --weights model.safetensors", "--n 5,--eps 1/255,--out w,--time-limit 3,--jobs 2"),
+        ("--export e --weights model.safetensors", "--out w,--jobs 2,--estimate,--shard 0/2,--resume"),
+    ],
+)
+def test_flags_that_change_nothing_are_refused(program, mode, flags):
+    assert program(*FLAGS, "--n", "3")[0] == 0
+    for flag in flags.split(","):
+        code, out, err = program(*mode.split(), *flag.split())
+        said = f"{flag.split()[0]} changes nothing with {mode.split()[0]}: leave it out"
+        assert (code, out) == (2, "") and said in err.splitlines()[-1]
+        assert not Path("w").exists() and not Path("e").exists()
+    assert program(*mode.split())[0] == 0  # without them it is done
+
+
+def test_an_estimate_is_of_all_images(program):
+    code, _, err = program(*FLAGS, "--estimate", "--shard", "0/2")
+    assert code == 2 and "leave --shard out" in err.splitlines()[-1]
 
 
 BAD = [
@@ -358,14 +382,15 @@ def test_a_killed_run_loses_no_finished_image_and_resumes(tmp_path, program):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="Ctrl-C is sent as a signal")
-def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_what_is_finished_and_leave_no_process(tmp_path, number):
     run = start(tmp_path, *FLAGS, "--n", "0", patches="program.CHUNK = 1")
     log = tmp_path / "v" / "results.jsonl"
     give_up = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 2) and run.poll() is None:
         assert time.monotonic() < give_up, "no result within two minutes"
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    os.killpg(run.pid, number)  # as a terminal does: to every process of the group
     out, err = run.communicate(timeout=60)
     if run.returncode == 0:
         pytest.skip("it had finished before the signal came")

@@ -36,6 +36,13 @@ ALL = ("pgd", "autoattack+", "wasserstein")  # AutoAttack+ breaks whatever AutoA
 WASSERSTEIN = {"steps": 400, "every": 10}  # ten steps at each radius: up to 0.1 (the paper's) it takes 300
 EPS = {"linf": 8 / 255, "l2": 0.5}
 PRECISIONS = {"fp32": lambda model: None, "tf32": models.InTf32, "bf16": models.InBfloat16}
+CHECKED = set("check weights data data_dir no_download batch_size device kernels".split())  # what --check heeds
+USES = {  # what a flag is for, and the attacks that heed it
+    "radius": ("wasserstein", ("wasserstein", "all")),
+    "norm": ("the other attacks", (*VERSIONS, "all")),
+    "eps": ("the other attacks", (*VERSIONS, "all")),
+    "individual": ("autoattack and autoattack+", ("autoattack", "autoattack+", "all")),
+}
 FREE = ("batch_size", "device")  # what a resumed run may change: no result depends on the first
 EARLIER = {
     "precision": "fp32",
@@ -569,8 +576,11 @@ def _main(p, args, ranks: parallel.Ranks) -> int:
         except argparse.ArgumentTypeError as error:
             p.error(f"argument --eps: {error}")
     if args.table:
+        common.refuse_others(parser(), {"table"}, "--table")
         print(cli.fold(reporting.tables(read_reports(args.table)).splitlines()))
         return 0
+    if args.check:
+        common.refuse_others(parser(), CHECKED, "--check")
     if not args.weights:
         p.error("--weights FILE is needed: the network")
     with ranks.first():
@@ -581,6 +591,10 @@ def _main(p, args, ranks: parallel.Ranks) -> int:
         gpu.set_tf32(False)  # whatever CUPY_TF32 says: verdicts are float32's
     if args.check:
         return check(args, device)
+    for flag in sorted(cli.given(parser()) & USES.keys()):
+        use, attacks = USES[flag]
+        if args.attack not in attacks:
+            p.error(f"--{flag} is for {use}, and changes nothing with --attack {args.attack}: leave it out")
     if args.ids and (args.start or cli.given(parser()) & {"n"}):
         p.error("--ids names the images: leave --n and --start out")
     if (args.stages or args.steps) and args.attack == "all":

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import checkpoint, compiling, data, metrics, models, parallel
+from .. import checkpoint, cli, compiling, data, metrics, models, parallel
 from ..attacks.common import logits_of
 from ..backend import to_device, to_numpy
 from ..errors import NoClass, UserError
@@ -32,6 +32,12 @@ def arguments(parser, flag: str, among_ranks) -> argparse.Namespace:
         value = alone.parse_known_args()[0].value
         with parallel.start("auto" if among_ranks(value) else "none", "cpu").together():
             raise
+
+
+def refuse_others(parser, heeded: set[str], mode: str):
+    """A usage error for a flag that was typed and is not among those, by their destinations, that ``mode`` heeds."""
+    if unused := sorted(cli.given(parser) - heeded):
+        parser.error(f"--{unused[0].replace('_', '-')} changes nothing with {mode}: leave it out")
 
 
 def add_data(group, which: str, default: str | None = None):

@@ -41,6 +41,19 @@ FLAGS_OF = {
     "width": "preact_resnet18",
     "batch_norm": "small",
 }  # one model alone has a use
+PAPERS = "the paper's methods that have that term"
+USES = {  # what else a flag is for, and whether a run has a use for it
+    "gamma_i": (PAPERS, lambda run: run.method in ("manifold", "intrinsic")),
+    "gamma_h": (PAPERS, lambda run: run.method in ("manifold", "hamming")),
+    "gamma_factor": ("manifold, intrinsic and hamming", lambda run: bool(METHODS[run.method].corners)),
+    "alpha": ("methods with a Hamming term", lambda run: _has_hamming(run.method)),
+    "hamming_norm": ("methods with a Hamming term", lambda run: _has_hamming(run.method)),
+    "eps_start": ("--recipe paper", lambda run: run.recipe == "paper"),
+    "ramp_from": ("--recipe ramp", lambda run: run.recipe == "ramp"),
+    "ramp_to": ("--recipe ramp", lambda run: run.recipe == "ramp"),
+    "momentum": ("--optimizer sgd", lambda run: run.optimizer == "sgd"),
+    "pad": ("random crops (--augment)", lambda run: run.augment),
+}
 WITH_RESUME = set("resume device no_graph kernels data_dir no_download test_images parallel parallel_timeout".split())
 
 
@@ -217,8 +230,6 @@ def configure(args, device: str, dataset) -> Config:
         name = "gamma_h" if args.gamma_i is None else "gamma_i"
         flag = f"--{name.replace('_', '-')}"
         raise UserError(f"{flag} is for the paper's methods: with --method {args.method} it is --constant {name}=X")
-    if not (method.corners or "gamma_i" in constants) and (args.gamma_i, args.gamma_h) != (None, None):
-        raise UserError(f"--gamma-i and --gamma-h are for the paper's methods: leave them out with {args.method}")
     paired = method.corners is not None
     if args.precision not in (None, *method.precisions):
         able = " or ".join(method.precisions)
@@ -242,6 +253,18 @@ def configure(args, device: str, dataset) -> Config:
         local_batchnorm=args.local_batchnorm, exact=args.exact, init=digest, revive=args.revive,
         **chosen,
     )  # fmt: skip
+
+
+def refuse_unused(given: set[str], run: Config):
+    """UserError for a flag among the ``given`` ones, by their destinations, that would change nothing in this run."""
+    for flag in sorted(given & USES.keys()):
+        use, used = USES[flag]
+        if not used(run):
+            raise UserError(f"--{flag.replace('_', '-')} is for {use}, and would change nothing here: leave it out")
+
+
+def _has_hamming(method: str) -> bool:
+    return method in ("manifold", "hamming") or "gamma_h" in METHODS[method].constants
 
 
 def _statistics(dataset) -> tuple[tuple, tuple]:
@@ -296,6 +319,7 @@ def _main(args, ranks: parallel.Ranks) -> int:
         if not resume:
             dataset = common.load_data(args, args.data)
             config = configure(args, device, dataset)
+            refuse_unused(cli.given(parser()), config)
             network = config.architecture["name"].removesuffix("_cnn")
             folder = args.out or Path("runs") / f"{network}-{Path(config.data).stem}-{config.method}-{config.seed}"
         elif ignored := sorted(cli.given(parser()) - WITH_RESUME):

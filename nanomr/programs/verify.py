@@ -36,7 +36,13 @@ from ..verify.running import instances, pipeline, results
 from . import common
 
 CHUNK = 16  # images screened together: bounds and attacks work on batches
-OF_IMAGES = set("weights data data_dir no_download n eps estimate export executor".split())  # no list heeds these
+NETWORK = {"weights", "data", "data_dir", "no_download"}
+HEEDED = {  # by what is done instead of deciding images
+    "report": {"report"},
+    "instances": {"instances", "wall", "time_limit", "seed", "jobs", "shard", "out", "resume", "retry"},
+    "check": {"check", *NETWORK},
+    "export": {"export", *NETWORK, "n", "eps", "time_limit"},
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -482,16 +488,17 @@ def main() -> int:
     common.announce_compilation()
     if args.retry:
         args.resume = True
+    for mode in HEEDED:
+        if getattr(args, mode):
+            common.refuse_others(parser(), HEEDED[mode], f"--{mode}")
     args.eps = args.eps or [8 / 255]
     if args.report:
         return show_lists(args.report) if all(map(is_list, args.report)) else show(args.report)
     if args.instances:
         if args.resume and not args.out:
             p.error("--resume needs --out: the folder of the run")
-        given = cli.given(parser())
-        if unused := sorted(given & OF_IMAGES):
-            p.error(f"--{unused[0].replace('_', '-')} is for images: leave it out with --instances")
-        args.time_limit = args.time_limit if "time_limit" in given else None  # else the lines' own
+        if "time_limit" not in cli.given(parser()):
+            args.time_limit = None  # the lines' own
         return run_instances(args)
     if args.check and is_list(args.check):
         return check_list(args.check)
@@ -503,6 +510,8 @@ def main() -> int:
         p.error("--resume needs --out: the folder of the run")
     if args.check:
         return check(args)
+    if args.estimate and args.shard:
+        p.error("--estimate is of all the images: leave --shard out")
     dataset = common.load_data(args, args.data or common.trained_on(args.weights))
     model, weights = common.load_network(args.weights, dataset, "cpu")
     Chain(model)  # refuses, by name, what cannot be verified
