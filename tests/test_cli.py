@@ -1,5 +1,7 @@
 import argparse
 import math
+import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -144,6 +146,14 @@ def test_run_ends_with_a_code_and_one_line(main, code, stderr, capsys):
         run(main)
     assert (caught.value.code or 0) == code
     assert capsys.readouterr().err == stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_sigterm_is_as_ctrl_c(number):
+    code = f"import os; from nanomr.cli import run; run(lambda: os.kill(os.getpid(), {int(number)}))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
 
 
 def test_run_leaves_bugs_their_traceback():
