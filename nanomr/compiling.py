@@ -6,6 +6,7 @@ then a kernel is called with arguments that it was not compiled for. Nor does Nu
 a kernel takes from another module. :func:`keep` gives each kernel a file of its own, which says what it was made of.
 """
 
+import pickle
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,8 +14,10 @@ from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from zlib import crc32
 
 import numpy as np
+from numba import config
 from numba.core import caching, event
 from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
@@ -53,6 +56,7 @@ def announce(say: Callable[[], object]):
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 CONSTANTS = (bool, int, float, complex, str, bytes, tuple, np.generic)
+SETTINGS = ("BOUNDSCHECK", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE")  # NUMBA_... ones: the same source, another code
 SOURCES: dict[str, str] = {}  # of each module, a hash of its source as it was imported
 
 
@@ -77,7 +81,7 @@ def _read_sources():
 
 class Kept(caching.IndexDataCacheFile):
     """What was compiled of a function of ``module``: a file for each signature, named by a hash of all that it is made
-    of, which is in it, too. A file of something else, or one that cannot be read, is none."""
+    of, which is in it, too. A file of something else, or one that is not as it was written, is none."""
 
     def __init__(self, module, folder, base):
         super().__init__(folder, base, None)
@@ -86,14 +90,18 @@ class Kept(caching.IndexDataCacheFile):
     def load(self, key):
         name, wanted = self._named(key)
         try:
-            found, data = self._load_data(name)
+            checksum, content = self._load_data(name)
+            if crc32(content) != checksum:  # damaged machine code might run, and be wrong
+                return None
+            found, data = pickle.loads(content)
         except Exception:  # whatever reading a damaged file raises
             return None
         return data if found == wanted else None
 
     def save(self, key, data):
         name, parts = self._named(key)
-        self._save_data(name, (parts, data))
+        content = self._dump((parts, data))
+        self._save_data(name, (crc32(content), content))
         self._remove(all_but=name.rsplit(".", 2)[0])  # of sources that are no more
 
     def flush(self):
@@ -109,7 +117,7 @@ class Kept(caching.IndexDataCacheFile):
         """(the file's name, what it is made of)."""
         parts = made_of(self._module)
         sources = {name: SOURCES[name] for name in parts}
-        rest = self._version, parts, key
+        rest = self._version, [str(getattr(config, name)) for name in SETTINGS], parts, key
         return f"{self._base}.{_short(sources)}.{_short(rest)}.nbc", (sources, *rest)
 
 

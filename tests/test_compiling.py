@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from numba import njit
+from numba import config, njit
 from numba.core import caching
 from numba.core.dispatcher import Dispatcher
 
@@ -116,16 +116,22 @@ def test_a_kernel_is_found_by_all_that_it_was_made_of(tmp_path, monkeypatch):
     assert found() is None
     monkeypatch.setattr(caching.numba, "__version__", "0.1")
     assert found() is None
+    for name, value in dict(BOUNDSCHECK=1, OPT=1, LOOP_VECTORIZE=0, SLP_VECTORIZE=1).items():
+        monkeypatch.setattr(config, name, value)
+        assert found() is None
     assert found() == "compiled"
 
 
-@pytest.mark.parametrize("what", ["cut off", "another's", "gone"])
+@pytest.mark.parametrize("what", ["cut off", "one letter", "another's", "gone"])
 def test_a_file_that_is_not_the_kernels_is_none(tmp_path, what):
     files = kept(tmp_path)
     files.save("key", "compiled")
     (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
     if what == "cut off":
-        file.write_bytes(file.read_bytes()[:-9])
+        file.write_bytes(content[:-9])
+    elif what == "one letter":
+        file.write_bytes(content.replace(b"compiled", b"Compiled"))
     elif what == "gone":
         file.unlink()
     else:
