@@ -87,7 +87,9 @@ def configure(row: dict, number: int, args, dataset):
     try:
         here = ["--device", args.device, "--no-download", *(["--data-dir", args.data_dir] if args.data_dir else [])]
         flags = training.parser().parse_args(command(row, args.data) + here)
-        return training.configure(flags, args.device, dataset).checked()
+        config = training.configure(flags, args.device, dataset).checked()
+        training.refuse_unused({name.replace("-", "_") for name in row["flags"]}, config)
+        return config
     except (UserError, ValueError) as error:
         raise UserError(f"{args.rows}, row {number}: {error}") from None
 

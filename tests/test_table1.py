@@ -281,6 +281,7 @@ def test_a_run_that_collapses_is_a_line_and_others_follow(run, monkeypatch):
         ([ROW, {"method": "nonsense"}], ["row 2", "nonsense", "standard"]),
         ([{"method": "standard", "eps": "8"}], ["row 1", "8/255"]),
         ([{"method": "standard", "flags": {"lrate": 1}}], ["row 1", "--lrate"]),
+        ([ROW, {"method": "pgd", "flags": {"gamma-h": 3}}], ["row 2", "--gamma-h", "leave it out"]),
         ([{"method": "standard", "constants": {"beta": 1}}], ["row 1", "beta"]),
         ([{"method": "standard", "name": "ours | theirs"}], ["row 1", "a name is one line"]),
     ],
