@@ -178,15 +178,30 @@ def outcome(folder):
     return found, [json.loads(line)["by"] for line in (Path(folder) / "per_image.jsonl").read_text().splitlines()]
 
 
+def flags_of(attack, radius):
+    """FLAGS; the Wasserstein adversary has this radius in the place of eps."""
+    at = FLAGS.index("--eps")
+    return FLAGS if attack != "wasserstein" else [*FLAGS[:at], *FLAGS[at + 2 :], "--radius", radius]
+
+
 @pytest.mark.parametrize("attack", ["pgd", "autoattack", "wasserstein"])
 def test_a_gpu_attacks_in_each_precision(program, fake, attack):
     """Report and configuration have it, a table says so, no other precision goes on with the run; and a fresh process
     in float32 on a CPU bears the verdicts out."""
-    radius = ["--radius", "0.002"] if attack == "wasserstein" else []
     for precision in ("fp32", "tf32", "bf16") if attack == "pgd" else ("bf16",):
         fake.counts.clear()
         fake.tf32.clear()
-        flags = [*FLAGS, *radius, "--device", "gpu", "--attack", attack, "--precision", precision, "--out", precision]
+        flags = [
+            *flags_of(attack, "0.002"),
+            "--device",
+            "gpu",
+            "--attack",
+            attack,
+            "--precision",
+            precision,
+            "--out",
+            precision,
+        ]
         code, out, err = program(*flags)
         assert code == 0, err
         out = " ".join(out.split())  # as if the terminal were wide
@@ -250,7 +265,7 @@ def test_a_run_of_before_there_was_a_choice_is_resumed_in_float32(program):
 @pytest.mark.parametrize("attack", ["wasserstein", "pgd"])
 def test_the_program_asks_the_model_itself(program, monkeypatch, attack):
     """With a network beside it that errs at once, each image ends as without, radius and all."""
-    flags = [*FLAGS, "--n", "20", "--radius", "0.03", "--device", "cpu", "--attack", attack]
+    flags = [*flags_of(attack, "0.03"), "--n", "20", "--device", "cpu", "--attack", attack]
     assert program(*flags, "--out", "alone")[0] == 0
     monkeypatch.setitem(attack_cifar.PRECISIONS, "fp32", Gullible)
     assert program(*flags, "--out", "both")[0] == 0
