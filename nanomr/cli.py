@@ -118,13 +118,18 @@ def fold(lines: Iterable[str]) -> str:
     )
 
 
+def _terminated(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+    raise KeyboardInterrupt
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: 0 or what it returns; 2 for a UserError, 130 for Ctrl-C, 141 for a closed pipe.
 
     A UserError, full memory (2) and Ctrl-C print one line on stderr. Others are bugs and keep their traceback. SIGTERM,
     which batch systems send, is as Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         try:
             code = main()

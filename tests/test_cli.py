@@ -156,6 +156,26 @@ def test_sigterm_is_as_ctrl_c(number):
     assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent")
+def test_a_second_sigterm_ends_it_at_once():
+    code = f"""if True:
+        import os, time
+        from nanomr.cli import run
+
+        def main():
+            try:
+                os.kill(os.getpid(), {int(signal.SIGTERM)})
+                time.sleep(9)
+            finally:
+                os.kill(os.getpid(), {int(signal.SIGTERM)})
+                time.sleep(9)
+
+        run(main)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "")
+
+
 def test_run_leaves_bugs_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)

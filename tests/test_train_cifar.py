@@ -234,9 +234,15 @@ def test_the_networks_variants_are_flags():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", ["--jin-v1", "--model mlp --kernel 5", "--model preact_resnet18 --kernel 4"])
-def test_flags_that_the_model_has_no_use_for_are_refused(program, flags):
-    flag = next(word for word in flags.split() if word in ("--jin-v1", "--kernel"))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        *("--jin-v1", "--width 8", "--model mlp --kernel 5", "--model preact_resnet18 --kernel 4"),
+        *("--model mlp --no-batch-norm", "--model preact_resnet18 --batch-norm", "--model mlp --ramp-from 0.9"),
+    ),
+)
+def test_flags_that_the_model_or_recipe_has_no_use_for_are_refused(program, flags):
+    flag = next(word for word in flags.split() if word.startswith("--") and word != "--model").replace("no-", "")
     code, _, err = program("--hold-out", 100, "--batch-size", 50, *flags.split())
     assert_one_error_line((code, "", err), flag, "leave it out")
     assert not Path("runs").exists()

@@ -223,7 +223,7 @@ def test_an_estimate_is_of_images_all_over_the_set_and_counts(program):
     assert program(*FLAGS, "--resume")[0] == 0 and len(records()) == N
 
 
-def test_instances_for_other_verifiers_come_back_to_ours(program):
+def test_instances_for_other_verifiers_come_back_to_ours(program, monkeypatch):
     pytest.importorskip("onnx", reason="onnx is not installed (pip install 'nanomr[onnx]')")
     flags = [*FLAGS[:6], *FLAGS[8:10]]  # without --jobs and --out
     code, out, err = program(*flags, "--export", "ex", "--n", "12", "--time-limit", "50")
@@ -235,6 +235,14 @@ def test_instances_for_other_verifiers_come_back_to_ours(program):
     words = {"verified": "unsat"}
     ours = [words.get(verdict, "sat") for _, verdict in sorted(verdicts().items())]
     assert [line.split(",")[2] for line in out.splitlines()] == ours and set(ours) == {"sat", "unsat"}
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_small.instances, "run_line", programs.stop)
+        code, out, err = program("--instances", "ex/instances.csv", "--jobs", 1, "--out", "list")
+        assert code == 130 and "list: every finished line is kept" in out and "--resume" in out and not err
+    assert program("--instances", "ex/instances.csv", "--jobs", 1, "--out", "list", "--resume")[0] == 0
+    assert program("--check", "list")[0] == 0
+    code, out, err = program("--check", "list", *flags[-2:])
+    assert (code, out) == (2, "") and "--weights changes nothing with --check of a list" in err.splitlines()[-1]
     Path("ex/instances.csv").write_text("one,two\n")
     assert_one_error_line(program("--instances", "ex/instances.csv"), "instances.csv")
     assert_one_error_line(program("--instances", "nowhere.csv"), "nowhere.csv")

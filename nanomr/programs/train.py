@@ -35,14 +35,10 @@ DEFAULTS = {
 }
 EPOCHS = {"cifar10": 100}  # of every other data set: 30
 HOLD_OUT = {"cifar10": 5000, "shapes10": 2000}  # of one's own: a tenth, 5000 at most
-FLAGS_OF = {
-    "kernel": "small",
-    "jin_v1": "preact_resnet18",
-    "width": "preact_resnet18",
-    "batch_norm": "small",
-}  # one model alone has a use
 PAPERS = "the paper's methods that have that term"
-USES = {  # what else a flag is for, and whether a run has a use for it
+USES = {  # what a flag is for, and whether a run has a use for it
+    **dict.fromkeys(("kernel", "batch_norm"), ("--model small", lambda run: run.architecture["name"] == "small_cnn")),
+    **dict.fromkeys(("width", "jin_v1"), ("--model preact_resnet18", lambda run: "preact" in run.architecture["name"])),
     "gamma_i": (PAPERS, lambda run: run.method in ("manifold", "intrinsic")),
     "gamma_h": (PAPERS, lambda run: run.method in ("manifold", "hamming")),
     "gamma_factor": ("manifold, intrinsic and hamming", lambda run: bool(METHODS[run.method].corners)),
@@ -191,9 +187,6 @@ def _defaults(name: str) -> str:
 def configure(args, device: str, dataset) -> Config:
     """The run's Config, with every default filled in. Raises UserError for flags that the model has no use for."""
     model = args.model or ("preact_resnet18" if device == "gpu" else "small")
-    for flag, owner in FLAGS_OF.items():
-        if getattr(args, flag) and model != owner:
-            raise UserError(f"--{flag.replace('_', '-')} is for --model {owner}: leave it out with {model}")
     own = args.data.endswith(".npz")
     shape, classes = dataset.train_images.shape[1:], len(dataset.classes)
     options = dict(
@@ -217,9 +210,9 @@ def configure(args, device: str, dataset) -> Config:
         raise UserError(f"--model {model} does not fit {dataset.name}: {error}") from None
     of_model = DEFAULTS.get(f"{model} on {'shapes10' if own else args.data}", DEFAULTS[model])
     hold_out = min(len(dataset.train_images) // 10, 5000) if own else HOLD_OUT[args.data]
-    if args.ramp_from > args.ramp_to:
-        raise UserError(f"--ramp-from {args.ramp_from:g} is behind --ramp-to {args.ramp_to:g}: swap the two")
     method, recipe = METHODS[args.method], args.recipe or METHODS[args.method].recipe
+    if recipe == "ramp" and args.ramp_from > args.ramp_to:
+        raise UserError(f"--ramp-from {args.ramp_from:g} is behind --ramp-to {args.ramp_to:g}: swap the two")
     defaults = {k: v for k, v in optim.RECIPES[recipe].defaults.items() if v is not None}
     chosen = {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in (of_model | defaults).items()}
     try:
@@ -264,7 +257,8 @@ def refuse_unused(given: set[str], run: Config):
 
 
 def _has_hamming(method: str) -> bool:
-    return method in ("manifold", "hamming") or "gamma_h" in METHODS[method].constants
+    """Is the term in the log? ``intrinsic`` has it there, with the weight 0."""
+    return bool(METHODS[method].corners) or "gamma_h" in METHODS[method].constants
 
 
 def _statistics(dataset) -> tuple[tuple, tuple]:

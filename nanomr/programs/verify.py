@@ -499,8 +499,15 @@ def main() -> int:
             p.error("--resume needs --out: the folder of the run")
         if "time_limit" not in cli.given(parser()):
             args.time_limit = None  # the lines' own
-        return run_instances(args)
+        try:
+            return run_instances(args)
+        except KeyboardInterrupt:
+            if not args.out:
+                raise
+            print(f"\n{args.out}: every finished line is kept; the same command with --resume goes on")
+            return 130
     if args.check and is_list(args.check):
+        common.refuse_others(parser(), {"check"}, "--check of a list")
         return check_list(args.check)
     if args.wall:
         p.error("--wall is for --instances")
