@@ -185,7 +185,7 @@ def _defaults(name: str) -> str:
 
 
 def configure(args, device: str, dataset) -> Config:
-    """The run's Config, with every default filled in. Raises UserError for flags that the model has no use for."""
+    """The run's Config, with every default filled in. Raises UserError for flags that do not fit each other."""
     model = args.model or ("preact_resnet18" if device == "gpu" else "small")
     own = args.data.endswith(".npz")
     shape, classes = dataset.train_images.shape[1:], len(dataset.classes)
