@@ -6,7 +6,6 @@ then a kernel is called with arguments that it was not compiled for. Nor does Nu
 a kernel takes from another module. :func:`keep` gives each kernel a file of its own, which says what it was made of.
 """
 
-import pickle
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -90,22 +89,25 @@ class Kept(caching.IndexDataCacheFile):
     def load(self, key):
         name, wanted = self._named(key)
         try:
-            checksum, content = self._load_data(name)
-            if crc32(content) != checksum:  # damaged machine code might run, and be wrong
+            content = Path(self._data_path(name)).read_bytes()
+            if content[-4:] != _checksum(content[:-4]):  # damaged machine code might run, and be wrong
                 return None
-            found, data = pickle.loads(content)
+            found, data = self._load_data(name)
         except Exception:  # whatever reading a damaged file raises
             return None
         return data if found == wanted else None
 
     def save(self, key, data):
         name, parts = self._named(key)
-        content = self._dump((parts, data))
-        self._save_data(name, (crc32(content), content))
+        self._save_data(name, (parts, data))
         self._remove(all_but=name.rsplit(".", 2)[0])  # of sources that are no more
 
     def flush(self):
         self._remove()
+
+    def _dump(self, obj):
+        content = super()._dump(obj)
+        return content + _checksum(content)  # behind its end, where reading stops
 
     def _remove(self, all_but=None):
         for file in Path(self._cache_path).glob(f"{escape(self._base)}.*"):
@@ -142,6 +144,10 @@ def made_of(module: str) -> dict[str, tuple]:
                 options.append((key, repr(sorted(chosen))))
         parts[name] = tuple(sorted(constants)), tuple(sorted(options))
     return dict(sorted(parts.items()))
+
+
+def _checksum(content: bytes) -> bytes:
+    return crc32(content).to_bytes(4)
 
 
 def _short(value) -> str:

@@ -148,14 +148,14 @@ def test_run_ends_with_a_code_and_one_line(main, code, stderr, capsys):
     assert capsys.readouterr().err == stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are sent")
+@pytest.mark.skipif(os.name != "posix", reason="it sends itself a POSIX signal")
 def test_sigterm_is_as_ctrl_c():
     code = f"import os; from nanomr.cli import run; run(lambda: os.kill(os.getpid(), {int(signal.SIGTERM)}))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are sent")
+@pytest.mark.skipif(os.name != "posix", reason="it sends itself a POSIX signal")
 def test_a_second_sigterm_ends_it_at_once():
     code = f"""if True:
         import os, time
